@@ -1,0 +1,37 @@
+"""Checkpoints: the closed list of state on disk, across runs. Whole generations only, no pickle, every byte accounted for.
+
+frozen snapshot ──thread──▶ .writing-gen-n/ shards, values, hf/, MANIFEST ──rename──▶ gen-n/ ──▶ LATEST ──▶ prune
+LATEST's branch ──▶ newest whole generation ──verify all──▶ live tensors
+"""
+
+from repsft_fast.checkpoint.background import BackgroundWriter, Outcome
+from repsft_fast.checkpoint.files import crash_point, set_crash_hook
+from repsft_fast.checkpoint.manifest import Manifest, generations, move_latest, read_latest, read_manifest
+from repsft_fast.checkpoint.pieces import Piece
+from repsft_fast.checkpoint.reader import ForeignCheckpoint, Generation, Resumed, load, newest, resume, verify
+from repsft_fast.checkpoint.retention import clean, prune
+from repsft_fast.checkpoint.writer import next_generation, save
+
+__all__ = [
+    "BackgroundWriter",
+    "ForeignCheckpoint",
+    "Generation",
+    "Manifest",
+    "Outcome",
+    "Piece",
+    "Resumed",
+    "clean",
+    "crash_point",
+    "generations",
+    "load",
+    "move_latest",
+    "newest",
+    "next_generation",
+    "prune",
+    "read_latest",
+    "read_manifest",
+    "resume",
+    "save",
+    "set_crash_hook",
+    "verify",
+]

@@ -1,0 +1,127 @@
+"""safetensors files, written and read in ranges.
+
+    8 bytes little-endian n │ n bytes of JSON {name: {dtype, shape, data_offsets: [start, stop]}} │ data
+
+Our own few lines instead of the library's writer, because a shard is streamed from the device in chunks, synced, and can
+be killed in its middle by a test; the library reads what is written here, which a test asserts. Nothing is memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repsft_fast.checkpoint.files import open_inside, parse_json, read_exactly, write_file
+from repsft_fast.errors import CheckpointError, describe
+
+HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
+CHUNK_BYTES = 1 << 25
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where a tensor's bytes lie in a shard file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # from the beginning of the file
+    nbytes: int
+
+
+def _raw(tensor: Tensor) -> Tensor:  # any -> [bytes] uint8
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], what: str) -> int:
+    """Writes and syncs one file; returns its bytes. Needs host memory for one chunk. Raises OSError, CheckpointError."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(describe(f"state {name}", "has a dtype safetensors does not know", got=tensor.dtype))
+        nbytes = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            raw = _raw(tensor)
+            for start in range(0, raw.numel(), CHUNK_BYTES):
+                yield raw[start : start + CHUNK_BYTES].cpu().numpy().data
+
+    return write_file(path, chunks(), what)
+
+
+def read_header(fd: int, where: str) -> dict[str, Stretch]:
+    """What a shard file says it holds. Raises CheckpointError unless every claim fits the file, without gaps or overlaps."""
+    size = os.fstat(fd).st_size
+    head = bytearray(8)
+    if size < 8:
+        raise CheckpointError(describe(where, "is truncated", expected="at least 8 bytes", got=size))
+    read_exactly(fd, memoryview(head), 0, where)
+    length = int.from_bytes(head, "little")
+    if length > min(HEADER_LIMIT_BYTES, size - 8):
+        if head[:1] == b"\x80" or head[:2] == b"PK":
+            raise CheckpointError(describe(where, "is a pickle or zip archive, which is never read", expected="safetensors"))
+        raise CheckpointError(describe(where, "has an impossible header length", expected=f"at most {size - 8}", got=length))
+    text = bytearray(length)
+    read_exactly(fd, memoryview(text), 8, where)
+    entries = parse_json(bytes(text), f"{where} (header)")
+    if not isinstance(entries, dict):
+        raise CheckpointError(describe(where, "has a header that is no table"))
+    entries.pop("__metadata__", None)
+    found = {name: _stretch(entry, 8 + length, f"{where} (header of {name})") for name, entry in entries.items()}
+    at = 8 + length
+    for name, stretch in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if stretch.start != at:
+            raise CheckpointError(describe(where, f"has a gap or overlap before {name}", expected=at, got=stretch.start))
+        at += stretch.nbytes
+    if at != size:
+        raise CheckpointError(
+            describe(where, "has another size than its header says", expected=f"{at:,} bytes", got=f"{size:,}")
+        )
+    return found
+
+
+def _stretch(entry: Any, base: int, where: str) -> Stretch:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = len(shape) <= 16 and all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, stop)) and dtype in DTYPES
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize if whole else -1
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(describe(where, "is malformed", got=repr(entry))) from error
+    if not whole or nbytes != stop - start:
+        raise CheckpointError(describe(where, "contradicts itself", got=repr(entry)))
+    return Stretch(dtype, shape, base + start, nbytes)
+
+
+def read_tensor(fd: int, stretch: Stretch, where: str) -> Tensor:  # -> [shape] on the host
+    raw = torch.empty(stretch.nbytes, dtype=torch.uint8)
+    if stretch.nbytes:
+        read_exactly(fd, raw.numpy().data, stretch.start, where)
+    return raw.view(DTYPES[stretch.dtype]).reshape(stretch.shape)
+
+
+def read_file_header(folder: Path, relative: str) -> dict[str, Stretch]:
+    with open_inside(folder, relative) as fd:
+        return read_header(fd, f"{folder.name}/{relative}")

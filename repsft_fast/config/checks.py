@@ -1,0 +1,269 @@
+"""What sections must agree on. Each rule names the settings it reads, so a setting that is itself wrong silences its rules."""
+
+import math
+from collections.abc import Iterator
+
+from repsft_fast.config.sections import Settings, Sources
+from repsft_fast.errors import describe
+
+Finding = tuple[tuple[str, ...], str]  # the settings read, and what is wrong with them together
+
+
+def contradictions(config: Settings) -> Iterator[Finding]:
+    """Every combination of settings that cannot be used."""
+    yield from _model(config)
+    yield from _data_and_batch(config)
+    yield from _length_of_the_run(config)
+    yield from _mixture(config)
+
+
+def warnings(config: Settings) -> list[str]:
+    """Combinations that work but are probably not meant."""
+    found = []
+    stop, schedule = config.stop, config.schedule
+    stops_early = [n for n in ("token_accuracy", "plateau_epochs") if getattr(stop, n) is not None]
+    if schedule.name in ("cosine", "linear") and stops_early:
+        names = " and ".join(f"stop.{name}" for name in stops_early)
+        found.append(
+            f"schedule.name: {schedule.name} falls over the whole budget, so when {names} ends the run early the learning rate "
+            "is still high; use schedule.name: wsd, whose decay starts when the rule fires"
+        )
+    if config.model.param_dtype == "bfloat16" and config.optim.name != "adamw8bit":
+        found.append(
+            "model.param_dtype: bfloat16 weights without a float32 copy stall once updates are smaller than bfloat16's step, "
+            "which happens after many epochs; use float32, or optim.name: adamw8bit, which rounds stochastically"
+        )
+    if config.mixture.policy is None:
+        plain = type(config.mixture)()
+        unused = [name for name in type(plain).model_fields if getattr(config.mixture, name) != getattr(plain, name)]
+        for name in unused:
+            if name not in ("weights", "temperature"):
+                found.append(f"mixture.{name}: has no effect without mixture.policy")
+        return found
+    policy = f"mixture.policy: {config.mixture.policy}"
+    if config.evaluate.keep == "best":
+        found.append(f"evaluate.keep: has no effect with {policy}, which names the result itself; drop it")
+    if config.evaluate.every_epochs != type(config.evaluate)().every_epochs:
+        found.append(f"evaluate.every_epochs: has no effect with {policy}; set mixture.evaluations_per_epoch")
+    if stop.plateau_epochs is not None:
+        found.append(f"stop.plateau_epochs: has no effect with {policy}, which ends the run itself; drop it")
+    return found
+
+
+def _model(config: Settings) -> Iterator[Finding]:
+    model, tokenizer = config.model, config.tokenizer
+    if model.path is None and model.config is None:
+        yield (
+            ("model.path", "model.config"),
+            describe("model", "has neither path nor config", todo="set model.path to a folder or hub id"),
+        )
+    if model.path is not None and model.config is not None:
+        yield (
+            ("model.path", "model.config"),
+            describe(
+                "model",
+                "has both path and config",
+                todo="drop one; model.init: random takes a path's architecture without its weights",
+            ),
+        )
+    if model.init == "pretrained" and model.config is not None:
+        yield (
+            ("model.init", "model.config"),
+            describe(
+                "model.init",
+                "a config has no pretrained weights",
+                expected="random",
+                got=model.init,
+                todo="set model.path instead",
+            ),
+        )
+    if model.gguf_file is not None and model.path is None:
+        yield (
+            ("model.gguf_file", "model.path"),
+            describe("model.gguf_file", "needs the folder it lies in", todo="set model.path"),
+        )
+    if (
+        model.path is None
+        and model.config is not None
+        and tokenizer.path is None
+        and config.data.format not in ("auto", "input_ids")
+    ):
+        yield (
+            ("tokenizer.path", "model.config", "data.format"),
+            describe("tokenizer.path", "a model made from a config brings no tokenizer", todo="set tokenizer.path"),
+        )
+
+
+def _data_and_batch(config: Settings) -> Iterator[Finding]:
+    data, batch = config.data, config.batch
+    for name in ("train", "validation", "test"):
+        sources = getattr(data, name)
+        if sources is not None and not sources:
+            yield (f"data.{name}",), describe(f"data.{name}", "names no source", got=sources)
+        if isinstance(sources, list) and len(set(sources)) < len(sources):
+            yield (f"data.{name}",), describe(f"data.{name}", "names a source twice", got=sources)
+    for part in ("validation", "test"):
+        if getattr(data, part) is not None and getattr(data, f"{part}_fraction"):
+            yield (
+                (f"data.{part}", f"data.{part}_fraction"),
+                describe(f"data.{part}_fraction", f"{part} rows are given by data.{part} too", todo="keep one of the two"),
+            )
+    if data.validation_fraction + data.test_fraction >= 1:
+        yield (
+            ("data.validation_fraction", "data.test_fraction"),
+            describe(
+                "data.validation_fraction",
+                "leaves no training samples beside data.test_fraction",
+                expected="a sum below 1",
+                got=data.validation_fraction + data.test_fraction,
+            ),
+        )
+    if data.task_column is not None and isinstance(data.train, dict):
+        yield (
+            ("data.task_column", "data.train"),
+            describe("data.task_column", "data.train already names the tasks", todo="drop one of the two"),
+        )
+    if batch.samples is None and batch.tokens is None:
+        yield ("batch.samples", "batch.tokens"), describe("batch", "has neither samples nor tokens", todo="set batch.samples")
+    if batch.samples is not None and batch.tokens is not None:
+        yield (
+            ("batch.samples", "batch.tokens"),
+            describe("batch.tokens", "batch.samples is set too", todo="set batch.samples: null, or drop batch.tokens"),
+        )
+    if isinstance(batch.bucket_tokens, int) and batch.row_tokens % batch.bucket_tokens:
+        yield (
+            ("batch.row_tokens", "batch.bucket_tokens"),
+            describe(
+                "batch.row_tokens",
+                "is not a multiple of batch.bucket_tokens",
+                got=f"{batch.row_tokens} and {batch.bucket_tokens}",
+            ),
+        )
+    if data.max_tokens is not None and data.max_tokens > batch.row_tokens + 1:
+        yield (
+            ("data.max_tokens", "batch.row_tokens"),
+            describe(
+                "data.max_tokens",
+                "a sample this long fits into no row",
+                expected=f"at most batch.row_tokens + 1 = {batch.row_tokens + 1}",
+                got=data.max_tokens,
+                todo="raise batch.row_tokens",
+            ),
+        )
+
+
+def _length_of_the_run(config: Settings) -> Iterator[Finding]:
+    budget, optim, stop = config.budget, config.optim, config.stop
+    # A mixture's policy ends by itself: compute_budget × its stages.
+    if budget.updates is None and budget.epochs is None and budget.tokens is None and config.mixture.policy is None:
+        yield (
+            ("budget.updates", "budget.epochs", "budget.tokens", "mixture.policy"),
+            describe("budget", "has no limit", todo="set budget.epochs, budget.updates or budget.tokens"),
+        )
+    if optim.warmup_fraction is not None and optim.warmup_updates is not None:
+        yield (
+            ("optim.warmup_fraction", "optim.warmup_updates"),
+            describe("optim.warmup_updates", "optim.warmup_fraction is set too", todo="keep one of the two"),
+        )
+    if optim.warmup_updates is not None and budget.updates is not None and optim.warmup_updates >= budget.updates:
+        yield (
+            ("optim.warmup_updates", "budget.updates"),
+            describe(
+                "optim.warmup_updates",
+                "is longer than the run",
+                expected=f"less than budget.updates = {budget.updates}",
+                got=optim.warmup_updates,
+            ),
+        )
+    if stop.probe_samples is not None and stop.token_accuracy is None and stop.plateau_epochs is None:
+        yield (
+            ("stop.probe_samples", "stop.token_accuracy", "stop.plateau_epochs"),
+            describe("stop.probe_samples", "no rule reads the probe", todo="set stop.token_accuracy, or drop it"),
+        )
+    has_validation = config.data.validation is not None or config.data.validation_fraction > 0
+    for name, wanted in (
+        ("evaluate.keep", config.evaluate.keep == "best"),
+        ("checkpoint.keep_best", config.checkpoint.keep_best),
+    ):
+        if wanted and not has_validation:
+            yield (
+                (name, "data.validation", "data.validation_fraction"),
+                describe(
+                    name,
+                    "the best is judged on validation data and there is none",
+                    todo="set data.validation or data.validation_fraction",
+                ),
+            )
+    if config.checkpoint.every_updates is not None and config.checkpoint.every_minutes is not None:
+        yield (
+            ("checkpoint.every_updates", "checkpoint.every_minutes"),
+            describe("checkpoint.every_minutes", "checkpoint.every_updates is set too", todo="keep one of the two"),
+        )
+    if len(set(config.log.trackers)) < len(config.log.trackers):
+        yield ("log.trackers",), describe("log.trackers", "names a tracker twice", got=config.log.trackers)
+
+
+def _mixture(config: Settings) -> Iterator[Finding]:
+    mixture, data = config.mixture, config.data
+    if mixture.weights is not None and mixture.temperature is not None:
+        yield (
+            ("mixture.weights", "mixture.temperature"),
+            describe("mixture.temperature", "mixture.weights is set too", todo="keep one of the two"),
+        )
+    if mixture.weights is not None:
+        if not math.fsum(mixture.weights.values()) > 0:
+            yield ("mixture.weights",), describe("mixture.weights", "sum to 0", got=mixture.weights)
+        tasks = _tasks(data.train)
+        for name in sorted(set(mixture.weights) - set(tasks)) if tasks else ():
+            yield (
+                ("mixture.weights", "data.train"),
+                describe(f"mixture.weights.{name}", "is not a task", expected=f"one of {', '.join(sorted(tasks))}"),
+            )
+    if mixture.policy is None:
+        return
+    if mixture.policy != "ies" and data.task_column is None and not isinstance(data.train, dict):
+        yield (
+            ("mixture.policy", "data.train", "data.task_column"),
+            describe(
+                "mixture.policy",
+                f"{mixture.policy} needs to know the tasks",
+                todo="set data.task_column, or write data.train as a mapping {task: source}",
+            ),
+        )
+    if mixture.metric == "answer" and config.model.path is None and config.tokenizer.path is None:
+        yield (
+            ("mixture.metric", "model.path", "tokenizer.path"),
+            describe("mixture.metric", "answer reads text, and there is no tokenizer", todo="set tokenizer.path"),
+        )
+    if data.validation is None and not data.validation_fraction:
+        yield (
+            ("mixture.policy", "data.validation", "data.validation_fraction"),
+            describe(
+                "mixture.policy",
+                f"{mixture.policy} scores tasks on validation rows and there are none",
+                todo="set data.validation or data.validation_fraction",
+            ),
+        )
+    if mixture.exclude_on == "saturation" and config.stop.token_accuracy is None:
+        yield (
+            ("mixture.exclude_on", "stop.token_accuracy"),
+            describe(
+                "mixture.exclude_on",
+                "saturation is judged by stop.token_accuracy, which is null",
+                todo="set stop.token_accuracy",
+            ),
+        )
+    if mixture.compute_budget * mixture.evaluations_per_epoch < 1:
+        yield (
+            ("mixture.compute_budget", "mixture.evaluations_per_epoch"),
+            describe(
+                "mixture.compute_budget",
+                "a stage would end before its first evaluation",
+                expected=f"at least 1 / mixture.evaluations_per_epoch = {1 / mixture.evaluations_per_epoch:g}",
+                got=mixture.compute_budget,
+            ),
+        )
+
+
+def _tasks(sources: Sources) -> list[str]:
+    return list(sources) if isinstance(sources, dict) else []

@@ -1,0 +1,380 @@
+"""The typed settings of a run, section by section: names, units, defaults and what each one means.
+
+Every section is frozen and refuses unknown keys. What several sections must agree on is in `checks`.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as text and `yes` as true: text that is a number is one, a truth value is not."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value.strip() if isinstance(value, str) else value
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers may be written `51200`, `51_200` or `5.12e4`."""
+    value = _number(value)
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if math.isfinite(number) and number.is_integer() and "e" in value.lower() else value
+    return value
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads `off` and `no` as false; a setting that is a word wants the word."""
+    if isinstance(value, bool):
+        raise ValueError(
+            f"Input should be text, not {str(value).lower()} (YAML reads bare yes, no, on and off so: quote the word)"
+        )
+    return value
+
+
+def _instead(given: Any, chosen: str, default: str) -> Any:
+    """Of two settings that exclude each other, naming one switches the other's default off."""
+    if isinstance(given, dict) and given.get(chosen) is not None and default not in given:
+        return {**given, default: None}
+    return given
+
+
+_LARGEST = 2**63 - 1  # what an int64 counter and torch's seeds can hold
+
+Text = Annotated[str, BeforeValidator(_word), Field(min_length=1)]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Part = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_LARGEST)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_LARGEST)]
+Bytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=0)]
+SomeBytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=1)]
+Sources = Text | list[Text] | dict[str, Text | list[Text]]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    folder: Text
+    """Output folder; it must be new or empty, a used one is refused (continue it with --resume)."""
+    seed: Whole = 42
+    """Seed of data order, subsets, initial weights and dropout."""
+    deterministic: bool = False
+    """Bit-equal reruns on the same kind of machine; some kernels are slower."""
+
+
+class Lora(Section):
+    """Low-rank adapters (peft) in place of full fine-tuning."""
+
+    rank: Count = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: Part = 0.0
+    """Dropout before the adapter."""
+    target_modules: Text | list[Text] = "all-linear"
+    """Names of the linear layers that get adapters, or all-linear."""
+    merge: bool = False
+    """Merge the adapters into the weights of the saved model."""
+
+
+class Model(Section):
+    """The model and how it is held and computed."""
+
+    path: Text | None = None
+    """Folder or hub id of the model."""
+    gguf_file: Text | None = None
+    """GGUF file inside the folder, de-quantised when loaded."""
+    config: dict[str, Any] | None = None
+    """Architecture (with its model_type) for a model with random weights, instead of path."""
+    init: Literal["auto", "pretrained", "random"] = "auto"
+    """Weights to start from; auto: pretrained with a path, random with a config."""
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """How the weights are kept; auto: float32. Plain bfloat16 stalls after many epochs."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """How they are computed with; auto: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "sdpa"] = "auto"
+    """Attention over packed rows; auto: the fastest one that can be imported."""
+    layer_kernels: Literal["auto", "liger", "none"] = "auto"
+    """Fused norms, rotary embeddings and MLPs; auto: liger on CUDA when installed."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the backbone's layers with torch.compile."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless asked for."""
+    lora: Lora | None = None
+    """Low-rank adapters; null: full fine-tuning."""
+
+
+class Tokenizer(Section):
+    """Text to token ids."""
+
+    path: Text | None = None
+    """Folder or hub id; null: the model's own."""
+    chat_template: Text | None = None
+    """Jinja chat template, or the path of a file with one; null: the tokenizer's own."""
+
+
+class Data(Section):
+    """What is trained on."""
+
+    train: Sources
+    """A file, folder or hub id, a list of them, or a mapping {task: source}."""
+    validation: Sources | None = None
+    """Held-out rows, the same forms; looked at during the run."""
+    test: Sources | None = None
+    """Held-out rows that are read once, at the end."""
+    validation_fraction: Part = 0.0
+    """Share of the training samples carved off by seed for validation."""
+    test_fraction: Part = 0.0
+    """Share of the training samples carved off by seed for the test."""
+    split: Text = "train"
+    """Split of a hub dataset that the sources mean."""
+    format: Literal["auto", "messages", "prompt", "conversations", "alpaca", "query", "text", "input_ids"] = "auto"
+    """Shape of a row; auto: recognised by its keys."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns are trained on."""
+    task_column: Text | None = None
+    """Column that names a row's task."""
+    weight_column: Text | None = None
+    """Column with a row's weight in the loss."""
+    samples: Count | None = None
+    """Train on this many samples; subsets are nested by seed (400 is contained in 800). null: all."""
+    overlong: Literal["drop", "truncate", "raise"] = "drop"
+    """What happens to samples longer than max_tokens; always counted and said."""
+    max_tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] | None = None
+    """Longest sample in tokens; null: batch.row_tokens."""
+    cache_folder: Text | None = None
+    """Where tokenised data is cached; null: the user's cache folder."""
+    device_limit_bytes: Bytes | None = None
+    """Tokens lie in device memory up to this size (512MiB, 2GiB …), in pinned host memory past it; null: from free memory."""
+
+
+class Batch(Section):
+    """Which samples share an update, and the rows they are packed into (packing never changes the gradient)."""
+
+    samples: Count | None = 16
+    """Samples per update; null when batch.tokens is set."""
+    tokens: Count | None = None
+    """Tokens per update, instead of a number of samples."""
+    row_tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 4096
+    """Tokens in one packed row = one forward and backward pass; lower it when memory runs out."""
+    bucket_tokens: Literal["auto"] | Count = "auto"
+    """Rows are padded to a multiple of this; auto: 128 on a GPU or with model.compile, else 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_replace_samples(cls, given: Any) -> Any:
+        return _instead(given, "tokens", "samples")
+
+
+class Loss(Section):
+    """What is minimised."""
+
+    average: Literal["sample", "token"] = "sample"
+    """sample: every sample weighs the same whatever its length; token: every trained token does."""
+    skip_below: Part = 0.0
+    """Drop tokens whose 1 - p(target) is below this from the gradient; 0: exact."""
+    chunk_bytes: SomeBytes | None = None
+    """Memory for one chunk of logits (256MiB …); null: chosen from the shapes."""
+
+
+class Optim(Section):
+    """The optimizer, its learning rate and the warm-up."""
+
+    name: Literal["adamw", "adamw8bit", "bnb_adamw8bit", "torchao_adamw8bit", "sgd"] = "adamw"
+    """adamw is torch's fused one; adamw8bit is ours, the prefixed ones those of bitsandbytes and torchao."""
+    lr: Positive = 2e-5
+    """Peak learning rate."""
+    betas: tuple[Part, Part] = (0.9, 0.999)
+    """Decay of Adam's two moments; the first is the momentum of sgd."""
+    eps: Positive = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    max_norm: Positive | None = 1.0
+    """Clip the gradient's norm to this; null: no clipping."""
+    warmup_fraction: Part | None = 0.03
+    """Linear warm-up as a share of the budget; null when warmup_updates is set."""
+    warmup_updates: Whole | None = None
+    """Linear warm-up in updates, instead of a fraction."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _updates_replace_fraction(cls, given: Any) -> Any:
+        return _instead(given, "warmup_updates", "warmup_fraction")
+
+
+class Schedule(Section):
+    """The learning rate after the warm-up."""
+
+    name: Literal["wsd", "cosine", "constant", "linear"] = "wsd"
+    """wsd: stable, then a decay that saturation or the budget's end starts; cosine and linear fall to 0 over the budget."""
+    decay_fraction: Fraction = 0.1
+    """Length of wsd's decay as a share of the updates done when it starts."""
+
+
+class Budget(Section):
+    """How long the run may last; the first limit reached ends it. At least one is needed."""
+
+    updates: Count | None = None
+    """Optimizer steps."""
+    epochs: Positive | None = None
+    """Passes over the active training data."""
+    tokens: Count | None = None
+    """Real (unpadded) tokens passed through the model."""
+
+
+class Stop(Section):
+    """Rules that end a run before its budget. Ending by rule is success."""
+
+    token_accuracy: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = 0.97
+    """Stop when token accuracy on the training data reaches this; null: never."""
+    probe_samples: Count | None = None
+    """Measure it on this many fixed training samples; null: over the last whole epoch's training pass, for free."""
+    plateau_epochs: Count | None = None
+    """Stop when token accuracy has not risen for this many epochs; null: never."""
+    plateau_min_delta: NotNegative = 0.001
+    """A smaller rise than this does not count."""
+
+
+class Evaluate(Section):
+    """Validation during the run."""
+
+    every_epochs: Positive = 1.0
+    """Epochs between validations, when there is validation data."""
+    generate_samples: Whole = 2
+    """Held-out prompts answered beside the figures; 0: none."""
+    generate_tokens: Count = 64
+    """Longest answer in tokens."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are saved at the end: the last, or those with the lowest validation loss."""
+
+
+class Numbers(Section):
+    """What to do when numbers go wrong."""
+
+    on_nonfinite: Literal["stop", "skip", "revert"] = "stop"
+    """NaN or Inf in the loss or a gradient: no update is applied. stop the run; skip that update and count it; or revert to the
+    newest state in memory that was read and finite, and pass the update over."""
+    on_out_of_memory: Literal["stop", "retry"] = "stop"
+    """Out of memory in an update changes nothing: stop and say what to lower, or retry it in rows half as long (one rank)."""
+
+
+class Log(Section):
+    """What is written while it runs; metrics.jsonl always is."""
+
+    every_updates: Count = 10
+    """Updates between two readings of the device's counters."""
+    trackers: list[Literal["wandb", "trackio", "tensorboard"]] = []
+    """Experiment trackers, by name."""
+    peak_flops: Positive | None = None
+    """The device's peak in FLOP/s for MFU; null: known for common GPUs, otherwise no MFU."""
+
+
+class Checkpoint(Section):
+    """State on disk, to resume from."""
+
+    every_updates: Count | None = None
+    """Updates between checkpoints; null: only at the end, or every_minutes."""
+    every_minutes: Positive | None = None
+    """Minutes between checkpoints, instead."""
+    keep_last: Count = 2
+    """Whole checkpoints kept."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss too."""
+
+
+class Distributed(Section):
+    """Many GPUs. How many there are says the launcher (torchrun, srun)."""
+
+    shard_ranks: Count | None = None
+    """GPUs that share a copy of the weights (HSDP), say those of a node; only gradients travel between copies. null: all."""
+
+
+class Mixture(Section):
+    """Training on several tasks at once."""
+
+    policy: Literal["sft", "msft", "continual", "sro", "soft_sro", "ies", "dynamix"] | None = None
+    """Who decides which tasks are trained when; null: one plain run over everything."""
+    rule: Literal["paper", "tested"] = "tested"
+    """msft's rule: ours, with a noise test, patience and min_progress, or the paper's literal one."""
+    compute_budget: Positive = 1.0
+    """C: epochs of the active mixture per stage."""
+    evaluations_per_epoch: Count = 4
+    """Evaluations of every task per epoch."""
+    max_stages: Count = 10
+    """Stages at most."""
+    optimizer: Literal["reset", "restore"] = "reset"
+    """Moments after a roll-back: new, or those of the moment gone back to."""
+    schedule: Literal["continue", "rewind"] = "continue"
+    """The learning rate's clock after a roll-back."""
+    data: Literal["continue", "rewind"] = "continue"
+    """The data order after a roll-back: a fresh one, or the old stage's again."""
+    exclude_on: Literal["overfit", "saturation"] = "overfit"
+    """A task leaves when its validation score falls, or when its training data is memorised (stop.token_accuracy)."""
+    rehearsal: Part = 0.0
+    """Weight that excluded tasks keep; 0: none."""
+    metric: Literal["exact_match", "nll", "token_accuracy", "answer"] = "exact_match"
+    """What decides, on the validation rows; answer generates the reply and compares its final answer (for rationales)."""
+    extractor: Text = "final"
+    """metric answer: final, boxed, hashes, last_number, whole, or an own function as package.module:function."""
+    answer_tokens: Count = 512
+    """metric answer: longest generated reply in tokens."""
+    min_delta: NotNegative = 0.0
+    """rule tested: smallest fall that counts as overfitting, in units of the metric."""
+    min_progress: NotNegative = 0.01
+    """rule tested: a task that never rose by this has not started and is not excluded."""
+    patience: Count = 2
+    """rule tested: evaluations in a row below the peak before a task counts as overfit."""
+    z: NotNegative = 2.33
+    """rule tested: the fall must exceed z standard errors of the paired difference."""
+    weights: dict[str, NotNegative] | None = None
+    """Sampling weight of each task; null: by size."""
+    temperature: Positive | None = None
+    """Sampling weights proportional to size ** (1 / temperature); null: by size."""
+
+
+class Snapshot(Section):
+    """State in memory, to go back to within a run."""
+
+    device_bytes: Bytes | None = None
+    """Device memory for snapshots (8GiB …); null: what the run leaves free."""
+    pinned_bytes: Bytes | None = None
+    """Pinned host memory for them; null: a quarter of what is free."""
+    disk_bytes: Bytes = ByteSize(0)
+    """Disk for them, when memory is not enough."""
+
+
+class Settings(Section):
+    """All sections. `loading.Config` adds how they are read and written."""
+
+    run: Run
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    batch: Batch = Batch()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    stop: Stop = Stop()
+    evaluate: Evaluate = Evaluate()
+    numbers: Numbers = Numbers()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed = Distributed()
+    mixture: Mixture = Mixture()
+    snapshot: Snapshot = Snapshot()

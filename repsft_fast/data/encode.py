@@ -1,0 +1,78 @@
+"""Pieces of text → token ids and trained flags.
+
+Where a tokenizer treats text the same at the start and in the middle (byte-level BPE: nearly every current model), every
+piece is encoded on its own. The prompt's tokens are then exactly those it has when generating, and no token straddles the
+border of trained text. Other tokenizers (SentencePiece with a dummy prefix) encode the whole text; a token that straddles
+a border belongs to what comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from repsft_fast.data.template import Piece, special_strings
+
+
+class Encoder:
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.special_ids = {tokenizer.convert_tokens_to_ids(text) for text in special_strings(tokenizer)}
+        self.concatenative = self._is_concatenative() or not getattr(tokenizer, "is_fast", False)
+        start = list(tokenizer("")["input_ids"])
+        bos = tokenizer.bos_token_id
+        self.head = [bos] if bos is not None and start[:1] == [bos] else []
+
+    def _is_concatenative(self) -> bool:
+        """Does a cut change the tokens? Tried at the two cuts a template makes: after a new line and before a word."""
+        return all(
+            self._plain([left + right])[0] == self._plain([left])[0] + self._plain([right])[0]
+            for left, right in (("user\n", "word one"), ("word", " one"))
+        )
+
+    def _plain(self, texts: Sequence[str], raw: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        keywords = {"split_special_tokens": True} if raw else {}
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **keywords,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def __call__(self, rows: Sequence[Sequence[Piece]]) -> list[tuple[list[int], list[bool]]]:
+        """(ids, trained) of every row, without a leading or trailing token that no piece asks for."""
+        whole = [] if self.concatenative else [n for n, row in enumerate(rows) if not any(piece.raw for piece in row)]
+        offsets = dict(zip(whole, self._by_offsets([rows[number] for number in whole])))
+        pieces = [(number, piece) for number, row in enumerate(rows) if number not in offsets for piece in row]
+        plain = iter(self._plain([piece.text for _, piece in pieces if not piece.raw]))
+        raw = iter(map(self._without_specials, [piece.text for _, piece in pieces if piece.raw]))
+        result: list[tuple[list[int], list[bool]]] = [offsets.get(number, ([], [])) for number in range(len(rows))]
+        for number, piece in pieces:
+            ids = next(raw if piece.raw else plain)
+            result[number][0].extend(ids)
+            result[number][1].extend([piece.trained] * len(ids))
+        return result
+
+    def _without_specials(self, text: str) -> list[int]:
+        ids = self._plain([text], raw=True)[0]
+        if not self.special_ids.isdisjoint(ids):  # a vocabulary whose ordinary entries hold the string, too
+            ids = [token for character in text for token in self._plain([character], raw=True)[0]]
+        return ids
+
+    def _by_offsets(self, rows: Sequence[Sequence[Piece]]) -> list[tuple[list[int], list[bool]]]:
+        if not rows:
+            return []
+        texts = ["".join(piece.text for piece in row) for row in rows]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        result = []
+        for row, ids, spans in zip(rows, encoded["input_ids"], encoded["offset_mapping"]):
+            flags: list[bool] = []
+            for piece in row:
+                flags += [piece.trained] * len(piece.text)
+            result.append((list(ids), [start < len(flags) and flags[start] for start, _ in spans]))
+        return result

@@ -1,0 +1,217 @@
+"""Sharded parameters (FSDP2, HSDP) and what is asked of them as a whole: their state, their gradients' norm.
+
+Sums, not means: FSDP2 averages gradients over ranks by default, but the weights of a row already hold the one
+denominator of the whole update over all ranks, so gradients are *added* (sum reduction, divide factor 1). The trainer
+scales nothing by the world size.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from repsft_fast.distributed.ranks import World, all_sum, from_main, same_everywhere, start_alone
+from repsft_fast.errors import ConfigError, ModelError, describe
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The repeated layers of a Hugging Face causal LM, in order. ModelError when they cannot be told."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    count = model.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ModelError(describe("model", f"{type(model).__name__} has no list of its {count} decoder layers"))
+
+
+def mesh_of(world: World, shard_ranks: int | None = None) -> DeviceMesh:
+    """The ranks as FSDP2 sees them: one dimension, or copies × shards (HSDP) where fewer ranks share a copy.
+
+    shard_ranks: neighbouring ranks that share one copy of the weights, normally those of a node, so that parameters travel
+    inside it and gradients alone between nodes; None = all. ConfigError when the ranks do not divide by it.
+    """
+    kind = world.device.type
+    if shard_ranks is None or shard_ranks == world.size:
+        return dist.device_mesh.init_device_mesh(kind, (world.size,))
+    if world.size % shard_ranks:
+        wrong = f"{world.size} ranks do not divide into groups of this size"
+        todo = "set it to the GPUs of a node, or to null"
+        raise ConfigError(describe("distributed.shard_ranks", wrong, got=shard_ranks, todo=todo))
+    shape = (world.size // shard_ranks, shard_ranks)
+    return dist.device_mesh.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def copies(parameters: Iterable[Tensor]) -> int:
+    """How many ranks hold the same part of a sharded parameter: 1, or the copies of HSDP."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            sizes = zip(parameter.device_mesh.shape, parameter.placements)
+            return math.prod(size for size, placement in sizes if placement.is_replicate())
+    return 1
+
+
+def shard(
+    model: Any,
+    world: World,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    mesh: DeviceMesh | None = None,
+    arriving: bool = False,
+) -> bool:
+    """Shard `model` over the ranks with FSDP2, layer by layer, in place; `model.loss` becomes its forward.
+
+    mesh: of `mesh_of`; None = one copy of the weights over all ranks.
+    compute_dtype: None = `model.compute_dtype` where set, else the type the weights are held in. Where it differs
+        from that, weights are cast on gather and gradients are reduced and kept in fp32; this is how one GPU computes
+        in bf16 too (a group of one rank is made for it).
+    arriving: the weights are rank 0's, on its CPU, and the other ranks' models are on meta: they are sent group by group (a
+        layer, then the rest), so that a device never holds more than its shards and one group, and the host of one rank the
+        whole. ConfigError where the ranks' models differ.
+    reshard_after_forward: False keeps gathered layers for the backward pass: more memory, half the gathers.
+    Returns whether the model was sharded; one rank with equal types is left as it is.
+    """
+    held = {p.dtype for p in model.parameters() if p.requires_grad}
+    computed = compute_dtype or getattr(model, "compute_dtype", None) or next(iter(held))
+    if world.size == 1:
+        if held == {computed}:
+            return False
+        if not dist.is_initialized():
+            start_alone(world)
+    mesh = mesh or mesh_of(world)
+    reduced = torch.promote_types(torch.float32, computed)
+    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
+    if arriving:
+        same_everywhere("model", " ".join(f"{name} {tuple(t.shape)} {t.dtype}" for _, name, t in _tensors(model)))
+    for layer in decoder_layers(model):
+        if arriving:
+            _arrive(layer, world)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    if arriving:
+        _arrive(model, world)
+        torch.set_rng_state(from_main(torch.get_rng_state()))  # random weights were drawn where they were made
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; NCCL is as fast
+    register_fsdp_forward_method(model, "loss")
+    _forget_gathered_after_evaluation(model)
+    return True
+
+
+def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """(holder, name in it, tensor) of all parameters, buffers and plain tensors (a rotary embedding keeps one) that are not
+    sharded yet, in the same order on every rank."""
+    found = []
+    for part in module.modules():
+        for holder in (part._parameters, part._buffers, vars(part)):
+            for name, tensor in sorted(holder.items()):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                    found.append((holder, name, tensor))
+    return found
+
+
+def _arrive(module: nn.Module, world: World) -> None:
+    """Rank 0's tensors of a module on every rank's device; what is one tensor stays one (tied weights)."""
+    made: dict[int, Tensor] = {}
+    for holder, name, tensor in _tensors(module):
+        if id(tensor) not in made:
+            value = tensor.detach().to(world.device) if world.is_main else torch.empty_like(tensor, device=world.device)
+            value = value.contiguous()
+            if value.numel():
+                dist.broadcast(value.view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every type
+            made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        holder[name] = made[id(tensor)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered copies of parameters, so that `model.parameters()` are the sharded ones again.
+
+    Needed only when a forward pass with gradients has had no backward (it raised) before parameters are written in place
+    (a revert, a checkpoint): the gathered copies would be used once more. Does nothing to a model that is not sharded.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sum_between_copies(model: nn.Module, now: bool) -> None:
+    """HSDP: whether the next backward pass sums gradients between the copies (an update's last row) or only inside each, where
+    they wait for that row. Nothing where there is one copy.
+
+    An update that is given up must be told by `give_up`; a torch without `reset_iter_state` (2.13 has it) cannot forget
+    what waits, and sums every row.
+    """
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state") and copies(model.parameters()) > 1:
+        model.set_requires_all_reduce(now)
+
+
+def give_up(model: nn.Module) -> None:
+    """Forget an update that raised on the way: gathered parameters, and gradients that wait for its last row."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+    reshard(model)
+
+
+def _forget_gathered_after_evaluation(model: Any) -> None:
+    """The root keeps its gathered parameters after a forward pass until the backward pass; under no_grad there is none,
+    so an update or a revert between two evaluations would go unseen by the embedding and the head."""
+    train_loss = model.loss
+
+    @functools.wraps(train_loss)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        output = train_loss(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            model.reshard()
+        return output
+
+    model.loss = loss
+    model.register_forward_hook(lambda module, *_: None if torch.is_grad_enabled() else module.reshard())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (its live storage), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor; every rank must call it. A plain tensor is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """`model.state_dict()` whole and on the CPU, on rank 0; empty elsewhere. Every rank must call it.
+
+    Gathered tensor by tensor, so a GPU needs room for one more. Tied weights stay one storage.
+    """
+    state: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = full_tensor(tensor.detach())
+            gathered[id(tensor)] = whole.to("cpu") if world.is_main else whole.new_empty(0)
+        if world.is_main:
+            state[name] = gathered[id(tensor)]
+    return state
+
+
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:  # [] fp64, on the device
+    """Joint L2 norm of all gradients over all ranks; every rank must call it. No host sync.
+
+    Every parameter must be sharded or the run has one rank. A gradient that is not finite makes a norm that is not.
+    """
+    parameters = list(parameters)
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    else:
+        squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
+    return (all_sum(squares) / copies(parameters)).sqrt()

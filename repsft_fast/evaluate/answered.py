@@ -1,0 +1,118 @@
+"""Evaluation by generation: is the final answer of the model's own reply the reference's?
+
+For replies with a rationale, where many texts are right and exact match of tokens says little. Greedy, batched.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from repsft_fast.data.store import TokenStore
+from repsft_fast.errors import ConfigError, DataError, describe, did_you_mean
+from repsft_fast.evaluate.answers import EXTRACTORS, Extractor, same_answer
+from repsft_fast.evaluate.generate import generate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one round of generation found."""
+
+    right: np.ndarray  # [n] float64, 1.0 where the extracted answer is the reference's
+    finished: np.ndarray  # [n] bool: ended by itself, not by the length limit
+    tokens: int  # read and generated
+    generated: int
+    sum_squared_lengths: int
+
+
+class Answered:
+    """A fixed set of samples, asked as often as wanted. Every rank asks all of them and finds the same."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        samples: Sequence[int],
+        tokenizer: Any,
+        *,
+        extractor: str = "final",
+        max_new_tokens: int = 512,
+        batch_size: int = 16,
+    ):
+        """extractor: a name of answers.EXTRACTORS, or package.module:function (text → answer or None).
+
+        Raises ConfigError for an unknown extractor, DataError naming a sample whose reference holds no answer.
+        """
+        self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._extract = find_extractor(extractor)
+        self._limit, self._batch, self._pad = max_new_tokens, batch_size, tokenizer.pad_token_id or 0
+        pairs = [store.last_reply(int(i)) for i in samples]
+        self.prompts = [prompt for prompt, _ in pairs]
+        self.references: list[str] = []
+        for i, (_, reply) in zip(samples, pairs, strict=True):
+            answer = self._extract(self._decode(reply))
+            if answer is None:
+                raise DataError(
+                    describe(
+                        store.sources[int(i)] or f"sample {int(i)}",
+                        "its reference holds no answer for mixture.extractor",
+                        expected=extractor,
+                        got=self._decode(reply)[-80:],
+                        todo="choose another extractor, or mixture.metric: exact_match",
+                    )
+                )
+            self.references.append(answer)
+        last = collections.Counter(reply[-1] for _, reply in pairs)
+        # A reply cut for its length ends anywhere: an end token is one that many replies share.
+        self.end_ids = sorted(
+            {token for token, n in last.items() if 2 * n > len(pairs)}
+            | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+        )
+
+    def __call__(self, model: nn.Module) -> Answers:
+        """Generate every reply and judge it. Costs one forward pass per generated token."""
+        replies = generate(
+            model, self.prompts, end_ids=self.end_ids, max_new_tokens=self._limit, batch_size=self._batch, pad_id=self._pad
+        )
+        right = [
+            float(same_answer(self._extract(self._decode(reply.ids)), reference))
+            for reply, reference in zip(replies, self.references, strict=True)
+        ]
+        lengths = np.array([len(p) + len(r.ids) for p, r in zip(self.prompts, replies, strict=True)], dtype=np.int64)
+        return Answers(
+            np.array(right),
+            np.array([reply.finished for reply in replies]),
+            int(lengths.sum()),
+            sum(len(reply.ids) for reply in replies),
+            int((lengths * lengths).sum()),
+        )
+
+
+def find_extractor(name: str) -> Extractor:
+    """By name, or a function of the user's own as package.module:function. ConfigError when there is none."""
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
+    module, colon, function = name.partition(":")
+    if colon:
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(describe("mixture.extractor", f"cannot be imported ({error})", got=name)) from error
+        if not callable(found):
+            raise ConfigError(describe("mixture.extractor", "is not a function", got=name))
+        return found
+    near = did_you_mean(name, EXTRACTORS)
+    raise ConfigError(
+        describe(
+            "mixture.extractor",
+            "is not known",
+            expected=f"{', '.join(sorted(EXTRACTORS))} or package.module:function",
+            got=name,
+            todo=f"did you mean {near}?" if near else None,
+        )
+    )

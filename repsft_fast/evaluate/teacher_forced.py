@@ -1,0 +1,102 @@
+"""Evaluation by one forward pass: loss, token accuracy and exact match of every sample, from packed rows.
+
+For a direct answer, greedy exact match *is* "every teacher-forced arg-max of the response is right, its end token
+included": if all are right, greedy decoding walks the very same tokens. The converse needs one word of care: another
+tokenisation of the same string counts as wrong here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from repsft_fast.data.packing import pack, padded_length
+from repsft_fast.data.plan import PlannedRow
+from repsft_fast.data.store import TokenStore
+from repsft_fast.distributed import World, all_sum
+from repsft_fast.stats import TokenStats
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Exact statistics of every evaluated sample, on the host, the same on every rank."""
+
+    samples: np.ndarray  # [n] int64 ids in the store
+    tasks: np.ndarray  # [n] int32
+    stats: TokenStats  # [n, K], line i belongs to samples[i]
+    tokens: int  # real tokens passed through the model
+    trained: int  # positions that reached the head
+    sum_squared_lengths: int
+
+    def by_task(self, num_tasks: int) -> TokenStats:
+        """[tasks, K] sums."""
+        table = torch.zeros(num_tasks, self.stats.table.shape[1], dtype=torch.int64)
+        table.index_add_(0, torch.from_numpy(self.tasks.astype(np.int64)), self.stats.table)
+        return TokenStats(table)
+
+    def items(self, metric: str) -> np.ndarray:
+        """[n] float64 score of every sample, higher is better: exact_match 0/1, token_accuracy, or nll as its negative mean.
+
+        NaN where a sample's numbers were not finite.
+        """
+        if metric == "exact_match":
+            value = self.stats.all_correct.double()
+        elif metric == "token_accuracy":
+            value = self.stats.correct.double() / self.stats.total.double()
+        elif metric == "nll":
+            value = -self.stats.mean("loss")
+        else:
+            raise ValueError(f"metric: expected exact_match, token_accuracy or nll, got {metric!r}")
+        return value.masked_fill(self.stats.nonfinite > 0, float("nan")).numpy()
+
+
+class TeacherForced:
+    """A fixed set of samples, packed once, evaluated as often as wanted.
+
+    Every rank computes its share of the rows; the int64 statistics are summed, so all ranks hold the same numbers.
+    """
+
+    def __init__(self, store: TokenStore, samples: Sequence[int], *, row_tokens: int, bucket_tokens: int, world: World):
+        self.store = store
+        self.world = world
+        self.samples = np.asarray(samples, dtype=np.int64)
+        lengths = store.index.lengths[self.samples]
+        bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size)[world.rank]
+        self._lines = bins  # per row: indices into self.samples
+        self._rows = [_planned(self.samples[line], lengths[line], row_tokens, bucket_tokens) for line in bins]
+        self._sum_squared = int((lengths.astype(np.int64) ** 2).sum())
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> SampleScores:
+        """Run the model (in eval mode, restored afterwards) over all rows. Waits for the device once, at the end."""
+        device = self.store.device
+        table = TokenStats.zeros(len(self.samples), device).table
+        was_training = model.training
+        model.eval()
+        try:
+            for planned, line in zip(self._rows, self._lines, strict=True):
+                row = self.store.row(planned, denominator=1.0, average="token")
+                _, stats = model.loss(row)  # type: ignore[operator]
+                if row.num_segments:
+                    ids = torch.as_tensor(line, dtype=torch.int64, device=device)
+                    table.index_add_(0, ids, stats.by(row.row_segments, row.num_segments).table)
+        finally:
+            model.train(was_training)
+        index = self.store.index
+        return SampleScores(
+            samples=self.samples,
+            tasks=index.tasks[self.samples],
+            stats=TokenStats(all_sum(table.cpu())),
+            tokens=int(index.lengths[self.samples].sum()),
+            trained=int(index.trained[self.samples].sum()),
+            sum_squared_lengths=self._sum_squared,
+        )
+
+
+def _planned(samples: np.ndarray, lengths: np.ndarray, row_tokens: int, bucket_tokens: int) -> PlannedRow:
+    real = int(lengths.sum())
+    return PlannedRow(samples=samples, real_tokens=real, padded_tokens=padded_length(real, row_tokens, bucket_tokens))

@@ -1,0 +1,1 @@
+"""The fused head and its exact counts inside other people's trainers."""

@@ -1,0 +1,83 @@
+"""What is done to the decoder layers of a loaded model: fused kernels, activation checkpointing, compilation.
+
+activation_checkpointing: `full` recomputes every decoder layer in the backward pass (memory: one hidden state per
+layer), `selective` every second one, starting with the first. compile: each decoder layer on its own, static shapes;
+rows padded to buckets keep the shapes few.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from repsft_fast.distributed import decoder_layers
+from repsft_fast.errors import ModelError, describe
+
+MOST_GRAPHS = 1024
+CHECKPOINT_EVERY = {"full": 1, "selective": 2}
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+    """Recompute layers in backward. ModelError for an unknown mode or a model whose layers do not offer it."""
+    if mode == "none":
+        return
+    if mode not in CHECKPOINT_EVERY:
+        expected = "none, selective or full"
+        raise ModelError(describe("model.activation_checkpointing", "is not known", expected=expected, got=mode))
+    # The random state is kept for the second forward only where one draws from it.
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model))
+    layers: list[Any] = decoder_layers(model)
+    for layer in layers[:: CHECKPOINT_EVERY[mode]]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            wrong = f"{type(layer).__name__} cannot be checkpointed"
+            raise ModelError(describe("model.activation_checkpointing", wrong, todo="set it to none"))
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = recompute
+
+
+def compile_layers(model: PreTrainedModel, enabled: bool) -> None:
+    """Compile each decoder layer in place: names of parameters stay as they were."""
+    if enabled:
+        # Every length of a row is a graph of its own, with gradients and without; past its limit (8) torch would quietly
+        # run the layers uncompiled.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=False)
+
+
+def apply_layer_kernels(model: PreTrainedModel, which: str, device: torch.device) -> None:
+    """Liger's norms, rotary embedding and gated MLP for the architectures it knows; never its loss. device: of the training.
+
+    `auto`: on CUDA, when liger-kernel is installed and knows the model. Liger replaces functions of transformers'
+    modules for the whole process, so a CPU copy of the same architecture in this process would use them too.
+    """
+    if which not in ("auto", "liger", "none"):
+        raise ModelError(describe("model.layer_kernels", "is not known", expected="auto, liger or none", got=which))
+    on_cuda = device.type == "cuda"
+    if which == "none" or (which == "auto" and not on_cuda):
+        return
+    if not on_cuda:
+        raise ModelError(describe("model.layer_kernels", "liger needs a CUDA device", todo="set it to auto"))
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        if which == "auto":
+            return
+        raise ModelError(describe("model.layer_kernels", "liger-kernel cannot be imported", got=str(error))) from error
+    kind = model.config.model_type
+    if kind in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    elif which == "liger":
+        raise ModelError(describe("model.layer_kernels", "liger has no kernels for this architecture", got=kind))
+
+
+def _draws(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
+        getattr(getattr(model, "config", None), "attention_dropout", 0.0)
+    )

@@ -1,0 +1,244 @@
+"""Load any Hugging Face causal LM by path or configuration and give it `loss(row)`.
+
+Precision: parameters are held in `param_dtype` (fp32) and computed with in `compute_dtype`. Where the two differ,
+`distributed.shard` casts through FSDP2's mixed precision, on one GPU too. Frozen weights (LoRA) are held in
+`compute_dtype`: they never take a step too small for it. On CPU both are fp32 unless asked otherwise.
+
+Not done here, and refused or said: a mixture-of-experts' auxiliary loss is not added (asking for it by
+`output_router_logits` is refused); length-dependent RoPE sees the longest position of its row, so it is one of the
+named exceptions of law 2.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from repsft_fast.errors import ModelError, describe, did_you_mean
+from repsft_fast.models.checks import check_head
+from repsft_fast.models.gguf import correct, declared
+from repsft_fast.models.layers import apply_layer_kernels, checkpoint_activations, compile_layers
+from repsft_fast.models.lora import LoraSettings, add_lora
+from repsft_fast.models.loss import Head, LossSettings, attach_loss, supported_dtype
+from repsft_fast.ops.attention import check_backend, register
+
+PACKAGE_PREFIX = "package:"
+_CONFIG_KEYS_NOT_PASSED = {"model_type", "architectures", "transformers_version"}
+_NAMED_IN_A_FOLDER = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_UNREADABLE = (SafetensorError, OSError, ValueError, ImportError, KeyError)  # what transformers raises for a path it cannot use
+
+
+def load_model(
+    path_or_config: str | Path | PreTrainedConfig | Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    param_dtype: str | torch.dtype = torch.float32,
+    compute_dtype: str | torch.dtype | None = None,
+    attention: str = "auto",
+    lora: LoraSettings | Mapping[str, Any] | Any | None = None,
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    skip_below: float = 0.0,
+    layer_kernels: str = "auto",
+    random_weights: bool = False,
+    chunk_bytes: int | None = None,
+    weights_on: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A causal LM in training mode on `device`, with `model.loss(row)`.
+
+    path_or_config: folder or hub id; a `.gguf` file; `package:NAME/FILE` for a file inside an installed package; a
+        configuration (object or mapping with `model_type`) for random weights, drawn from torch's default generator.
+    compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere. Takes effect in `distributed.shard` where it
+        differs from param_dtype.
+    attention, activation_checkpointing, layer_kernels: see `ops.attention`, `models.layers`.
+    random_weights: use the path's architecture only.
+    chunk_bytes: of logits the head holds at once; None = by device.
+    weights_on: cpu, or meta where none are read: `distributed.shard(…, arriving=True)` brings the weights to `device`, group by
+        group, and `check_head` comes after that. None = the whole model on `device`.
+    device meta: the architecture without memory, to be sized and never trained; no weights are read.
+    Raises ModelError when the model cannot be loaded or would not train on what was asked.
+    """
+    device = torch.device(device)
+    place = device if weights_on is None else torch.device(weights_on)
+    held = supported_dtype(param_dtype, "model.param_dtype")
+    if compute_dtype is None:
+        computed = torch.bfloat16 if device.type == "cuda" else held
+    else:
+        computed = supported_dtype(compute_dtype, "model.compute_dtype")
+    options = {"dtype": computed if lora is not None else held, "attn_implementation": register()}
+    check_backend(attention)
+    model: Any
+    if place.type == "meta":
+        config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        with place:
+            model = _from_config(config, trust_remote_code, options)
+        model.tie_weights()  # transformers 5.0 does not, on meta
+        if place != device and isinstance(path_or_config, str | Path) and not random_weights:
+            _generate_as_saved(model, locate(str(path_or_config), gguf_file)[0])
+    elif isinstance(path_or_config, str | Path):
+        model = _from_path(str(path_or_config), gguf_file, trust_remote_code, random_weights, options)
+    else:
+        model = _from_config(config_of(path_or_config), trust_remote_code, options)
+    _refuse_what_loss_leaves_out(model)
+    head = Head.of(model)
+    model.to(place)
+    apply_layer_kernels(model, layer_kernels, device)
+    if place == device and device.type != "meta":
+        check_head(model, head)
+    attach_loss(model, LossSettings(head, attention, skip_below, chunk_bytes))
+    if lora is not None:
+        add_lora(model, LoraSettings.of(lora))
+    checkpoint_activations(model, activation_checkpointing)
+    compile_layers(model, compile)
+    model.compute_dtype = computed
+    return model.train()
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    setting: str = "tokenizer.path",
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with its chat template. Paths as in `load_model`; setting: what errors call the path.
+
+    Out of a GGUF file it has the special tokens that the file declares; ModelError where transformers misreads its vocabulary.
+    """
+    folder, gguf = _located(str(path), gguf_file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+    except _UNREADABLE as error:
+        what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
+        raise _unreadable(error, path, setting, what) from error
+    if gguf and (file := Path(folder, gguf["gguf_file"])).is_file():
+        correct(tokenizer, declared(file), str(path))
+    return tokenizer
+
+
+def locate(path: str, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file in it or None) for a path as people write it. ModelError for a missing package."""
+    if path.startswith(PACKAGE_PREFIX):
+        package, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(describe("model.path", f"package {package} is not installed", todo=f"pip install {package}"))
+        path = str(Path(spec.submodule_search_locations[0], inside))
+    if path.endswith(".gguf") and gguf_file is None:
+        file = Path(path)
+        return str(file.parent), file.name
+    return path, gguf_file
+
+
+def config_of(
+    path_or_config: str | Path | PreTrainedConfig | Mapping[str, Any],
+    *,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:
+    """The architecture alone, without weights; arguments and errors as in `load_model`."""
+    if isinstance(path_or_config, PreTrainedConfig):
+        return path_or_config
+    if isinstance(path_or_config, Mapping):
+        kind = path_or_config.get("model_type")
+        if not isinstance(kind, str):
+            raise ModelError(describe("model.config", "has no model_type", expected="for example llama", got=kind))
+        settings = {name: value for name, value in path_or_config.items() if name not in _CONFIG_KEYS_NOT_PASSED}
+        try:
+            known = AutoConfig.for_model(kind).to_dict()
+            made = AutoConfig.for_model(kind, **settings)
+        except (ValueError, TypeError) as error:
+            raise ModelError(describe("model.config", _first_line(error), got=kind)) from error
+        # transformers keeps keys it does not know, and architectures have some that no default shows: only slips are refused.
+        slips = [
+            f"model.config.{name} is not a key of {kind}; did you mean {near}?"
+            for name in settings
+            if name not in known and (near := did_you_mean(name, known, cutoff=0.85))
+        ]
+        if slips:
+            raise ModelError("; ".join(slips))
+        return made
+    folder, gguf = _located(str(path_or_config), gguf_file)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+    except _UNREADABLE as error:
+        raise _unreadable(error, path_or_config) from error
+
+
+def _located(path: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
+    """`locate`, with the GGUF file as the keyword transformers takes; ModelError when that file is not there."""
+    folder, gguf_file = locate(path, gguf_file)
+    if gguf_file and Path(folder).is_dir() and not Path(folder, gguf_file).is_file():
+        raise ModelError(describe("model.gguf_file", "does not exist", got=str(Path(folder, gguf_file))))
+    return folder, {"gguf_file": gguf_file} if gguf_file else {}
+
+
+def _unreadable(
+    error: Exception, path: str | Path, setting: str = "model.path", what: str = "a causal language model"
+) -> ModelError:
+    # transformers says of a folder that is not there that its name is no hub id
+    absent = not Path(path).exists() and str(path).count("/") != 1
+    wrong = "no such folder" if absent else _first_line(error)
+    if Path(path).is_dir() and not any(Path(path, name).exists() for name in _NAMED_IN_A_FOLDER):
+        wrong = "the folder holds neither a model nor a tokenizer"
+    return ModelError(describe(setting, wrong, got=str(path), todo=f"give a folder or hub id of {what}"))
+
+
+def _from_path(
+    path: str, gguf_file: str | None, trust_remote_code: bool, random_weights: bool, options: dict[str, Any]
+) -> PreTrainedModel:
+    if random_weights:
+        config = config_of(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        return _from_config(config, trust_remote_code, options)
+    folder, gguf = _located(path, gguf_file)
+    try:
+        # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
+        options = {**options, **(gguf or {"use_safetensors": True})}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except _UNREADABLE as error:
+        raise _unreadable(error, path) from error
+    if gguf:
+        _forget_quantisation(model)
+    return model
+
+
+def _from_config(config: PreTrainedConfig, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, TypeError) as error:
+        raise ModelError(describe("model.config", _first_line(error), got=type(config).__name__)) from error
+
+
+def _generate_as_saved(model: Any, folder: str) -> None:
+    """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one that read."""
+    with contextlib.suppress(OSError):  # a model saved without
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """A GGUF model is held de-quantised but still called quantised, and `save_pretrained` refuses those."""
+    model.hf_quantizer = None
+    model.__dict__.pop("is_quantized", None)
+    model.__dict__.pop("quantization_method", None)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+
+
+def _refuse_what_loss_leaves_out(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise ModelError(describe("model", f"{type(model).__name__} has an encoder", expected="a decoder-only causal LM"))
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        wrong = "output_router_logits asks for the experts' auxiliary loss, which is not added"
+        raise ModelError(describe("model.config", wrong, todo="set output_router_logits to false"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

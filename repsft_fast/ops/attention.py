@@ -1,0 +1,265 @@
+"""Causal attention inside the segments of a packed row: no query sees a key of another document.
+
+With segment borders c_0 = 0 < c_1 < … < c_S = T, position i of segment s attends to the keys j with
+c_s ≤ j ≤ i and, in a sliding-window layer of width W, i − j < W.
+
+One attention function, "repsft", is registered with transformers. It reads the keyword `packed`, which the model's
+forward passes through to every layer. Without `packed` (generation, plain Hugging Face use) it *is* transformers' own
+sdpa, mask and cache included, so the model that trains is the model that generates.
+
+Four ways to compute the same thing, chosen by device and type or by setting:
+
+    varlen     torch.nn.attention.varlen (FlashAttention inside torch): CUDA, half precision, head dims ≤ 256
+    flash2/3/4 the flash-attn packages, when importable and asked for
+    segments   one causal SDPA per segment: any device, the CPU's best (its flash kernel, no mask, no wasted block)
+    mask       one SDPA under a document mask [T, T]: any device, quadratic in the row
+
+"sdpa" stands for segments on CPU and CUDA and for mask elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from repsft_fast.errors import ModelError, describe
+from repsft_fast.row import Row
+
+NAME = "repsft"
+BACKENDS = ("auto", "varlen", "flash2", "flash3", "flash4", "sdpa", "segments", "mask")
+_FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+_HALF = (torch.float16, torch.bfloat16)
+_MAX_FLASH_HEAD_DIM = 256
+_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch ≥ 2.12; before, heads are expanded
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the segments of a row lie, on the device for kernels and on the host for loops over segments."""
+
+    cu_seqlens: Tensor  # [S'+1] int32, segment borders, the tail repeats T
+    segment_lengths: tuple[int, ...]  # host; sums to T
+    max_seqlen: int  # host; bound on the longest segment
+    backend: str = "auto"  # one of BACKENDS
+
+    @staticmethod
+    def of(row: Row, backend: str = "auto") -> Packed:
+        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer weighs the keys it may see."""
+
+    scale: float
+    window: int | None = None  # keys seen, the query's own included; None = all before it
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+def register() -> str:
+    """Make "repsft" known to transformers, as an attention and as a mask builder. Repeatable. Returns the name.
+
+    The mask builder is sdpa's: it serves generation and plain forward calls. Training passes an empty 4-D mask
+    (`no_mask`), which transformers hands on untouched, so no mask is built and nothing is read back from the device.
+    """
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """[1, 1, 0, 0] bool: "the mask is ready", which keeps transformers from building one (and from `.item()`)."""
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def check_backend(backend: str) -> str:
+    """`backend` if it can be used here, else ModelError saying what is missing."""
+    if backend not in BACKENDS:
+        raise ModelError(describe("model.attention", "is not known", expected=f"one of {', '.join(BACKENDS)}", got=backend))
+    module = _FLASH_MODULES.get(backend)
+    if module is not None and not _importable(module):
+        wrong = f"{backend} needs the module {module}, which cannot be imported"
+        raise ModelError(describe("model.attention", wrong, todo="install it or choose varlen"))
+    return backend
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, A, T, D]
+    key: Tensor,  # [B, A_kv, T_kv, D]
+    value: Tensor,  # [B, A_kv, T_kv, D_v]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed: Packed | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # [B, T, A, D_v]; transformers expects (output, attention weights or None)
+    """The function transformers calls in every layer. With `packed`, B is 1 and `attention_mask` is not read.
+
+    Raises ModelError for what would be computed wrongly: attention sinks, position biases, bidirectional layers.
+    """
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModelError(describe("attention", f"{type(module).__name__} passes {name}, which packed rows do not support"))
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ModelError(describe("attention", f"{type(module).__name__} is not causal", todo="train a causal language model"))
+    rule = Rule(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap, dropout)
+    backend = packed.backend
+    if backend in ("auto", "sdpa"):
+        backend = choose(query, value, rule, only_sdpa=backend == "sdpa")
+    return _RUN[backend](query, key, value, packed, rule), None
+
+
+def choose(query: Tensor, value: Tensor, rule: Rule, *, only_sdpa: bool = False) -> str:
+    """The backend "auto" or "sdpa" stands for: varlen where torch's flash kernels can take the call, else SDPA."""
+    if query.device.type not in ("cpu", "cuda"):
+        return "mask"
+    fits = query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= _MAX_FLASH_HEAD_DIM
+    if query.is_cuda and fits and not rule.dropout and rule.softcap is None and not only_sdpa:
+        return "varlen"
+    return "segments"
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+    """One call per segment. `split` rather than slices: its backward writes each gradient once, not S times T zeros.
+
+    Calls of equal length are not batched: the copies into one batch cost more than the calls they save.
+    """
+    lengths = list(packed.segment_lengths)
+    parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+    return torch.cat([_one_segment(a, b, c, rule).transpose(1, 2) for a, b, c in parts], dim=1)
+
+
+def _one_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:  # [1, A, n, D_v]
+    length = q.shape[2]
+    if rule.softcap is None and (rule.window is None or length <= rule.window):
+        return _sdpa(q, k, v, None, rule)
+    return _masked(q, k, v, _band(length, rule.window, q.device), rule)
+
+
+def _document_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+    length = q.shape[2]
+    positions = torch.arange(length, device=q.device)
+    document = torch.searchsorted(packed.cu_seqlens.to(torch.int64), positions, right=True)  # [T], equal within a segment
+    mask = _band(length, rule.window, q.device) & (document[:, None] == document[None, :])
+    return _masked(q, k, v, mask, rule).transpose(1, 2).contiguous()
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    return _sdpa(q, k, v, mask, rule) if rule.softcap is None else _capped(q, k, v, mask, rule, rule.softcap)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """Causal when there is no mask."""
+    options: dict[str, Any] = {"scale": rule.scale, "dropout_p": rule.dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:  # [T, T] bool
+    """Key j is seen by query i: j ≤ i, and i − j < window where there is one."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, cap: float) -> Tensor:
+    """Scores squashed to cap · tanh(score / cap) (Gemma 2), which no SDPA kernel computes."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * (rule.scale / cap)) * cap
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return F.dropout(probabilities.to(q.dtype), rule.dropout) @ v
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+    _refuse("varlen", dropout=rule.dropout, softcap=rule.softcap)
+    options: dict[str, Any] = {"scale": rule.scale, "window_size": _left_right(rule.window)}
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and _VARLEN_TAKES_GQA:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    borders, longest = packed.cu_seqlens, packed.max_seqlen
+    output = varlen_attn(_flat(q), _flat(k), _flat(v), borders, borders, longest, longest, **options)
+    assert isinstance(output, Tensor)  # a tuple only when auxiliary outputs are asked for
+    return output.unsqueeze(0)
+
+
+def _flash(name: str) -> Callable[..., Tensor]:
+    """The varlen function of one flash-attn generation; their signatures differ, so only what they take is passed."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+        attend, parameters = _flash_function(name)
+        borders, longest = packed.cu_seqlens, packed.max_seqlen
+        places = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        options: dict[str, Any] = {n: x for n, x in places.items() if n in parameters}
+        if rule.window is not None:
+            options["window_size"] = _left_right(rule.window)
+        for keyword, wanted in (("softcap", rule.softcap), ("dropout_p", rule.dropout)):
+            if wanted and keyword not in parameters:
+                _refuse(name, **{keyword: wanted})
+            if wanted:
+                options[keyword] = wanted
+        output = attend(_flat(q), _flat(k), _flat(v), softmax_scale=rule.scale, causal=True, **options)
+        return (output[0] if isinstance(output, tuple) else output).unsqueeze(0)
+
+    return run
+
+
+@cache
+def _flash_function(name: str) -> tuple[Callable[..., Any], frozenset[str]]:
+    attend = importlib.import_module(_FLASH_MODULES[name]).flash_attn_varlen_func
+    return attend, frozenset(inspect.signature(attend).parameters)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[1, A, T, D] → [T, A, D], the layout of the varlen kernels."""
+    return x.transpose(1, 2).squeeze(0).contiguous()
+
+
+def _left_right(window: int | None) -> tuple[int, int]:
+    """The flash kernels count the keys *left of* the query; a window of W keys includes the query itself."""
+    return (-1, 0) if window is None else (window - 1, 0)
+
+
+def _refuse(backend: str, **unsupported: float | None) -> None:
+    for name, value in unsupported.items():
+        if value:
+            wrong = f"{backend} does not compute attention with {name} {value}"
+            raise ModelError(describe("model.attention", wrong, todo="choose sdpa"))
+
+
+@cache
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a missing parent package
+        return False
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "segments": torch.compiler.disable(_segments),  # lengths differ in every row: traced, each row would recompile
+    "mask": _document_mask,
+    "varlen": _varlen,
+    **{name: _flash(name) for name in _FLASH_MODULES},
+}

@@ -1,0 +1,296 @@
+"""The policies mSFT is compared with, behind the same interface. All of them get the same number of epochs C.
+
+sft        one stage over everything, best pooled moment
+continual  tasks one after another, each taken to its own (first) peak
+sro        single roll-out: one full run finds every peak, a second one from the base drops each task at its peak
+soft_sro   the same first run, then static sampling rates proportional to the peaks' epochs
+ies        instance-dependent early stopping (ICLR 2025): samples whose loss moves in a straight line skip the backward pass
+dynamix    DynamixSFT (arXiv 2508.12116): a bandit over tasks, rewarded by a one-update look-ahead
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from repsft_fast.errors import describe
+from repsft_fast.policies.decisions import Continue, Decision, NewStage, Probe, Reset, Reweight, RollBack, SkipSamples, Stop
+from repsft_fast.policies.history import Epoch, History, Probed
+from repsft_fast.policies.msft import AT_END, first_peak
+from repsft_fast.policies.statistics import softmax
+
+GO_ON = Reset("restore", "continue", "continue")
+FROM_BASE = Reset("reset", "rewind", "continue")
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    compute_budget: float = 1.0  # C: epochs of a whole run (continual: of each task)
+    evaluations_per_epoch: int = 4
+    order: tuple[str, ...] = ()  # continual: tasks first to last; empty: by name
+    delta: float = 0.001  # ies: mastered below this mean second difference (nats). Our choice: PAPERS gives none
+    first_epoch: int = 6  # ies: nothing is mastered before this many epochs
+    every_updates: int = 50  # dynamix: T
+    beta: float = 1.0  # dynamix: sharpness. Our choice
+    memory: float = 0.95  # dynamix: Q ← memory·Q + (1 − memory)·r
+    explore: float = 0.3  # dynamix: share of the uniform distribution over tasks
+    weights: dict[str, float] = field(default_factory=dict)  # sampling rate of a task, where it is not 1
+
+    def problems(self) -> list[str]:
+        """What cannot be used, in the settings' names; empty when all is well."""
+        found = []
+        bounds: list[tuple[str, float, float, float]] = [
+            ("evaluations_per_epoch", self.evaluations_per_epoch, 1, math.inf),
+            ("delta", self.delta, 0.0, math.inf),
+            ("first_epoch", self.first_epoch, 5, math.inf),
+            ("every_updates", self.every_updates, 1, math.inf),
+            ("beta", self.beta, 0.0, math.inf),
+            ("memory", self.memory, 0.0, 1.0),
+            ("explore", self.explore, 0.0, 1.0),
+        ]
+        for name, value, low, high in bounds:
+            if not low <= value <= high or not math.isfinite(value):
+                expected = f"at least {low:g}" + (f", at most {high:g}" if high < math.inf else "")
+                found.append(describe(f"mixture.{name}", "cannot be used", expected=expected, got=value))
+        if self.evaluations_per_epoch >= 1 and not self.compute_budget * self.evaluations_per_epoch >= 1 - AT_END:
+            found.append(
+                describe("mixture.compute_budget", "is shorter than one evaluation interval",
+                         expected=f"at least {1 / self.evaluations_per_epoch:g} epochs", got=self.compute_budget)
+            )  # fmt: skip
+        if len(set(self.order)) < len(self.order):
+            found.append(describe("mixture.order", "names a task twice", got=self.order))
+        return found
+
+
+class Sft:
+    """One stage over everything; the base of the others."""
+
+    needs_losses = False
+
+    def __init__(self, settings: BaselineSettings = BaselineSettings()):
+        self.settings = settings
+        self.evaluations_per_epoch = settings.evaluations_per_epoch
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        if not history.stages:
+            return self._stage(history, None, tuple(sorted(active)), Reset())
+        if self._stage_ended(history):
+            budget = self.settings.compute_budget
+            return Stop(f"{budget:g} epoch{' is' if budget == 1 else 's are'} done")
+        return Continue()
+
+    def next_call(self, history: History) -> int | None:
+        """Nothing is decided between evaluations and epochs' ends."""
+        return None
+
+    def kept(self, history: History, active: frozenset[str]) -> set[str]:
+        """The best moment so far."""
+        best = self.result(history)
+        return {best} if best else set()
+
+    def most_kept(self, tasks: int) -> int:
+        """One at a time."""
+        return 1
+
+    def result(self, history: History) -> str | None:
+        """The moment with the best pooled score."""
+        best = history.best()
+        return best.moment_id if best else None
+
+    def _stage_ended(self, history: History) -> bool:
+        now = history.at_evaluation()
+        return now is not None and now.epochs >= self.settings.compute_budget - AT_END
+
+    def _stage(self, history: History, start: str | None, active: tuple[str, ...], reset: Reset) -> NewStage:
+        rates = {task: self.settings.weights.get(task, 1.0) for task in active}
+        return NewStage(start, active, None if all(rate == 1.0 for rate in rates.values()) else rates, reset)
+
+
+class Continual(Sft):
+    """Task after task, C epochs each, going on from its first peak. The result is the last task's peak."""
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        if not history.stages:
+            return self._stage(history, None, (self._order(history)[0],), Reset())
+        last = history.last_decision
+        if not isinstance(last, RollBack):
+            if not self._stage_ended(history):
+                return Continue()
+            task = history.stage.active[0]
+            peak = self._peak(history)
+            if peak != history.here:
+                return RollBack(peak, task)
+        done = len(history.stages)
+        order = self._order(history)
+        if done == len(order):
+            return Stop("every task has had its turn")
+        return self._stage(history, history.here, (order[done],), Reset())
+
+    def kept(self, history: History, active: frozenset[str]) -> set[str]:
+        """The peak so far of the task in training."""
+        peak = self.result(history)
+        return {peak} if peak else set()
+
+    def result(self, history: History) -> str | None:
+        return self._peak(history) if history.evaluations else None
+
+    def _order(self, history: History) -> tuple[str, ...]:
+        named = self.settings.order
+        return named + tuple(sorted(set(history.tasks) - set(named)))
+
+    def _peak(self, history: History) -> str:
+        """First maximum of the one task in training; the last evaluation when its score is undefined everywhere."""
+        evaluations = history.of_stage(history.stage.number)
+        index = first_peak(evaluations, history.stage.active[0])
+        return evaluations[-1 if index is None else index].moment_id
+
+
+class Sro(Sft):
+    """Two runs from the base. A peak counts the task's own epochs, which are the epochs of every mixture it was active in."""
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        if not history.stages:
+            return self._stage(history, None, tuple(sorted(active)), Reset())
+        if len(history.stages) == 1:
+            return self._second_run(history) if self._stage_ended(history) else Continue()
+        now = history.at_evaluation()
+        if now is None:
+            return Continue()
+        own = now.epochs + sum(history.of_stage(stage.number)[-1].epochs for stage in history.stages[1:-1])
+        peaks = peak_epochs(history)
+        left = tuple(task for task in sorted(active) if peaks[task] > own + AT_END)
+        if not left:
+            return Stop("every task has been dropped at its peak")
+        return Continue() if len(left) == len(active) else self._stage(history, now.moment_id, left, GO_ON)
+
+    def kept(self, history: History, active: frozenset[str]) -> set[str]:
+        """The base while the first run lasts, then the best moment of the second."""
+        if len(history.stages) == 1:
+            return {history.evaluations[0].moment_id} if history.evaluations else set()
+        return super().kept(history, active)
+
+    def result(self, history: History) -> str | None:
+        """The best pooled moment of the second run: with the first run's it would be at least SFT by construction."""
+        best = history.best(since_stage=1) if len(history.stages) > 1 else None
+        return best.moment_id if best else None
+
+    def _second_run(self, history: History) -> Decision:
+        peaks = peak_epochs(history)
+        active = tuple(task for task in sorted(history.tasks) if peaks[task] > 0)
+        if not active:
+            return Stop("no task ever rose above the base")
+        return self._stage(history, history.evaluations[0].moment_id, active, FROM_BASE)
+
+
+class SoftSro(Sro):
+    """Second run: tasks that peak past 0.00, for C epochs, at rates ∝ peak epochs; an epoch is as long as a natural one."""
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        return super().decide(history, active) if len(history.stages) < 2 else Sft.decide(self, history, active)
+
+    def _second_run(self, history: History) -> Decision:
+        peaks = peak_epochs(history)
+        rated = {task: peaks[task] * self.settings.weights.get(task, 1.0) for task in sorted(history.tasks) if peaks[task] > 0}
+        drawn = math.fsum(rate * history.tasks[task] for task, rate in rated.items())
+        if not drawn > 0:
+            return Stop("no task ever rose above the base")
+        natural = sum(history.tasks[task] for task in rated)
+        rates = {task: rate * natural / drawn for task, rate in rated.items()}
+        return NewStage(history.evaluations[0].moment_id, tuple(rates), rates, FROM_BASE)
+
+
+class Ies(Sft):
+    """Mastered samples skip the backward pass of one epoch and are judged again at its end: their losses are recorded too."""
+
+    needs_losses = True
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        decision = super().decide(history, active)
+        if not isinstance(decision, Continue) or not history.epochs or history.answered(SkipSamples):
+            return decision
+        last = history.epochs[-1]
+        if last.update != history.position.update or last.stage != history.stage.number:
+            return decision
+        ids = mastered(history.epochs, self.settings.delta, self.settings.first_epoch)
+        return SkipSamples(ids) if ids else decision
+
+
+class Dynamix(Sft):
+    """Every T updates: probe, then reweight. Q is folded over the probes in the history, so nothing else is state."""
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        decision = super().decide(history, active)
+        at = history.position.update
+        if not isinstance(decision, Continue) or at == 0 or at % self.settings.every_updates:
+            return decision
+        last = history.probes[-1] if history.probes else None
+        if last is None or (last.update, last.stage) != (at, history.stage.number):
+            return Probe(tuple(sorted(active)))
+        if any(isinstance(t.decision, Reweight) and t.clock >= last.clock for t in history.decisions):
+            return decision
+        return Reweight(self._rates(history, active))
+
+    def next_call(self, history: History) -> int | None:
+        """The next multiple of T."""
+        every = self.settings.every_updates
+        return (history.position.update // every + 1) * every
+
+    def _rates(self, history: History, active: frozenset[str]) -> dict[str, float]:
+        s = self.settings
+        natural = {task: float(history.tasks[task]) * s.weights.get(task, 1.0) for task in sorted(active)}
+        total = math.fsum(natural.values())
+        prior = {task: mass / total for task, mass in natural.items()}
+        drawn = dynamix_probabilities(values_of(history.probes, s.memory), prior, s.beta, s.explore)
+        samples = sum(history.tasks[task] for task in drawn)
+        return {task: p * samples / history.tasks[task] for task, p in drawn.items() if history.tasks[task]}
+
+
+def peak_epochs(history: History) -> dict[str, float]:
+    """Epochs of each task's first maximum in the first run; 0 where the score is undefined throughout."""
+    evaluations = history.of_stage(0)
+    found = {}
+    for task in history.tasks:
+        index = first_peak(evaluations, task)
+        found[task] = 0.0 if index is None else evaluations[index].epochs
+    return found
+
+
+def mastered(epochs: Sequence[Epoch], delta: float, first_epoch: int = 6) -> tuple[int, ...]:
+    """Samples whose last three second differences L(e) − 2·L(e−1) + L(e−2) are below delta in mean absolute value.
+
+    A sample without a finite loss in each of the last five epochs is not mastered, and nothing is before `first_epoch` epochs.
+    """
+    if len(epochs) < max(first_epoch, 5):
+        return ()
+    recent = [epoch.losses or {} for epoch in epochs[-5:]]
+    found = []
+    for sample in recent[-1]:
+        path = [losses.get(sample, math.nan) for losses in recent]
+        second = [path[i] - 2 * path[i - 1] + path[i - 2] for i in (2, 3, 4)]
+        if math.fsum(abs(d) for d in second) / 3 < delta:  # False for NaN
+            found.append(sample)
+    return tuple(sorted(found))
+
+
+def values_of(probes: Sequence[Probed], memory: float = 0.95) -> dict[str, float]:
+    """Q of every task: Q ← memory·Q + (1 − memory)·r, from 0, with r the relative loss drop, min-max scaled over the tasks.
+
+    A probe without a finite drop leaves that task's Q alone; when all drops are equal nobody is preferred (r = 0).
+    """
+    value: dict[str, float] = {}
+    for probe in probes:
+        drops = {task: (before - after) / before for task, (before, after) in probe.losses.items() if before > 0}
+        drops = {task: drop for task, drop in drops.items() if math.isfinite(drop)}
+        low, high = min(drops.values(), default=0.0), max(drops.values(), default=0.0)
+        for task, drop in drops.items():
+            reward = (drop - low) / (high - low) if high > low else 0.0
+            value[task] = memory * value.get(task, 0.0) + (1 - memory) * reward
+    return value
+
+
+def dynamix_probabilities(
+    values: Mapping[str, float], prior: Mapping[str, float], beta: float = 1.0, explore: float = 0.3
+) -> dict[str, float]:
+    """p = (1 − explore)·softmax(beta·Q + log p0) + explore / K over the tasks of `prior`."""
+    tasks = sorted(prior)
+    logits = [beta * values.get(t, 0.0) + (math.log(prior[t]) if prior[t] > 0 else -math.inf) for t in tasks]
+    return {t: (1 - explore) * p + explore / len(tasks) for t, p in zip(tasks, softmax(logits))}

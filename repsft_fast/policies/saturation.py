@@ -1,0 +1,209 @@
+"""Stop when the training data is memorised, learning has stalled, or the budget is spent (paper A's rule and its neighbours).
+
+Judged at an epoch's end on exact integers: token accuracy = correct / total over the epoch's training pass (or over a probe
+subset, if that is what the trainer records). Under a schedule whose decay is triggered the first rule that fires starts the
+decay, and the run stops when the decay is done; under any other schedule it stops at once. A budget is hard: the decay is
+started early enough to end with it.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from repsft_fast.errors import describe
+from repsft_fast.policies.decisions import Continue, Decay, Decision, NewStage, Reset, Stop
+from repsft_fast.policies.history import Epoch, History
+from repsft_fast.policies.statistics import as_ratio, reaches
+
+NEARLY = " is nearly spent"
+
+
+@dataclass(frozen=True)
+class SaturationSettings:
+    token_accuracy: float | None = 0.97  # stop at correct / total >= this; None: never
+    plateau_epochs: int | None = None  # stop when accuracy has not risen for this many epochs; None: never
+    plateau_min_delta: float = 0.001  # a smaller rise than this does not count
+    budget_updates: int | None = None
+    budget_epochs: float | None = None
+    budget_tokens: int | None = None  # real tokens
+    decays: bool = True  # the schedule has a decay to trigger (Schedule.decays_on_demand)
+    decay_fraction: float = 0.1  # its length as a share of the updates done
+    decay_updates: int | None = None  # or in updates
+    evaluations_per_epoch: int = 0  # the rule needs none
+
+    def problems(self) -> list[str]:
+        """What cannot be used, in the settings' names; empty when all is well."""
+        found = []
+        if self.token_accuracy is not None and not 0 < self.token_accuracy <= 1:
+            found.append(
+                describe("stop.token_accuracy", "is not an accuracy", expected="above 0, at most 1", got=self.token_accuracy)
+            )
+        if self.plateau_epochs is not None and self.plateau_epochs < 1:
+            found.append(describe("stop.plateau_epochs", "is too small", expected="at least 1", got=self.plateau_epochs))
+        if not (math.isfinite(self.plateau_min_delta) and self.plateau_min_delta >= 0):
+            found.append(describe("stop.plateau_min_delta", "is not a rise", expected="at least 0", got=self.plateau_min_delta))
+        budgets = {"updates": self.budget_updates, "epochs": self.budget_epochs, "tokens": self.budget_tokens}
+        for name, value in budgets.items():
+            if value is not None and not value > 0:
+                found.append(describe(f"budget.{name}", "leaves nothing to do", expected="above 0", got=value))
+        if self.token_accuracy is None and self.plateau_epochs is None and all(v is None for v in budgets.values()):
+            found.append(describe("budget", "nothing would ever end the run", todo="set budget.updates or stop.token_accuracy"))
+        return found
+
+
+class Saturation:
+    """One stage over all tasks, ended by the first rule that fires."""
+
+    needs_losses = False
+
+    def __init__(self, settings: SaturationSettings = SaturationSettings()):
+        self.settings = settings
+        self.evaluations_per_epoch = settings.evaluations_per_epoch
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        if not history.stages:
+            return NewStage(None, tuple(sorted(active)), None, Reset())
+        trigger = next((t.decision for t in history.decisions if isinstance(t.decision, Decay)), None)
+        spent = self._spent_budget(history)
+        if trigger is not None:
+            if history.position.schedule_finished:
+                ahead = trigger.reason.endswith(NEARLY)  # the decay was started so as to end with the budget
+                return Stop(trigger.reason.removesuffix(NEARLY) + " is spent" if ahead else trigger.reason)
+            return Stop(f"{trigger.reason}; {spent} before the decay was done") if spent else Continue()
+        if spent:
+            return Stop(spent)
+        if history.position.schedule_finished:
+            return Stop("the schedule has come to its end")
+        reason = self._saturated(history)
+        if reason is not None:
+            return self._end(history, reason)
+        if self.settings.decays and (start := self._decay_start(history)) is not None and history.position.update >= start:
+            return self._end(history, f"{self._nearest_budget(history)}{NEARLY}")
+        return Continue()
+
+    def next_call(self, history: History) -> int | None:
+        """The update at which the budget, or the decay that ends with it, has to be looked at; None = only at epochs' ends."""
+        at = history.position.update
+        ends = [self._budget_end(history)]
+        if self.settings.decays and not any(isinstance(t.decision, Decay) for t in history.decisions):
+            ends.append(self._decay_start(history))
+        ahead = [max(end, at + 1) for end in ends if end is not None]
+        if not ahead and at == 0 and (self.settings.budget_epochs or self.settings.budget_tokens):
+            return 1  # after one update the rate at which the budget goes is known
+        return min(ahead, default=None)
+
+    def kept(self, history: History, active: frozenset[str]) -> set[str]:
+        """No moment is ever gone back to."""
+        return set()
+
+    def most_kept(self, tasks: int) -> int:
+        """None."""
+        return 0
+
+    def result(self, history: History) -> str | None:
+        """None: the state at the end."""
+        return None
+
+    # The rules ------------------------------------------------------------------------------------------------------
+
+    def _saturated(self, history: History) -> str | None:
+        """The reason when the epoch that ended at this very position fires a rule."""
+        s, last = self.settings, history.epochs[-1] if history.epochs else None
+        if last is None or last.update != history.position.update:
+            return None
+        correct, total = _counts(last)
+        if s.token_accuracy is not None and reaches(correct, total, s.token_accuracy):
+            reached = f"token accuracy {100 * correct / total:.2f} % reached {100 * s.token_accuracy:.4g} %"
+            return f"{reached} after epoch {last.epochs:.4g} ({correct:,} of {total:,} tokens)"
+        if (
+            s.plateau_epochs is not None
+            and (since := epochs_without_rise(history.epochs, s.plateau_min_delta)) >= s.plateau_epochs
+        ):
+            return f"token accuracy has not risen by {s.plateau_min_delta:g} for {since} epochs"
+        return None
+
+    def _end(self, history: History, reason: str) -> Decision:
+        if not self.settings.decays:
+            return Stop(reason)
+        length = self._decay_length(history.position.update)
+        end = self._budget_end(history)
+        left = length if end is None else end - history.position.update
+        if left < 1:
+            return Stop(reason)
+        return Decay(reason, min(length, left))
+
+    # The budget -----------------------------------------------------------------------------------------------------
+
+    def _budgets(self, history: History) -> list[tuple[str, Fraction, Fraction]]:
+        """(name, spent, allowed) of each budget that is set."""
+        s, at = self.settings, history.position
+        given: list[tuple[str, float, float | None]] = [
+            ("updates", at.update, s.budget_updates),
+            ("epochs", at.epochs, s.budget_epochs),
+            ("tokens", at.tokens, s.budget_tokens),
+        ]
+        return [(name, Fraction(spent), as_ratio(allowed)) for name, spent, allowed in given if allowed is not None]
+
+    def _spent_budget(self, history: History) -> str | None:
+        for name, spent, allowed in self._budgets(history):
+            if spent >= allowed - Fraction(1, 10**9):  # epochs are sums of fractions of an epoch
+                return f"the budget of {_plain(allowed)} {name} is spent"
+        return None
+
+    def _ends(self, history: History) -> list[tuple[int, str]]:
+        """(update at which it will be spent, its name) of each budget, at the rate so far."""
+        at, found = history.position.update, []
+        for name, spent, allowed in self._budgets(history):
+            if name == "updates":
+                found.append((int(allowed), f"the budget of {_plain(allowed)} updates"))
+            elif spent > 0 and at > 0:
+                found.append((math.ceil(allowed * at / spent - Fraction(1, 10**6)), f"the budget of {_plain(allowed)} {name}"))
+        return sorted(found)
+
+    def _budget_end(self, history: History) -> int | None:
+        return min((end for end, _ in self._ends(history)), default=None)
+
+    def _nearest_budget(self, history: History) -> str:
+        return self._ends(history)[0][1]
+
+    def _decay_length(self, updates_done: int) -> int:
+        return self.settings.decay_updates or max(1, round(updates_done * self.settings.decay_fraction))
+
+    def _decay_start(self, history: History) -> int | None:
+        """The first update whose decay would end at or after the budget's end: where it has to start at the latest."""
+        end = self._budget_end(history)
+        if end is None:
+            return None
+        low, high = 0, end  # u + length(u) never falls, so bisection finds the first u that reaches the end
+        while low < high:
+            middle = (low + high) // 2
+            if middle + self._decay_length(middle) >= end:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def epochs_without_rise(epochs: list[Epoch], min_delta: float) -> int:
+    """How many epochs in a row, up to the last, did not rise by more than min_delta. Epochs without targets do not count."""
+    best: Fraction | None = None
+    since = 0
+    delta = as_ratio(min_delta)
+    for correct, total in map(_counts, epochs):
+        if total == 0:
+            continue
+        accuracy = Fraction(correct, total)
+        if best is None or accuracy > best + delta:
+            best, since = accuracy, 0
+        else:
+            since += 1
+    return since
+
+
+def _counts(epoch: Epoch) -> tuple[int, int]:
+    """(correct, total) over all tasks."""
+    return sum(c for c, _ in epoch.tokens.values()), sum(n for _, n in epoch.tokens.values())
+
+
+def _plain(number: Fraction) -> str:
+    return str(number.numerator) if number.denominator == 1 else f"{float(number):g}"

@@ -1,0 +1,285 @@
+"""run.png of a mixture: how all tasks did together, who was trained when, and every task's own curve.
+
+The axis counts epochs of the active mixture along the branch, so a roll-back is a step to the left: what was thrown away
+runs on in grey, and the branch that was kept goes on in colour from the peak. Reads timeline data only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repsft_fast.report import timeline
+from repsft_fast.report.picture import FAINT, FILE, GRID, INK
+from repsft_fast.report.words import count, duration, number, percent
+
+KEPT, GONE, LEFT, BEST = "#0b6e99", "#c9ced4", "#bc6c25", "#1a7f37"
+COLUMNS, MOST_TASKS = 4, 24
+Points = list[tuple[float, float]]
+
+
+def draw(folder: Path | str) -> Path:
+    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
+    folder = Path(folder)
+    data = timeline.build(folder)
+    metric = _metric(folder)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = data["tasks"]
+    shown = tasks[:MOST_TASKS]
+    columns = _columns(len(shown))
+    lines = math.ceil(len(shown) / columns)
+    top_height, height = 1.1 + max(2.2, 0.24 * len(tasks)), 1.9
+    figure = Figure(figsize=(11, top_height + height * lines + 0.5), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(top_height, height * lines))
+    top, below = halves
+    left, right = top.subplots(1, 2, width_ratios=(1.15, 1))
+    paths = _paths(data)
+    _pooled(left, data, paths, metric)
+    _who(right, data)
+    words = "each task by itself · grey: thrown away · dashed: left the mixture, still evaluated · band: ± 1 standard error"
+    below.suptitle(words, fontsize=9, color=FAINT, x=0.01, ha="left")
+    panels = below.subplots(lines, columns, squeeze=False, sharex=True)
+    for axes, task in zip(panels.flat, shown, strict=False):
+        _task(axes, task, data, paths, metric)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_visible(False)
+    for column in range(columns):
+        last = max((i for i in range(len(shown)) if i % columns == column), default=None)
+        if last is not None:
+            panels.flat[last].set_xlabel("epochs", fontsize=9, color=INK)
+            panels.flat[last].tick_params(labelbottom=True)
+    more = "" if len(shown) == len(tasks) else f" · the first {len(shown)} of {len(tasks)} tasks"
+    figure.suptitle(_title(folder, data) + more, fontsize=11, color=INK, x=0.01, ha="left")
+    path = folder / FILE
+    figure.savefig(path, metadata={"Software": "repsft_fast"})
+    return path
+
+
+def _columns(tasks: int) -> int:
+    """Of three or four columns those that leave fewer places empty."""
+    return min(tasks, min((COLUMNS, COLUMNS - 1), key=lambda n: (-tasks % n, -n))) if tasks else 1
+
+
+def _paths(data: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """("kept" | "discarded", evaluations in a row) of every stretch, each beginning at the moment it left from."""
+    by_moment = {e["moment"]: e for e in data["evaluations"]}
+    starts = {stage["stage"]: stage.get("start") for stage in data["stages"]}
+    found: list[tuple[str, list[Mapping[str, Any]]]] = []
+    for stage in sorted({e["stage"] for e in data["evaluations"]} | set(starts)):
+        line = [e for e in data["evaluations"] if e["stage"] == stage]
+        origin = by_moment.get(starts.get(stage))
+        if origin is not None:
+            line = [origin, *line]
+        kept = [e for i, e in enumerate(line) if e["branch"] == "kept" or (i == 0 and origin is not None)]
+        # Kept ones come first: a stage is left at one moment, and all after it is gone.
+        own_kept = [e for e in kept if e is not origin]
+        if own_kept or (origin is None and kept):
+            found.append(("kept", kept))
+        gone = [e for e in line if e["branch"] == "discarded" and e is not origin]
+        if gone:
+            before = own_kept[-1:] or ([origin] if origin is not None else kept[-1:])
+            found.append(("discarded", [*before, *gone]))
+    return found
+
+
+def _points(line: Sequence[Mapping[str, Any]], value: Any) -> Points:
+    return [(e["epoch"], y) for e in line if (y := value(e)) is not None]
+
+
+def _pooled(axes: Any, data: Mapping[str, Any], paths: Any, metric: str) -> None:
+    _style(axes, f"all tasks together: {_name(metric)}", metric)
+    for branch, line in paths:
+        points = _points(line, lambda e: _shown(e.get("pooled"), metric))
+        if points:
+            axes.plot(*zip(*points, strict=True), **_pen(branch, 2.0))
+    result = next((e for e in data["evaluations"] if e["moment"] == data["result"]["moment"]), None)
+    y = _shown(result.get("pooled"), metric) if result else None
+    for branch, line in paths:  # where the result lies on a branch that was left, the way to it
+        places = [i for i, e in enumerate(line) if result is not None and e["moment"] == result["moment"]]
+        if branch == "discarded" and places and places[0] > 0:
+            way = _points(line[: places[0] + 1], lambda e: _shown(e.get("pooled"), metric))
+            axes.plot(*zip(*way, strict=True), **{**_pen("kept", 2.0), "color": BEST})
+    if result is not None and y is not None:
+        axes.plot([result["epoch"]], [y], "o", color=BEST, markersize=8, markeredgecolor="white", zorder=5)
+        axes.annotate(f"result {_figure(y, metric)}", (result["epoch"], y), xytext=(0, 9), textcoords="offset points",
+                      ha="center", fontsize=9, color=BEST, fontweight="bold")  # fmt: skip
+        axes.margins(y=0.16)
+    _roll_backs(axes, data, lambda e: _shown(e.get("pooled"), metric))
+    for branch, word in (("kept", "kept"), ("discarded", "thrown away")):
+        axes.plot([], [], label=word, **_pen(branch, 2.0))
+    axes.plot([], [], color=LEFT, linewidth=0.9, label="roll-back")
+    place = "upper right" if metric == "nll" else "lower right"
+    axes.legend(loc=place, fontsize=8, framealpha=1, edgecolor="none", labelcolor=INK)
+    axes.set_xlabel("epochs", fontsize=9, color=INK)
+
+
+def _who(axes: Any, data: Mapping[str, Any]) -> None:
+    """A line per task: in colour while it was trained, a thin one after it left."""
+    axes.set_title("who was trained", loc="left", fontsize=10, color=INK)
+    tasks = data["tasks"]
+    ends: dict[int, float] = {}
+    begins: dict[int, float] = {}
+    for evaluation in data["evaluations"]:
+        if evaluation["branch"] == "kept":
+            ends[evaluation["stage"]] = max(ends.get(evaluation["stage"], 0.0), evaluation["epoch"])
+    for stage in data["stages"]:
+        begins[stage["stage"]] = stage["epoch"]
+    last = max(ends.values(), default=1.0)
+    for stage in data["stages"]:
+        number_, begin = stage["stage"], begins[stage["stage"]]
+        end = ends.get(number_, begin)
+        for row, task in enumerate(tasks):
+            trained = task in stage["active"]
+            rehearsed = not trained and (stage.get("weights") or {}).get(task)
+            axes.plot([begin, end], [row, row], color=KEPT if trained else FAINT if rehearsed else GRID,
+                      linewidth=7 if trained else 3, solid_capstyle="butt", zorder=2)  # fmt: skip
+    for decision in data["decisions"]:
+        if decision["kind"] == "roll_back" and decision.get("drop") in tasks:
+            row = tasks.index(decision["drop"])
+            axes.plot([decision["epoch"]], [row], marker="x", color=LEFT, markersize=7, markeredgewidth=2, zorder=4)
+    axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+    axes.set_ylim(len(tasks) - 0.4, -0.6)
+    axes.set_xlim(-0.02 * last, last * 1.02 or 1.0)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(True, axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("epochs", fontsize=9, color=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _task(axes: Any, task: str, data: Mapping[str, Any], paths: Any, metric: str) -> None:
+    def value(evaluation: Mapping[str, Any]) -> float | None:
+        return _shown(evaluation["scores"].get(task), metric)
+
+    _style(axes, _short(task), metric)
+    dropped = next((d for d in data["decisions"] if d["kind"] == "roll_back" and d.get("drop") == task), None)
+    left_at = _left_at(task, data)
+    for branch, line in sorted(paths, key=lambda pair: pair[0] == "kept"):
+        points = _points(line, value)
+        if not points:
+            continue
+        if branch == "discarded":
+            axes.plot(*zip(*points, strict=True), **_pen(branch, 1.4))
+            continue
+        before = [p for p in points if left_at is None or p[0] <= left_at + 1e-9]
+        after = [p for p in points if left_at is not None and p[0] >= left_at - 1e-9]
+        if len(before) > 1 or not after:
+            axes.plot(*zip(*before, strict=True), **_pen(branch, 1.8))
+        if len(after) > 1:
+            axes.plot(*zip(*after, strict=True), **{**_pen(branch, 1.2), "linestyle": (0, (3, 2)), "alpha": 0.75})
+    for branch, line in paths:  # the noise of the score: one standard error each way
+        band = [(e["epoch"], y, s) for e in line if (y := value(e)) is not None and (s := (e.get("errors") or {}).get(task))]
+        if branch == "kept" and len(band) > 1:
+            xs, ys, errors = zip(*band, strict=True)
+            low, high = ([y + sign * s for y, s in zip(ys, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(xs, low, high, color=KEPT, alpha=0.10, linewidth=0, zorder=1)
+    if dropped is not None:
+        peak = next((e for e in data["evaluations"] if e["moment"] == dropped["to"]), None)
+        if peak is not None and (y := value(peak)) is not None:
+            axes.plot([peak["epoch"]], [y], "o", color=LEFT, markersize=6, markeredgecolor="white", zorder=5)
+            axes.annotate(f"out at {peak['epoch']:.2f}", (peak["epoch"], y), xytext=(0, 6), textcoords="offset points",
+                          ha="center", fontsize=8, color=LEFT)  # fmt: skip
+            axes.margins(y=0.22)
+
+
+def _left_at(task: str, data: Mapping[str, Any]) -> float | None:
+    """Epochs at which the task left for good, by a roll-back or by a stage without it."""
+    for before, after in zip(data["stages"], data["stages"][1:], strict=False):
+        if task in before["active"] and task not in after["active"]:
+            return float(after["epoch"])
+    return None
+
+
+def _roll_backs(axes: Any, data: Mapping[str, Any], value: Any) -> None:
+    """Where a branch was left and where it went back to: a thin arrow to the left."""
+    by_moment = {e["moment"]: e for e in data["evaluations"]}
+    for decision in data["decisions"]:
+        if decision["kind"] != "roll_back" or decision["to"] not in by_moment:
+            continue
+        to = by_moment[decision["to"]]
+        gone = [e for e in data["evaluations"] if e["done"] <= decision["done"] and value(e) is not None]
+        if not gone or value(to) is None:
+            continue
+        end = gone[-1]
+        axes.annotate("", (to["epoch"], value(to)), xytext=(end["epoch"], value(end)), zorder=3,
+                      arrowprops={"arrowstyle": "->", "color": LEFT, "linewidth": 0.9, "alpha": 0.8,
+                                  "connectionstyle": "arc3,rad=0.25", "shrinkA": 2, "shrinkB": 3})  # fmt: skip
+
+
+def _pen(branch: str, width: float) -> dict[str, Any]:
+    if branch == "kept":
+        return {"color": KEPT, "linewidth": width, "zorder": 3, "solid_capstyle": "round", "solid_joinstyle": "round"}
+    return {"color": GONE, "linewidth": width * 0.8, "zorder": 2, "solid_capstyle": "round", "solid_joinstyle": "round"}
+
+
+def _style(axes: Any, title: str, metric: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    if metric != "nll":
+        axes.yaxis.set_major_formatter(FuncFormatter(share_label))
+    axes.margins(x=0.03, y=0.08)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
+
+
+def share_label(share: float, _place: int | None = None) -> str:
+    """A tick's label. An axis round a score that stays 0 reaches below it, where there is no share."""
+    return f"{abs(share):.0%}" if share > -1e-9 else ""
+
+
+def _shown(value: float | None, metric: str) -> float | None:
+    """Losses are kept negated; people read them the right way round."""
+    if value is None or not math.isfinite(value):
+        return None
+    return -value if metric == "nll" else value
+
+
+def _figure(value: float, metric: str) -> str:
+    return number(value) if metric == "nll" else percent(value)
+
+
+def _name(metric: str) -> str:
+    names = {"nll": "loss", "exact_match": "exact match", "token_accuracy": "token accuracy", "answer": "right answers"}
+    return names.get(metric, metric)
+
+
+def _short(task: str) -> str:
+    return task if len(task) <= 22 else f"{task[:21]}…"
+
+
+def _metric(folder: Path) -> str:
+    import yaml
+
+    try:
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        return str(settings["mixture"]["metric"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "exact_match"
+
+
+def _title(folder: Path, data: Mapping[str, Any]) -> str:
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "unfinished run"
+    facts = [str(result.get("reason", "unfinished run"))]
+    account = data["result"].get("account") or {}
+    if account.get("tokens", {}).get("trained"):
+        share = account["tokens"]["discarded"] / account["tokens"]["trained"]
+        facts.append(f"{count(account['tokens']['trained'])} tokens trained, {percent(share, 0)} gone with roll-backs")
+    if result.get("seconds") is not None:
+        facts.append(duration(result["seconds"]))
+    return " · ".join(facts)

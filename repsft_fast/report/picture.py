@@ -1,0 +1,206 @@
+"""run.png: loss and token accuracy by epoch, the target, where the decay began and where the run stopped.
+
+Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be drawn again at any time, on any machine.
+"""
+
+import bisect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repsft_fast.errors import RepsftError, describe
+from repsft_fast.report.result import FILE as RESULT_FILE
+from repsft_fast.report.words import count, duration, percent
+
+FILE = "run.png"
+INK, FAINT, GRID = "#1f2328", "#8b949e", "#e6e8eb"
+LOSS, ACCURACY, HELD_OUT, DECAY = "#0b6e99", "#1a7f37", "#bc6c25", "#8250df"
+Record = Mapping[str, Any]
+Curve = list[tuple[float, float]]
+
+
+def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. A torn last line (the run was killed while writing) is left out; any other is an error."""
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RepsftError(describe(str(path), f"cannot be read ({error.strerror})", todo="is this a run's folder?")) from error
+    records = []
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if index == len(lines) - 1:
+                break
+            raise RepsftError(describe(f"{path} line {index + 1}", f"is damaged ({error})")) from error
+        records.append(record)
+    return records
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A small JSON file, or nothing: the picture of a killed run is drawn without its result."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _target(folder: Path) -> float | None:
+    try:
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        return float(settings["stop"]["token_accuracy"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
+
+
+def draw(folder: Path | str) -> Path:
+    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
+    folder = Path(folder)
+    records = read_metrics(folder)
+    result = _json(folder / RESULT_FILE)
+    updates = [r for r in records if r.get("kind") == "update"]
+    epochs = [r for r in records if r.get("kind") == "epoch"]
+    if not updates and not epochs:
+        raise RepsftError(describe(str(folder / "metrics.jsonl"), "holds no update", todo="the run ended before its first one"))
+
+    # The object interface and not pyplot: no global state, no window, safe beside a caller's own figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    x_of = _epoch_axis(updates, epochs)
+    held_out = [r for r in records if r.get("kind") == "evaluation"]
+    for axes, name, colour in ((left, "loss", LOSS), (right, "token_accuracy", ACCURACY)):
+        _style(axes)
+        fine, coarse, other = (_curve(part, name, x_of) for part in (updates, epochs, held_out))
+        if fine:
+            axes.plot(*zip(*fine, strict=True), color=colour, linewidth=0.8, alpha=0.35, solid_joinstyle="round")
+        if coarse:
+            marker = {"marker": "o", "markersize": 3.5} if len(coarse) <= 60 else {}
+            axes.plot(*zip(*coarse, strict=True), color=colour, linewidth=2.0, label="training, per epoch", **marker)
+        if other:
+            marker = {"marker": "o", "markersize": 3.5} if len(other) <= 60 else {}  # a single point has no line
+            axes.plot(
+                *zip(*other, strict=True), color=HELD_OUT, linewidth=1.5, linestyle=(0, (4, 2)), label="validation", **marker
+            )
+    _finish_loss(left)
+    _finish_accuracy(right, _target(folder))
+    _mark_moments(left, right, records, x_of, result)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[1]:
+            place = "lower left" if axes is left else "lower right"  # where no training curve runs
+            axes.legend(loc=place, framealpha=1, edgecolor="none", fontsize=9, labelcolor=INK)
+    figure.suptitle(_title(result), fontsize=11, color=INK, x=0.01, ha="left")
+    path = folder / FILE
+    figure.savefig(path, metadata={"Software": "repsft_fast"})
+    return path
+
+
+def _epoch_axis(updates: Sequence[Record], epochs: Sequence[Record]) -> Callable[[Record], float | None]:
+    """Record → epochs. Records with no epoch of their own (a decay, a note) get it from their update."""
+    known = sorted(
+        {(r["update"], r["epoch"]) for r in (*updates, *epochs) if _finite(r.get("update")) and _finite(r.get("epoch"))}
+    )
+    at = [update for update, _ in known]
+
+    def epoch_of(record: Record) -> float | None:
+        if _finite(record.get("epoch")):
+            return float(record["epoch"])
+        if not known or not _finite(record.get("update")):
+            return None
+        return float(known[min(bisect.bisect_left(at, record["update"]), len(known) - 1)][1])
+
+    return epoch_of
+
+
+def _curve(records: Sequence[Record], name: str, epoch_of: Callable[[Record], float | None]) -> Curve:
+    points = [(epoch_of(record), record.get(name)) for record in records]
+    return [(x, float(y)) for x, y in points if x is not None and _finite(y) and y is not None]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _style(axes: Any) -> None:
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.set_xlabel("epoch", color=INK, fontsize=10)
+    axes.margins(x=0.02)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
+
+
+def _finish_loss(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_title("loss", loc="left", fontsize=11, color=INK)
+    low, high = axes.dataLim.intervaly
+    if low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _finish_accuracy(axes: Any, target: float | None) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_title("token accuracy", loc="left", fontsize=11, color=INK)
+    low = axes.dataLim.intervaly[0]
+    axes.set_ylim(bottom=max(0.0, math.floor(low * 10 - 0.5) / 10) if math.isfinite(low) else 0.0, top=1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if target is not None:
+        axes.axhline(target, color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"target {percent(target)}", (0.01, target), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", fontsize=9, color=INK,
+        )  # fmt: skip
+
+
+def _mark_moments(
+    left: Any, right: Any, records: Sequence[Record], epoch_of: Callable[[Record], float | None], result: Record
+) -> None:
+    """Where the decay began, and where a rule ended the run."""
+    moments: list[tuple[float, str, str]] = []
+    for record in records:
+        x = epoch_of(record) if record.get("kind") == "decay" else None
+        if x is not None:
+            moments.append((x, "decay", DECAY))
+    ends = [x for record in records if record.get("kind") in ("update", "epoch") and (x := epoch_of(record)) is not None]
+    if ends and result.get("code") in ("token_accuracy", "plateau", "policy"):
+        moments.append((max(ends), "stop", ACCURACY))
+    for x, word, colour in moments:
+        for axes in (left, right):
+            axes.axvline(x, color=colour, linewidth=1, alpha=0.8)
+        # Words stand above the plot, where no curve runs, on the outer sides of their lines: these are often close.
+        side = {"xytext": (-2, 2), "ha": "left"} if word == "stop" else {"xytext": (2, 2), "ha": "right"}
+        right.annotate(
+            word, (x, 1.0), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9, color=colour, **side
+        )
+
+
+def _title(result: Record) -> str:
+    facts = [str(result["reason"])] if result.get("reason") else ["unfinished run"]
+    if _finite(result.get("updates")):
+        facts.append(f"{count(result['updates'])} updates")
+    if _finite(result.get("seconds")):
+        facts.append(duration(result["seconds"]))
+    title = " · ".join(facts)
+    return title if len(title) <= 140 else f"{title[:139]}…"

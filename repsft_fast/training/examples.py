@@ -1,0 +1,42 @@
+"""A few prompts answered by the model as it is: what the figures mean, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from repsft_fast.data.sample import Sample
+from repsft_fast.evaluate.generate import generate
+from repsft_fast.training.parts import Parts
+
+
+def answer_examples(parts: Parts, samples: Sequence[Sample] | None = None) -> list[dict[str, Any]]:
+    """The model's own answers to a few prompts, beside the reference. Greedy. Empty without a tokenizer.
+
+    Of `samples`, or of the held-out ones; `seen` says whether a prompt was trained on.
+    """
+    seen = (samples is None and not parts.data.held_out) or samples is parts.data.seen
+    examples = samples if samples is not None else parts.data.held_out or parts.data.seen
+    if parts.tokenizer is None or not examples:
+        return []
+    prompts = [sample.ids[: sample.trained.index(True)] for sample in examples]
+    end_ids = sorted({sample.ids[-1] for sample in examples} | {parts.tokenizer.eos_token_id} - {None})
+    replies = generate(
+        parts.model,
+        prompts,
+        end_ids=end_ids,
+        max_new_tokens=parts.config.evaluate.generate_tokens,
+        pad_id=parts.tokenizer.pad_token_id or 0,
+    )
+    decode = parts.tokenizer.decode
+    return [
+        {
+            "task": sample.task,
+            "seen": seen,
+            "prompt": decode(prompt, skip_special_tokens=True),
+            "reference": decode(sample.ids[len(prompt) :], skip_special_tokens=True),
+            "answer": decode(reply.ids, skip_special_tokens=True),
+            "finished": reply.finished,
+        }
+        for sample, prompt, reply in zip(examples, prompts, replies, strict=True)
+    ]

@@ -1,0 +1,242 @@
+"""The moments a run can go back to: the closed list of state, and the pool that keeps copies of it.
+
+Rolled back with a moment: weights, moments of the optimizer, random streams, cursor, schedule. Not rolled back: the policy's
+table (it remembers what was tried), the work done, the best validation so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repsft_fast.errors import SnapshotError, describe
+from repsft_fast.optim import state_tensors
+from repsft_fast.snapshot import SnapshotPool
+from repsft_fast.state import RunState, local
+from repsft_fast.training.parts import Parts
+
+BEST, WHOLE, SAFE, MOMENT = "best", "whole", "safe", "moments/"
+# Facts about the whole run, which a roll-back does not undo.
+_LASTING = ("all_work", "looked", "probed", "vetoed", "best", "token_accuracy", "passed_over", "row_tokens")
+
+
+def closed_list(parts: Parts) -> RunState:
+    """Everything mutable of the run. Frozen weights (LoRA) do not change and are not on it."""
+    state = RunState()
+    seen: set[int] = set()
+    for name, parameter in parts.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in seen:
+            seen.add(id(parameter))
+            state.add_tensor(f"model/{name}", parameter)
+    state.add_tensors("optimizer", lambda: state_tensors(parts.optimizer))
+    state.add_tensors("ledger", parts.ledger.tensors)
+    if parts.sample_stats is not None:
+        state.add_tensors("samples", parts.sample_stats.tensors)
+    state.add_value("progress", parts.progress.values, parts.progress.load)
+    state.add_value("schedule", parts.schedule.values, parts.schedule.load)
+    state.add_rng(parts.world.device)
+    return state
+
+
+@dataclass
+class Held:
+    """Frozen copies for a reader in another thread, until `release`."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)  # of every policy moment
+    _pools: list[tuple[SnapshotPool, str]] = field(default_factory=list)
+
+    def add(self, pool: SnapshotPool, name: str, prefix: str = "") -> None:
+        self.tensors |= {prefix + key: tensor for key, tensor in pool.hold(name).items()}
+        self._pools.append((pool, name))
+
+    def release(self) -> None:
+        while self._pools:
+            pool, name = self._pools.pop()
+            pool.unhold(name)
+
+
+class Moments:
+    """Named snapshots. `policy` moments come and go as the policy points to them; `best` is the best validation's weights.
+
+    make_room   called before a snapshot that finds no free place, so that a reader can be waited for
+    """
+
+    def __init__(self, parts: Parts, state: RunState, keep: int, *, weights_only: bool, whole: int = 0):
+        """keep: policy moments held at once, decided at start; 0 makes no pool. weights_only: roll-backs reset the optimizer.
+        whole: copies of the whole state beside them, for checkpoints and reverts.
+
+        Raises SnapshotError with the numbers when that many do not fit into the budgets.
+        """
+        self.parts, self.state = parts, state
+        self.make_room: Callable[[], None] = lambda: None
+        self._names: list[str] = []  # ours; the pool may know more while a reader holds one that was released
+        wanted = {n: t for n, t in state.tensors().items() if not weights_only or n.startswith("model/")}
+        self._policy = self._pool(wanted, keep) if keep else None
+        weights = {n: t for n, t in state.tensors().items() if n.startswith("model/")}
+        best_is_kept = parts.config.evaluate.keep == "best" and parts.config.mixture.policy is None  # else the policy's
+        self._best = self._pool(weights, 1) if best_is_kept else None
+        self.messages: list[str] = []
+        self._whole = self._room_for_whole(whole) if whole else None
+
+    def take(self, name: str) -> None:
+        self._take(self._checked(self._policy), name, self.state.values())
+        self._names.append(name)
+
+    def _take(self, pool: SnapshotPool, name: str, values: dict[str, Any]) -> None:
+        if not pool.free_slots:
+            self.make_room()
+        pool.take(name, values)
+
+    def freeze(self) -> Held:
+        """The whole state as it is now, and every kept moment, for a writer in another thread. Releases nothing by itself.
+
+        Without a place for a copy the live tensors themselves: the writer must be waited for.
+        """
+        held = Held()
+        if self._whole is None:
+            held.tensors |= {name: tensor.detach() for name, tensor in self.state.tensors().items()}
+        else:
+            self._take(self._whole, WHOLE, {})
+            held.add(self._whole, WHOLE)
+            self._whole.release(WHOLE)  # the reader's reference keeps it
+        for name in self.names():
+            assert self._policy is not None
+            held.add(self._policy, name, f"{MOMENT}{name}/")
+            held.values[name] = self._policy.values(name)
+        if self._best is not None and BEST in self._best.names():
+            held.add(self._best, BEST, f"{BEST}/")
+        return held
+
+    @property
+    def freezes(self) -> bool:
+        """Whether training can go on while a checkpoint is written."""
+        return self._whole is not None
+
+    def put_in(self, name: str, values: dict[str, Any] | None, fill: Callable[[dict[str, Tensor]], object]) -> None:
+        """Keep a moment read from disk; `fill` writes it into the live tensors, which are another state's afterwards.
+
+        values: of a policy moment; None for the best weights.
+        """
+        pool = self._checked(self._policy if values is not None else self._best)
+        fill(pool.live)
+        pool.take(name if values is not None else BEST, values or {})
+        if values is not None:
+            self._names.append(name)
+
+    def keep_safe(self) -> None:
+        """Remember the whole state as the one to go back to when numbers go wrong; the one before it is forgotten."""
+        pool = self._checked(self._whole)
+        if SAFE in pool.names():
+            pool.release(SAFE)
+        self._take(pool, SAFE, self.state.values())
+
+    def go_safe(self) -> None:
+        self._put_back(self._checked(self._whole), SAFE)
+
+    def restore(self, name: str) -> None:
+        """Put the moment back. Counters of the whole run (`_LASTING`) stay as they are."""
+        self._put_back(self._checked(self._policy), name)
+
+    def _put_back(self, pool: SnapshotPool, name: str) -> None:
+        progress = self.parts.progress
+        kept = {key: getattr(progress, key) for key in _LASTING}
+        self.state.load_values(pool.restore(name))
+        for key, value in kept.items():
+            setattr(progress, key, value)
+
+    def release(self, name: str) -> None:
+        self._checked(self._policy).release(name)
+        self._names.remove(name)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Let go of every policy moment that nothing points to any more."""
+        for name in set(self._names) - set(names):
+            self.release(name)
+
+    def keep_best(self) -> None:
+        pool = self._checked(self._best)
+        if BEST in pool.names():
+            pool.release(BEST)
+        self._take(pool, BEST, {})
+
+    def put_back_best(self) -> bool:
+        """The best validation's weights into the model, at the end. False when none was kept."""
+        if self._best is None or BEST not in self._best.names():
+            return False
+        self._best.restore(BEST)
+        return True
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def tier(self, name: str) -> str:
+        return self._checked(self._policy).tier(name)
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds, bytes and counts of snapshots and reverts so far."""
+        pools = [pool for pool in (self._policy, self._best, self._whole) if pool is not None]
+        return {
+            "seconds": sum(pool.seconds for pool in pools),
+            "bytes": sum(pool.bytes for pool in pools),
+            "taken": sum(pool.takes for pool in pools),
+            "restored": sum(pool.restores for pool in pools),
+        }
+
+    def close(self) -> None:
+        for pool in (self._policy, self._best, self._whole):
+            if pool is not None:
+                pool.close()
+
+    def _room_for_whole(self, copies: int) -> SnapshotPool | None:
+        """Places for the whole state: in pinned host memory on a GPU, whose own memory the policy's moments need more."""
+        on_gpu = self.parts.world.device.type == "cuda" and self.parts.config.snapshot.device_bytes is None
+        try:
+            return self._pool(self.state.tensors(), copies, device_bytes=0 if on_gpu else None)
+        except SnapshotError as error:
+            if self.parts.config.numbers.on_nonfinite == "revert":
+                raise
+            self.messages.append(f"no room for a copy of the state, so training waits while a checkpoint is written ({error})")
+            return None
+
+    def _pool(self, tensors: dict[str, Tensor], keep: int, *, device_bytes: int | None = None) -> SnapshotPool:
+        settings, device = self.parts.config.snapshot, self.parts.world.device
+        each = sum(local(t).numel() * t.element_size() for t in tensors.values())
+        return SnapshotPool(
+            tensors,
+            device_bytes=device_budget(settings.device_bytes, each * keep, device) if device_bytes is None else device_bytes,
+            pinned_bytes=int(settings.pinned_bytes) if settings.pinned_bytes is not None else free_host_bytes() // 4,
+            disk_bytes=int(settings.disk_bytes),
+            disk_folder=self.parts.folder,
+            keep=keep,
+        )
+
+    @staticmethod
+    def _checked(pool: SnapshotPool | None) -> SnapshotPool:
+        if pool is None:
+            raise SnapshotError(describe("snapshots", "none are kept in this run", todo="choose a policy that goes back"))
+        return pool
+
+
+def device_budget(given: int | None, wanted: int, device: torch.device) -> int:
+    """Bytes of device memory for snapshots: as set, else what is wanted up to half of what is free now."""
+    if given is not None:
+        return int(given)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    return min(wanted + wanted // 64 + 2**20, free // 2)
+
+
+def free_host_bytes() -> int:
+    """Memory the host can still give, in bytes."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30

@@ -1,0 +1,113 @@
+"""Where the run stands: the host half of the closed list of state. Everything here is JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from repsft_fast.throughput import Work
+
+GUESSES = 16  # values that kept_guess takes
+
+
+@dataclass
+class Progress:
+    """The cursor (stage, epoch, update) names the *next* update. Counters are of the kept branch unless they say otherwise."""
+
+    stage: int = 0  # key of the data order, as the plan takes it
+    epoch: int = 0  # of the stage
+    update: int = 0  # of the epoch
+    updates_in_epoch: int = 1  # length of the epoch the cursor is in
+    earlier: str = "0"  # epochs of this stage done before the current plan, as an exact fraction "a/b"
+    past_epochs: float = 0.0  # of the kept branch, in stages before this one
+    updates: int = 0  # applied on the kept branch: the schedule's clock
+    active: list[int] | None = None  # task ids in training; None = all
+    task_weights: dict[int, float] | None = None  # sampling weights; None = every sample once per epoch
+    draws: int | None = None  # samples drawn per epoch under task_weights; None = as many as are active
+    skip: list[int] = field(default_factory=list)  # samples left out of this epoch
+    vetoed: int = 0  # updates refused for non-finite numbers
+    work: Work = field(default_factory=Work)  # of the kept branch
+    all_work: Work = field(default_factory=Work)  # discarded branches too
+    looked: Work = field(default_factory=Work)  # forward passes: of a mixture's evaluations, of samples that skip an epoch
+    probed: Work = field(default_factory=Work)  # updates made to look ahead and put back, two forward passes beside each
+    kept_guess: float = 1.0  # share of a row's trained positions that the head expects loss.skip_below to keep
+    kept_most: float | None = None  # the largest such share seen in the running epoch; None = nothing counted
+    passed_over: list[Any] = field(default_factory=list)  # (stage, epoch, update) of updates refused before a revert
+    row_tokens: int | None = None  # shorter rows than the settings', after memory ran out
+    token_accuracy: float | None = None  # of the last judged epoch or probe
+    best: dict[str, Any] | None = None  # best validation so far
+    reason: str | None = None  # set when the run has ended
+
+    @property
+    def stage_epochs(self) -> Fraction:
+        """Epochs of the active mixture since the stage began. Exact."""
+        return Fraction(self.earlier) + Fraction(self.update, self.updates_in_epoch)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs of the kept branch, all stages."""
+        return self.past_epochs + float(self.stage_epochs)
+
+    def step_done(self, work: Work, updates_in_epoch: int) -> None:
+        self.update += 1
+        self.updates_in_epoch = updates_in_epoch
+        self.updates += 1
+        self.work.add(work)
+        self.all_work.add(work)
+
+    def update_passed(self, updates_in_epoch: int) -> None:
+        """An update that was refused before a revert is not made again."""
+        self.update += 1
+        self.updates_in_epoch = updates_in_epoch
+
+    def saw_kept(self, shares: Sequence[float]) -> None:
+        """Shares of a row's trained positions that loss.skip_below kept, of updates of the running epoch."""
+        if shares:
+            self.kept_most = max(self.kept_most or 0.0, *shares)
+
+    def next_epoch(self) -> None:
+        """Close the running plan, finished or not; what was done of it stays counted."""
+        self._guess_kept(self.update == self.updates_in_epoch)
+        self.earlier = str(self.stage_epochs)
+        self.epoch += 1
+        self.update = 0
+        self.skip = []
+
+    def next_stage(self, data_key: int, updates: int) -> None:
+        self.past_epochs = self.epochs
+        self.stage, self.epoch, self.update, self.earlier, self.updates = data_key, 0, 0, "0", updates
+        self.skip = []
+        self._guess_kept(False)
+
+    def leave_out(self, samples: list[int]) -> None:
+        """Leave these samples out of the epoch that begins."""
+        self.skip = samples
+        self._guess_kept(False)
+
+    def _guess_kept(self, same_samples: bool) -> None:
+        """From the epoch that ended to the one that begins, with an eighth of room and in sixteenths, so that shapes are few.
+
+        Only here, where neither logging nor saving decides when: sizes of products decide the rounding, and a run must not
+        depend on either. An epoch over other samples than the last begins with all rows.
+        """
+        known = same_samples and self.kept_most is not None
+        room = math.ceil((self.kept_most or 0.0) * 1.125 * GUESSES) if known else GUESSES
+        self.kept_guess = min(max(room, 1), GUESSES) / GUESSES
+        self.kept_most = None
+
+    def values(self) -> dict[str, Any]:
+        """As JSON; `load` takes it back."""
+        weights = None if self.task_weights is None else {str(task): w for task, w in self.task_weights.items()}
+        return {**asdict(self), "task_weights": weights}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Put saved values back."""
+        for name, value in values.items():
+            if name in ("work", "all_work", "looked", "probed"):
+                value = Work(**value)
+            elif name == "task_weights" and value is not None:
+                value = {int(task): weight for task, weight in value.items()}
+            setattr(self, name, value)

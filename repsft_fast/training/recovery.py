@@ -1,0 +1,113 @@
+"""When numbers go wrong or memory runs out: back to the newest safe state, or smaller rows, and on.
+
+numbers.on_nonfinite: revert   the newest snapshot in memory is put back and the refused update is passed over from then on
+numbers.on_out_of_memory: retry   rows are halved (law 2: the same gradients) and the update is made again
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from repsft_fast.data.plan import Cursor
+from repsft_fast.errors import TrainingError, describe
+from repsft_fast.training.conductor import Conductor
+from repsft_fast.training.moments import Moments
+from repsft_fast.training.nonfinite import Refused
+from repsft_fast.training.parts import Parts, build_plan, row_bucket
+from repsft_fast.training.reporter import Reporter
+from repsft_fast.training.step import OutOfMemory
+
+REVERTS_AT_MOST = 8  # to one safe state: more, and it is not safe
+
+
+class Recovery:
+    """Owns the safe state: taken whenever counters were read, were clean and a decision or checkpoint has just passed."""
+
+    def __init__(self, parts: Parts, moments: Moments, conductor: Conductor, reporter: Reporter):
+        self.parts, self.moments, self.conductor, self.reporter = parts, moments, conductor, reporter
+        self.reverts = parts.config.numbers.on_nonfinite == "revert"
+        self._marker: tuple[Any, ...] | None = None
+        self._times = 0
+
+    def keep_safe(self, *, saved: bool = False) -> None:
+        """Called between updates. Remembers this state when the policy's table grew since the last, or `saved` says so."""
+        if not self.reverts:
+            return
+        history = self.conductor.history
+        marker = (history.clock, len(history.decisions), self.parts.progress.stage, self.parts.progress.epoch)
+        if saved or marker != self._marker:
+            self.conductor.read_ledger()
+            self.moments.keep_safe()
+            self._marker, self._times = marker, 0
+
+    def go_back(self, refused: Refused) -> None:
+        """Put the safe state back and pass the refused updates over from now on. TrainingError when that does not help."""
+        progress = self.parts.progress
+        self._times += 1
+        if self._times > REVERTS_AT_MOST:
+            todo = "lower optim.lr, or look at the samples named above"
+            error = TrainingError(describe("training", f"went back {REVERTS_AT_MOST} times and is not finite again", todo=todo))
+            error.code = "nonfinite"  # type: ignore[attr-defined]
+            raise error
+        after = progress.updates
+        self.moments.go_safe()
+        progress.passed_over = sorted({*map(tuple, progress.passed_over), *refused.cursors})
+        self.reporter.event("revert", {"from": after, "passed_over": [list(cursor) for cursor in refused.cursors]})
+        self.reporter.note(f"went back from update {after} to {progress.updates}; the refused update is passed over")
+
+    def is_passed_over(self, cursor: Cursor) -> bool:
+        return (cursor.stage, cursor.epoch, cursor.update) in map(tuple, self.parts.progress.passed_over)
+
+    def retried(self, problem: OutOfMemory) -> bool:
+        """Halve the rows, so that the update is made again; False where that is not asked for or not possible."""
+        parts, before = self.parts, row_tokens(self.parts)
+        smaller = smaller_rows(parts)
+        if parts.config.numbers.on_out_of_memory == "stop" or smaller is None or problem.torn or parts.world.size > 1:
+            return False
+        gc.collect()
+        if parts.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts.progress.row_tokens = smaller
+        use_row_tokens(parts)
+        self.reporter.note(f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}")
+        return True
+
+    def out_of_memory(self, problem: OutOfMemory) -> TrainingError:
+        """The error that says what to lower and by how much."""
+        now, smaller = row_tokens(self.parts), smaller_rows(self.parts)
+        if smaller is not None:
+            todo = f"lower batch.row_tokens from {now} to {smaller}; the updates stay the same"
+        else:
+            todo = (
+                f"batch.row_tokens is {now} and the longest sample needs that: set model.activation_checkpointing: full, "
+                "lower data.max_tokens, or use optim.name: adamw8bit"
+            )
+        state = "nothing was changed"
+        if problem.torn:
+            state = "the state may be half an update ahead: resume from the last checkpoint"
+        where = f"update {self.parts.progress.updates + 1}"
+        error = TrainingError(describe(where, f"out of memory ({problem}); {state}", todo=todo))
+        error.code = "out_of_memory"  # type: ignore[attr-defined]
+        return error
+
+
+def row_tokens(parts: Parts) -> int:
+    return parts.progress.row_tokens or parts.config.batch.row_tokens
+
+
+def smaller_rows(parts: Parts) -> int | None:
+    """Half the row, in whole buckets, and no shorter than the longest sample; None when there is nothing left to halve."""
+    bucket = row_bucket(parts.config, parts.world.device)
+    longest = int(parts.data.train.index.lengths.max())
+    wanted = max(row_tokens(parts) // 2, longest)
+    smaller = -(-wanted // bucket) * bucket
+    return smaller if smaller < row_tokens(parts) else None
+
+
+def use_row_tokens(parts: Parts) -> None:
+    """Pack rows as the progress says, after a retry or a resumption."""
+    if parts.progress.row_tokens is not None:
+        parts.plan = build_plan(parts.config, parts.data, parts.world, row_tokens=parts.progress.row_tokens)

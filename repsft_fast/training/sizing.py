@@ -1,0 +1,196 @@
+"""How many bytes a run holds, from shapes alone. Pure arithmetic; nothing here allocates or asks a device.
+
+Per rank, R ranks share one copy of the parameters (FSDP2: rows ⌈d0 / R⌉ of every tensor, the last rank's padded):
+
+    weights    Σ ⌈d0 / R⌉ · rest · bytes held        gradients: the same for what is trained
+    moments    adamw 2 × weights; sgd 1 ×; the 8-bit ones 2 bytes an element and a scale for every 256
+    gathered   in the compute type: the root (embedding, final norm, head) for the whole row, three layers beside it
+               (this one, the next one and the flat buffer it arrives in)
+    in flight  full gradients of one group, in the compute type and again in the reduction's fp32: the root or two layers
+    head       the head's gradient [V, H] fp32, one chunk of logits, and three [N', H] of the trained positions
+
+    row of T   T · (S · kept layers + H · c · checkpointed layers + rest), S = bytes one layer saves for a token
+               (`rehearsal.saved_bytes` counts them on the real module), c = bytes of the compute type; one layer more
+               where a checkpointed layer is recomputed before anything was freed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from repsft_fast.distributed import decoder_layers
+from repsft_fast.models.layers import CHECKPOINT_EVERY
+from repsft_fast.ops.adamw8bit_reference import has_8bit_moments, scale_shape
+from repsft_fast.optim import NAMES
+from repsft_fast.snapshot.slots import ALIGN_BYTES
+from repsft_fast.stats import K
+
+REDUCED_BYTES = 4  # gradients are reduced over ranks in fp32
+PACKAGE_BLOCK, PACKAGE_LEAST = 256, 4096  # of bitsandbytes and torchao: elements per scale; smaller tensors stay 32-bit
+LOGITS_SHARE = 64  # one chunk of logits takes 1 / 64 of a GPU's memory: ops.functional.default_chunk_bytes
+RESERVED = 0.08  # of a GPU's memory, assumed taken by the CUDA context, NCCL's buffers and fragmentation
+UNSHARDABLE = ("bnb_adamw8bit", "torchao_adamw8bit")
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    name: str
+    shape: tuple[int, ...]
+    held_bytes: int  # of one element
+    trained: bool
+    layer: int | None  # None: of the root (embedding, final norm, head)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def on_a_rank(self, ranks: int) -> tuple[int, ...]:
+        """Shape of the largest part; every rank allocates as much."""
+        return (-(-self.shape[0] // ranks), *self.shape[1:]) if self.shape else ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank, the one that holds most."""
+
+    weights: int
+    gradients: int
+    moments: int
+    snapshot: int  # one copy of the closed list: trained weights, moments, counts
+
+    @property
+    def state(self) -> int:
+        return self.weights + self.gradients + self.moments
+
+
+class Activations(Protocol):
+    """What the backward pass keeps of the forward pass, for every token of a row."""
+
+    @property
+    def layer(self) -> float: ...  # one decoder layer, nothing recomputed
+    @property
+    def rest(self) -> float: ...  # before, between and after the layers
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    parameters: tuple[ParameterShape, ...]  # tied ones once
+    layers: int
+    hidden: int
+    vocabulary: int
+    compute_bytes: int
+
+    @staticmethod
+    def of(model: Any) -> ModelSize:
+        """Read from a causal LM of `models.load_model`, on the meta device or any other, before it is sharded."""
+        place = {id(p): n for n, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
+        parameters = tuple(
+            ParameterShape(name, tuple(p.shape), p.element_size(), p.requires_grad, place.get(id(p)))
+            for name, p in model.named_parameters()
+        )
+        shape = model.config.get_text_config()
+        compute: torch.dtype = model.compute_dtype
+        return ModelSize(parameters, shape.num_hidden_layers, shape.hidden_size, shape.vocab_size, compute.itemsize)
+
+    @property
+    def count(self) -> int:
+        return sum(p.elements for p in self.parameters)
+
+    @property
+    def trained(self) -> list[ParameterShape]:
+        return [p for p in self.parameters if p.trained]
+
+    def uneven(self, ranks: int) -> list[tuple[ParameterShape, int]]:
+        """Parameters whose rows do not divide by the ranks, each with the ranks that hold nothing of it."""
+        found = []
+        for p in self.parameters:
+            if p.shape and p.shape[0] % ranks:
+                found.append((p, ranks - -(-p.shape[0] // p.on_a_rank(ranks)[0])))
+        return found
+
+    def held(self, optimizer: str, ranks: int = 1, *, tasks: int = 1, momentum: bool = True) -> Held:
+        """State between two updates. tasks: rows of the ledger's table; momentum: whether sgd keeps one."""
+        weights = [math.prod(p.on_a_rank(ranks)) * p.held_bytes for p in self.parameters]
+        trained = [math.prod(p.on_a_rank(ranks)) * p.held_bytes for p in self.trained]
+        moments = list(self._moments(optimizer, ranks, momentum))
+        return Held(
+            weights=sum(weights),
+            gradients=sum(trained),
+            moments=sum(moments),
+            snapshot=sum(_aligned(n) for n in [*trained, *moments, tasks * K * 8]),
+        )
+
+    def _moments(self, optimizer: str, ranks: int, momentum: bool) -> Iterator[int]:
+        """Bytes of every state tensor of the optimizer on a rank."""
+        if optimizer not in NAMES:
+            raise KeyError(optimizer)
+        trained = self.trained
+        if optimizer != "sgd":
+            yield {"adamw": 4 * len(trained), "adamw8bit": 8}.get(optimizer, 8 * len(trained))  # step counts
+        for p in trained:
+            local = p.on_a_rank(ranks)
+            n = math.prod(local)
+            if optimizer == "sgd":
+                yield from (n * p.held_bytes,) * momentum
+            elif optimizer == "adamw":
+                yield from (n * p.held_bytes,) * 2
+            elif optimizer == "adamw8bit":
+                yield from (n, math.prod(scale_shape(local))) * 2 if has_8bit_moments(p.shape) else (4 * n,) * 2
+            elif n >= PACKAGE_LEAST and (optimizer == "bnb_adamw8bit" or n % PACKAGE_BLOCK == 0):
+                yield from (n, 4 * -(-n // PACKAGE_BLOCK)) * 2
+            else:
+                yield from (n * (4 if optimizer == "bnb_adamw8bit" else p.held_bytes),) * 2
+
+    def checkpoint(self, optimizer: str, *, tasks: int = 1) -> int:
+        """Bytes of one generation on disk, all ranks: state to resume from, and the model folder beside it."""
+        trained = sum(p.elements * p.held_bytes for p in self.trained)
+        return 2 * trained + sum(self._moments(optimizer, 1, True)) + tasks * K * 8
+
+    def groups(self) -> tuple[int, int]:
+        """Parameters of the root and of the largest layer: what FSDP2 gathers at once."""
+        layers = [sum(p.elements for p in self.parameters if p.layer == n) for n in range(self.layers)]
+        return sum(p.elements for p in self.parameters if p.layer is None), max(layers)
+
+    def passing(self) -> int:
+        """Bytes gathered and in flight inside a row, beside activations and head."""
+        root, layer = self.groups()
+        share = max((p.trained for p in self.parameters if p.layer is None), default=False)
+        in_flight = (self.compute_bytes + REDUCED_BYTES) * max(root * share, 2 * layer)
+        return self.compute_bytes * (root + 3 * layer) + in_flight
+
+    def head(self, chunk_bytes: int) -> int:
+        """Bytes the head holds whatever the row: its gradient and one chunk of logits."""
+        return self.hidden * self.vocabulary * REDUCED_BYTES + chunk_bytes
+
+    def row(self, saved: Activations, checkpointing: str = "none") -> float:
+        """Bytes for one token of a row: activations under this choice, and the head's three [N', H] where all are trained."""
+        kept = kept_layers(self.layers, checkpointing)
+        input_bytes = self.hidden * self.compute_bytes
+        layers, most = 0.0, 0.0
+        for keeps in kept:
+            layers += saved.layer if keeps else input_bytes
+            most = max(most, layers + (0.0 if keeps else saved.layer))
+        return most + saved.rest + 3 * input_bytes
+
+    def longest_row(
+        self, memory_bytes: int, optimizer: str, ranks: int, saved: Activations, checkpointing: str = "none", bucket: int = 128
+    ) -> int:
+        """Tokens of the longest row that fits beside the state on a device of this size, a multiple of `bucket`; 0: none."""
+        taken = self.held(optimizer, ranks).state + self.passing() + self.head(memory_bytes // LOGITS_SHARE)
+        room = memory_bytes * (1 - RESERVED) - taken
+        return max(0, int(room / self.row(saved, checkpointing)) // bucket * bucket)
+
+
+def kept_layers(layers: int, checkpointing: str) -> Sequence[bool]:
+    """For every layer whether it keeps its activations (True) or only its input, as `models.layers` chooses them."""
+    every = CHECKPOINT_EVERY.get(checkpointing)
+    return [every is None or n % every != 0 for n in range(layers)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN_BYTES) * ALIGN_BYTES

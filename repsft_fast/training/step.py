@@ -1,0 +1,94 @@
+"""One update, and the only place where gradients are made.
+
+    for row in rows(update):  loss, stats = model.loss(row);  loss.backward();  ledger.add
+    norm, veto = check(gradients);  optimizer.step(lr, clip, veto)
+
+Nothing here asks the device for a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repsft_fast.data.plan import Update
+from repsft_fast.distributed import all_max, give_up, grad_norm, sum_between_copies
+from repsft_fast.ops.functional import needed_share
+from repsft_fast.training.parts import Parts
+
+
+class OutOfMemory(Exception):
+    """The device's memory ran out in an update. torn: the optimizer had begun, so the state may be half changed."""
+
+    def __init__(self, error: torch.OutOfMemoryError, *, torn: bool):
+        super().__init__(str(error).split(". ")[0].strip() or "no words")
+        self.torn = torn
+
+
+def train_step(parts: Parts, update: Update) -> None:
+    """Forward, backward and optimizer step over the samples of one update. OutOfMemory leaves the state as it was."""
+    streams = _streams(parts)
+    try:
+        measure(parts, update)
+        norm, clip, veto = clip_and_veto(parts)  # device scalars, the same on every rank
+    except torch.OutOfMemoryError as error:
+        forget(parts, streams)
+        raise OutOfMemory(error, torn=False) from None  # its traceback holds the activations
+    lr = parts.schedule.lr(parts.progress.updates)
+    try:
+        parts.optimizer.step(lr, found_inf=veto, clip=clip)
+    except torch.OutOfMemoryError as error:
+        forget(parts, streams)
+        raise OutOfMemory(error, torn=True) from None
+    parts.optimizer.zero_grad()
+    parts.ledger.close(parts.progress.updates, lr, norm, veto)
+
+
+def measure(parts: Parts, update: Update) -> None:
+    """Gradients of the update, and what its rows counted."""
+    seen = []
+    skip_below = parts.config.loss.skip_below
+    last = len(update.ranks[parts.world.rank])  # every rank has as many rows
+    for number, row in enumerate(parts.rows(update), 1):  # weights already hold 1 / the update's one denominator
+        sum_between_copies(parts.model, number == last)
+        loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
+        loss.backward()
+        kept = needed_share(stats.log10_miss, skip_below) if skip_below > 0.0 else None
+        parts.ledger.add(loss, stats.by(row.row_tasks, parts.num_tasks), kept)  # stays on the device
+        if parts.sample_stats is not None:
+            seen.append((row, stats))
+    if parts.sample_stats is not None:
+        for row, stats in seen:
+            parts.sample_stats.add(row, stats)
+
+
+def forget(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> None:
+    """Undo a half made update: gradients, counts, gathered weights, random streams."""
+    parts.optimizer.zero_grad()
+    parts.ledger.drop_open()
+    give_up(parts.model)
+    torch.set_rng_state(streams[0])
+    if streams[1] is not None:
+        torch.cuda.set_rng_state(streams[1], parts.world.device)
+
+
+def _streams(parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """Where the random streams stand; of a GPU's the host knows, so nothing waits."""
+    device = parts.world.device
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def clip_and_veto(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor]:
+    """([] norm before clipping, [] factor for every gradient or None, [] fp32 1.0 where the step must not be taken).
+
+    The veto rises when the joint norm or any rank's loss is not finite; the factor goes to the optimizer, so that
+    clipping costs no pass over the gradients of its own.
+    """
+    loss = parts.ledger.open_loss()
+    norm = grad_norm(parts.optimizer.names.values())
+    veto = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
+    if parts.world.size > 1:
+        veto = all_max(veto)
+    limit = parts.config.optim.max_norm
+    clip = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0).float()
+    return norm, clip, veto

@@ -1,0 +1,78 @@
+"""The pieces of the row pass: block maxima, the first arg-max, buffers and chunk sizes."""
+
+import pytest
+import torch
+
+from repsft_fast.ops import functional
+
+
+@pytest.mark.parametrize("columns", [2, 5, 127, 128, 129, 256, 300, 1000])
+def test_first_and_second_are_those_of_a_sort_with_ties(columns):
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randint(-3, 4, (200, columns), generator=generator).float()  # few values: ties within and across blocks
+    x[::2] = torch.randn(100, columns, generator=generator)
+    maxima = torch.full((200, -(-columns // functional.MAXIMA_BLOCK)), torch.nan)
+    functional.block_maxima(x, out=maxima)
+    block = maxima.argmax(1, keepdim=True)
+    candidates = torch.full((200, functional.MAXIMA_BLOCK), torch.nan)
+    functional.take_block(x, block, out=candidates)
+    best, inside = candidates.max(dim=1, keepdim=True)
+    second = functional.second_largest(maxima, block, candidates, inside)
+    expected = x.sort(dim=1, descending=True).values
+    assert torch.equal(best[:, 0], expected[:, 0])
+    assert torch.equal(second, expected[:, 1])
+    assert torch.equal((block * functional.MAXIMA_BLOCK + inside)[:, 0], x.argmax(1))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 512, 1000, 8191])
+@pytest.mark.parametrize("vocabulary", [2, 300, 8192, 151936])
+@pytest.mark.parametrize("budget", [1, 1 << 20, 1 << 26])
+def test_chunks_cover_every_row_once_within_the_budget(rows, vocabulary, budget):
+    ranges = functional.chunk_ranges(rows, vocabulary, 4, budget)
+    assert [row for low, high in ranges for row in range(low, high)] == list(range(rows))
+    sizes = [high - low for low, high in ranges]
+    assert all(size * vocabulary * 4 <= budget or size == 1 for size in sizes)
+    if budget >= rows * vocabulary * 4 * 1.25 + functional.CACHE_BLOCK_BYTES:
+        assert len(ranges) <= 1
+
+
+def test_default_budget_on_a_cpu():
+    cpu = torch.device("cpu")
+    row = 49152 * 4
+    assert functional.default_chunk_bytes(1024, 49152, 4, cpu) == 1024 * row // 4
+    assert functional.default_chunk_bytes(10, 49152, 4, cpu) == 128 * row  # below, the GEMMs lose more than the memory is worth
+    assert functional.default_chunk_bytes(10**6, 49152, 4, cpu) == 64 << 20
+    assert functional.default_chunk_bytes(10, 300, 4, cpu) == 10 << 20
+    assert functional.default_chunk_bytes(1023, 8192, 4, cpu) == 10 << 20
+    assert functional.default_chunk_bytes(1024, 8192, 4, cpu) == 8 << 20  # from 32 MiB on a quarter of the full logits
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (256, 1), (257, 2), (512, 2), (1023, 4), (1024, 5)])
+def test_small_heads_go_in_few_chunks_on_a_cpu(rows, chunks):
+    """8,192 columns: 8 MiB of logits hold 256 rows, and the row pass's own 2 MiB do not shrink them."""
+    budget = functional.default_chunk_bytes(rows, 8192, 4, torch.device("cpu"))
+    assert len(functional.chunk_ranges(rows, 8192, 4, budget)) == chunks
+
+
+def test_a_buffer_is_reused_and_grows():
+    first = functional.workspace("a test", 4, 8, torch.float32, torch.device("cpu"))
+    again = functional.workspace("a test", 2, 8, torch.float32, torch.device("cpu"))
+    assert first.data_ptr() == again.data_ptr()
+    larger = functional.workspace("a test", 9, 8, torch.float32, torch.device("cpu"))
+    assert larger.shape == (9, 8)
+    assert functional.workspace("a test", 4, 8, torch.float64, torch.device("cpu")).dtype == torch.float64
+
+
+def test_a_buffer_born_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        functional.workspace("born in inference", 2, 2, torch.float32, torch.device("cpu"))
+    functional.workspace("born in inference", 2, 2, torch.float32, torch.device("cpu")).fill_(1.0)
+
+
+def test_the_kernel_is_chosen_on_cuda_and_under_the_interpreter_only(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not functional.kernel_runs(torch.device("cpu"), torch.float32)
+    assert functional.kernel_runs(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert functional.kernel_runs(torch.device("cpu"), torch.float32)
+    assert not functional.kernel_runs(torch.device("cpu"), torch.float64)

@@ -1,0 +1,22 @@
+"""Building the parts: the tokenizer and its template."""
+
+import pytest
+from chat_tokenizers import BLOCKS, byte_level
+
+from repsft_fast.config import Config
+from repsft_fast.errors import DataError
+from repsft_fast.training.parts import build_tokenizer
+from tests import runs
+
+
+def test_a_chat_template_is_text_or_a_file_that_is_there(tmp_path):
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "chat.jinja").write_text(BLOCKS)
+
+    def template(value):
+        given = {"path": str(tmp_path / "tokenizer"), "chat_template": value}
+        return build_tokenizer(Config.of({**runs.settings(tmp_path), "tokenizer": given})).chat_template
+
+    assert template(BLOCKS) == template(str(tmp_path / "chat.jinja")) == BLOCKS
+    with pytest.raises(DataError, match=r"^tokenizer\.chat_template: is neither a template nor a readable file"):
+        template(str(tmp_path / "chatt.jinja"))
