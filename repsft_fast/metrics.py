@@ -30,7 +30,7 @@ class UpdateRecord:
     lr: float
     vetoed: bool  # non-finite: no weight was touched
     tasks: TokenStats  # [tasks, K] on the host
-    kept: float = 0.0  # largest share of a row's trained positions that loss.skip_below kept (functional.needed_share)
+    kept: float = 0.0  # largest share of a row's trained positions that loss.skip_below kept (products.needed_share)
 
 
 class Ledger:

@@ -19,7 +19,6 @@ from torch import Tensor
 from repsft_fast.stats import RowStats
 
 MAXIMA_BLOCK = 128  # columns per block maximum: the arg-max and runner-up are then searched in V/128 numbers
-CAPACITY_STEP = 256  # rows
 SMALL_CHUNK_BYTES = 8 << 20  # logits of a chunk where a quarter of all of them would be less
 CACHE_BLOCK_BYTES = 1 << 21  # logits handled at once on the torch path, so that they and their softmax stay in cache
 
@@ -251,9 +250,13 @@ class KernelRows:
         self.vocabulary = vocabulary
         self.table = torch.empty(5, n, dtype=torch.float32, device=targets.device)
         self.flags = torch.empty(2, n, dtype=torch.uint8, device=targets.device)
+        self.whole: Tensor | None = None
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return padded_logits(rows, self.vocabulary, dtype, self.targets.device)
+        """One for all chunks of this call (the first is the largest), and its own: it may be read again in backward."""
+        if self.whole is None:
+            self.whole = padded_logits(rows, self.vocabulary, dtype, self.targets.device)
+        return self.whole[:rows]
 
     def chunk(self, start: int, logits: Tensor, *, gradient: bool) -> tuple[Tensor, None]:
         from csrc_triton.cross_entropy import cross_entropy_rows_fwd
@@ -317,65 +320,4 @@ def padded_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.
     """[rows, V] of undefined content for the Triton kernel: its rows begin at 16-byte borders."""
     from csrc_triton.launch import padded_columns
 
-    return workspace("padded logits", rows, padded_columns(vocabulary), dtype, device)[:, :vocabulary]
-
-
-def add_head_gradient(
-    accumulator: Tensor,  # [V, H] fp32 or fp64, undefined before the first chunk
-    gradient: Tensor,  # [c, V]
-    hidden: Tensor,  # [c, H] same dtype as gradient
-    *,
-    first: bool,
-) -> None:
-    """accumulator = [accumulator +] gradient.T @ hidden, in the accumulator's dtype and without a zero-fill."""
-    dtype = accumulator.dtype
-    if gradient.dtype != dtype and gradient.device.type != "cuda":
-        gradient, hidden = gradient.to(dtype), hidden.to(dtype)
-    if gradient.dtype == dtype:
-        if first:
-            torch.mm(gradient.T, hidden, out=accumulator)
-        else:
-            accumulator.addmm_(gradient.T, hidden)
-    elif first:
-        torch.mm(gradient.T, hidden, out_dtype=dtype, out=accumulator)
-    else:
-        torch.addmm(accumulator, gradient.T, hidden, out_dtype=dtype, out=accumulator)
-
-
-def capacity(rows: int, kept_share: float) -> int:
-    """Rows the gradient products are sized for: the share in steps, so that sizes are few; never more than all."""
-    return min(rows, -(-math.ceil(rows * kept_share) // CAPACITY_STEP) * CAPACITY_STEP)
-
-
-def needed_share(log10_miss: Tensor, skip_below: float) -> Tensor:  # [N'] fp32 of one call → [] fp64
-    """The `kept_share` that would have just sufficed for these rows; where a step of capacity holds them all, less than their
-    share. Stays on the device."""
-    kept = (~(log10_miss < math.log10(skip_below))).sum()
-    return kept.double() / max(log10_miss.numel(), CAPACITY_STEP)
-
-
-def kept_gradients(
-    ordered: tuple[Tensor, Tensor],  # [c] int64 rows, those with a gradient first; [1] int64 how many have one
-    room: int,  # the products are sized for this many
-    gradient: Tensor,  # [c, V], zero in the memorised rows
-    hidden: Tensor,  # [c, H]
-    head: Tensor,  # [V, H]
-    grad_hidden: Tensor | None,  # [c, H], filled
-    grad_head: Tensor | None,  # [V, H] fp32, added to; written when `first`
-    *,
-    first: bool,
-) -> None:
-    """Both gradient products over the rows that have a gradient, without asking how many: `room` of them by cuBLAS, which finds
-    zeros where fewer are there; the others, if any, by a kernel that reads the count on the device."""
-    from csrc_triton.kept_rows import kept_head, kept_hidden
-
-    order, count = ordered
-    front = order[:room]
-    rows = workspace("kept logits", room, gradient.stride(0), gradient.dtype, gradient.device)[:, : gradient.shape[1]]
-    torch.index_select(gradient, 0, front, out=rows)
-    if grad_hidden is not None:
-        grad_hidden.zero_().index_copy_(0, front, torch.mm(rows, head))
-        kept_hidden(gradient, head, order, count, room, grad_hidden)
-    if grad_head is not None:
-        add_head_gradient(grad_head, rows, hidden.index_select(0, front), first=first)
-        kept_head(gradient, hidden, order, count, room, grad_head)
+    return torch.empty(rows, padded_columns(vocabulary), dtype=dtype, device=device)[:, :vocabulary]

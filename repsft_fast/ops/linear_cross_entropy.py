@@ -1,8 +1,9 @@
 """The fused head: cross entropy of hidden @ lm_head.T with its statistics and gradients, never keeping [N, V] logits.
 
 Trained rows are selected first, then chunk by chunk: logits (GEMM) → one row pass (loss, statistics, gradient in place) →
-the two gradient GEMMs. The gradients exist when the forward pass ends, 6·N'·H·V FLOPs and not the 8 of a recomputing head;
-backward multiplies them by the incoming scale.
+the two gradient GEMMs, 6·N'·H·V FLOPs and not the 8 of a recomputing head. The gradients exist when the forward pass ends
+and backward multiplies them by the incoming scale; where the kernel holds all rows in one chunk, it is backward that makes
+the head's, from hidden states it has scaled.
 Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
 """
 
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
 from repsft_fast.errors import describe
-from repsft_fast.ops import functional
+from repsft_fast.ops import functional, products
 from repsft_fast.row import IGNORE_INDEX
 from repsft_fast.stats import RowStats
 
@@ -77,8 +78,10 @@ def head_pass(
     skip_below: float,
     chunk_bytes: int | None,
     kept_share: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, RowStats]:  # [] loss, [N, H] and [V, H] gradients (empty where not needed), statistics
-    """Everything at once, without autograd."""
+    *,
+    may_wait: bool = False,  # whether the caller can make an unfinished head gradient in backward
+) -> tuple[Tensor, Tensor, Tensor | products.Unfinished, RowStats]:
+    """Everything at once, without autograd: [] loss, [N, H] and [V, H] gradients (empty where not needed), statistics."""
     vocabulary, device = lm_head.shape[0], hidden.device
     sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dtype = hidden.dtype if functional.kernel_runs(device, hidden.dtype) else sums  # of logits and GEMMs
@@ -94,9 +97,19 @@ def head_pass(
         chosen_targets, row_weights, vocabulary, softcap=softcap, skip_below=skip_below, block_rows=block
     )
     grad_chosen = torch.empty_like(chosen) if need_hidden else None
-    grad_head = torch.empty_like(head, dtype=sums) if need_head else None
+    chunks = functional.chunk_ranges(total, vocabulary, itemsize, budget)
+    share = kept_share if skip_below > 0.0 else 1.0
+    waits = (
+        may_wait
+        and need_head
+        and len(chunks) == 1
+        and products.may_wait(passes, head.shape[1], dtype)
+        and products.capacity(total, share) == total
+    )
+    unfinished: products.Unfinished | None = None
+    grad_head = torch.empty_like(head, dtype=sums) if need_head and not waits else None
     first = True
-    for start, stop in functional.chunk_ranges(total, vocabulary, itemsize, budget):
+    for start, stop in chunks:
         h = chosen[start:stop]
         logits = passes.buffer(stop - start, dtype)
         torch.mm(h, head.T, out=logits)
@@ -104,9 +117,9 @@ def head_pass(
         if not (need_hidden or need_head):
             continue
         out = None if grad_chosen is None else grad_chosen[start:stop]
-        room = functional.capacity(stop - start, kept_share)
-        if scale is None and skip_below > 0.0 and room < stop - start:
-            functional.kept_gradients(passes.order(start, stop), room, gradient, h, head, out, grad_head, first=first)
+        room = products.capacity(stop - start, share)
+        if scale is None and room < stop - start:
+            products.kept_gradients(passes.order(start, stop), room, gradient, h, head, out, grad_head, first=first)
             first = False
             continue
         kept = None
@@ -115,8 +128,10 @@ def head_pass(
         if out is not None:
             _hidden_gradient(out, gradient, head, scale, kept)
         if grad_head is not None:
-            functional.add_head_gradient(grad_head, gradient, h if scale is None else h * scale[:, None], first=first)
+            products.add_head_gradient(grad_head, gradient, h if scale is None else h * scale[:, None], first=first)
             first = False
+        elif waits:
+            unfinished = products.Unfinished(gradient, h)
 
     if grad_head is not None and first:
         grad_head.zero_()
@@ -125,6 +140,8 @@ def head_pass(
     grad_hidden = chosen.new_empty(0)
     if grad_chosen is not None:
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_chosen.to(hidden.dtype))
+    if unfinished is not None:
+        return loss, grad_hidden, unfinished, stats
     return loss, grad_hidden, chosen.new_empty(0, dtype=sums) if grad_head is None else grad_head, stats
 
 
@@ -156,7 +173,7 @@ def _hidden_gradient(out: Tensor, gradient: Tensor, head: Tensor, scale: Tensor 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        loss, grad_hidden, grad_head, stats = head_pass(*arguments)
+        loss, grad_hidden, grad_head, stats = head_pass(*arguments, may_wait=True)
         ctx.gradients = (grad_hidden if arguments[5] else None, grad_head if arguments[6] else None)
         columns = _columns(stats)
         ctx.mark_non_differentiable(*columns)
@@ -173,14 +190,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     todo="call it again, or sum the losses before one backward",
                 )
             )
-        gradients, ctx.gradients = ctx.gradients, None
+        (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
         # On a CPU reading a number is no sync, and a scale of 1 (the loop's own case) saves a pass over [V, H].
         # A fake tensor (a rehearsal without hardware) holds no number.
-        if scale.device.type != "cpu" or type(scale) is not Tensor or float(scale.numpy()) != 1.0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(scale)
-        return *gradients, *(None,) * 9
+        plain = scale.device.type == "cpu" and type(scale) is Tensor and float(scale.numpy()) == 1.0
+        if grad_hidden is not None and not plain:
+            grad_hidden.mul_(scale)
+        if isinstance(grad_head, products.Unfinished):
+            grad_head = grad_head.finish(None if plain else scale)
+        elif grad_head is not None and not plain:
+            grad_head.mul_(scale)
+        return grad_hidden, grad_head, *(None,) * 9
 
 
 def _gathered(lm_head: DTensor) -> Tensor:  # [V, H] whole
@@ -257,6 +277,7 @@ def _operator(
     loss, grad_hidden, grad_head, stats = head_pass(
         hidden, lm_head, targets, weights, rows, need_hidden, need_head, softcap, skip_below, chunk_bytes, kept_share
     )
+    assert isinstance(grad_head, Tensor)
     loss_rows, correct, entropy, top1_probability, margin, log10_miss = _columns(stats)
     return loss, grad_hidden, grad_head, loss_rows, correct, entropy, top1_probability, margin, log10_miss
 

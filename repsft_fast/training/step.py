@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repsft_fast.data.plan import Update
 from repsft_fast.distributed import all_max, give_up, grad_norm, sum_between_copies
-from repsft_fast.ops.functional import needed_share
+from repsft_fast.ops.products import needed_share
 from repsft_fast.training.parts import Parts
 
 

@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 from interpreter import interpret
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_triton import cross_entropy as kernels
 from csrc_triton.launch import padded_columns, row_block
+from repsft_fast.ops import functional, products
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_reference
 from repsft_fast.row import IGNORE_INDEX
@@ -290,3 +292,122 @@ class TestHead:
         assert syncs.found == {}
         assert len(launches) == 1
         assert launch.padded_columns(30) == 32
+
+
+class TestFinishedInBackward:
+    """One chunk, no larger than the head gradient it makes: backward makes the product, with the scale in the hidden states."""
+
+    N, H, V = 6, 8, 40
+
+    def operands(self, seed=1, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(self.N, self.H, generator=generator).to(dtype).requires_grad_()
+        head = torch.randn(self.V, self.H, generator=generator).to(dtype).requires_grad_()
+        head.grad_dtype = torch.float32
+        return hidden, head, torch.randint(self.V, (self.N,), generator=generator)
+
+    def gradients(self, scale, dtype=torch.float32, **options):
+        hidden, head, targets = self.operands(dtype=dtype)
+        loss, _ = linear_cross_entropy(hidden, head, targets, None, torch.arange(self.N), **options)
+        (loss * scale).backward()
+        return hidden.grad, head.grad
+
+    @pytest.fixture
+    def finished(self, monkeypatch):
+        """The head gradients finished in backward: (rows, whether a scale came)."""
+        found = []
+        finish = products.Unfinished.finish
+        note = lambda self, scale: (found.append((len(self.hidden), scale is not None)), finish(self, scale))[1]  # noqa: E731
+        monkeypatch.setattr(products.Unfinished, "finish", note)
+        return found
+
+    @pytest.mark.parametrize("scale", [1.0, 0.5, -4.0])
+    def test_the_bits_of_a_gradient_finished_at_once(self, scale, finished, monkeypatch):
+        """A power of two commutes with every rounding."""
+        waited = self.gradients(scale)
+        assert finished == [(self.N, scale != 1.0)]
+        monkeypatch.setattr(products, "may_wait", lambda *_: False)
+        at_once = self.gradients(scale)
+        assert len(finished) == 1
+        assert all(torch.equal(a, b) for a, b in zip(waited, at_once))
+
+    def test_any_scale_is_that_of_the_reference(self, finished):
+        hidden, head, targets = self.operands()
+        _, _, grad_hidden, grad_head = linear_cross_entropy_reference(hidden.double(), head.double(), targets)
+        waited = self.gradients(1 / 3)
+        assert finished
+        torch.testing.assert_close(waited[0].double(), grad_hidden / 3, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(waited[1].double(), grad_head / 3, rtol=1e-5, atol=1e-6)
+
+    def test_two_calls_that_wait_do_not_share_a_chunk(self, finished):
+        first, second = self.operands(1), self.operands(2)
+        losses = [linear_cross_entropy(*case, None, torch.arange(self.N))[0] for case in (first, second)]
+        (losses[0] + 3.0 * losses[1]).backward()
+        assert len(finished) == 2
+        for (hidden, head, targets), scale in ((first, 1.0), (second, 3.0)):
+            _, _, _, grad_head = linear_cross_entropy_reference(hidden.double(), head.double(), targets)
+            torch.testing.assert_close(head.grad.double(), scale * grad_head, rtol=1e-5, atol=1e-5)
+
+    def test_the_forward_pass_makes_no_head_gradient_and_backward_no_pass_over_it(self):
+        hidden, head, targets = self.operands()
+        made = []
+
+        class Made(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if (
+                    isinstance(result, torch.Tensor)
+                    and result.shape == head.shape
+                    and func is not torch.ops.aten.detach.default
+                ):
+                    made.append(func.overloadpacket.__name__)
+                return result
+
+        with Made():
+            loss, _ = linear_cross_entropy(hidden, head, targets, None, torch.arange(self.N))
+            assert made == []
+            torch.autograd.grad(loss, (hidden, head), torch.tensor(0.25))
+        assert made == ["new_empty", "mm"]
+
+    @pytest.mark.parametrize(
+        ("dtype", "options"),
+        [
+            (torch.float16, {}),
+            (torch.float32, {"chunk_bytes": 3 * 48 * 4}),
+            (torch.float32, {"skip_below": 0.5, "kept_share": 0.0}),
+        ],
+        ids=["fp16, where hidden · scale would overflow", "several chunks", "memorised rows left out"],
+    )
+    def test_what_does_not_wait(self, dtype, options, finished, monkeypatch):
+        monkeypatch.setattr(products, "CAPACITY_STEP", 1)
+        interpret(monkeypatch, "csrc_triton.kept_rows")
+        gradients = self.gradients(2.0**15, dtype, **options)
+        assert finished == []
+        assert gradients[1].isfinite().all()
+
+    def test_a_chunk_larger_than_the_head_gradient_does_not_wait(self, finished):
+        hidden = torch.randn(self.H + 1, self.H, requires_grad=True)
+        head = torch.randn(self.V, self.H, requires_grad=True)
+        for rows in (self.H, self.H + 1):
+            linear_cross_entropy(hidden, head, torch.zeros(self.H + 1, dtype=torch.int64), None, torch.arange(rows))[
+                0
+            ].backward()
+        assert finished == [(self.H, False)]
+
+    def test_without_a_threshold_the_share_does_not_matter(self, finished):
+        self.gradients(1.0, kept_share=0.0)
+        assert len(finished) == 1
+
+    @pytest.mark.parametrize("frozen", ["hidden", "head"])
+    def test_what_is_frozen_costs_nothing(self, frozen, finished):
+        hidden, head, targets = self.operands()
+        {"hidden": hidden, "head": head}[frozen].requires_grad_(False)
+        linear_cross_entropy(hidden, head, targets, None, torch.arange(self.N))[0].backward()
+        assert len(finished) == (frozen == "hidden")
+
+    def test_chunks_of_one_call_share_a_buffer_and_calls_do_not(self):
+        passes = [functional.KernelRows(torch.arange(4), torch.ones(4), 40, softcap=None, skip_below=0.0) for _ in range(2)]
+        first, later = passes[0].buffer(4, torch.float32), passes[0].buffer(3, torch.float32)
+        assert first.data_ptr() == later.data_ptr()
+        assert later.shape == (3, 40)
+        assert passes[1].buffer(4, torch.float32).data_ptr() != first.data_ptr()

@@ -7,7 +7,7 @@ import torch
 from interpreter import interpret
 
 from csrc_triton import kept_rows
-from repsft_fast.ops import functional
+from repsft_fast.ops import products
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.training.syncs import SyncCounter
 
@@ -19,7 +19,7 @@ TAU = 2.0**-6
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     interpret(monkeypatch, "csrc_triton.cross_entropy", "csrc_triton.kept_rows")
-    monkeypatch.setattr(functional, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(products, "CAPACITY_STEP", 1)
 
 
 def operands(dtype=torch.float32, memorised=0.6):
@@ -134,19 +134,19 @@ def test_nothing_is_read_and_no_shape_depends_on_the_count():
 
 
 def test_without_a_threshold_the_share_is_not_used(monkeypatch):
-    monkeypatch.setattr(functional, "kept_gradients", lambda *_, **__: pytest.fail("rows left out at τ = 0"))
+    monkeypatch.setattr(products, "kept_gradients", lambda *_, **__: pytest.fail("rows left out at τ = 0"))
     (hidden, head, targets, weights), _ = operands()
     linear_cross_entropy(hidden, head, targets, weights, torch.arange(N), kept_share=0.1)[0].backward()
 
 
 def test_where_all_rows_may_be_kept_nothing_is_sorted_or_copied(monkeypatch):
-    monkeypatch.setattr(functional, "kept_gradients", lambda *_, **__: pytest.fail("a copy of all rows"))
+    monkeypatch.setattr(products, "kept_gradients", lambda *_, **__: pytest.fail("a copy of all rows"))
     run(1.0)
 
 
 def test_capacity_is_in_steps_and_never_above_all(monkeypatch):
-    monkeypatch.setattr(functional, "CAPACITY_STEP", 256)
-    assert [functional.capacity(1000, share) for share in (0.0, 0.1, 0.256, 0.2565, 0.9, 1.0)] == [
+    monkeypatch.setattr(products, "CAPACITY_STEP", 256)
+    assert [products.capacity(1000, share) for share in (0.0, 0.1, 0.256, 0.2565, 0.9, 1.0)] == [
         0, 256, 256, 512, 1000, 1000,
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Train
 
 from repsft_fast.errors import ConfigError, ModelError
 from repsft_fast.integrations.hf import FusedHeadMixin, extend_forward
-from repsft_fast.ops import functional
+from repsft_fast.ops import products
 
 SIZES = {name: value for name, value in tiny.config("llama").to_dict().items() if name in tiny._SIZES}
 LENGTHS = (9, 5, 14, 7, 11, 6, 8, 12)
@@ -106,7 +106,7 @@ class TestTrainer:
     def test_evaluation_gives_their_loss_and_exact_counts_without_logits(self, tmp_path, monkeypatch):
         theirs = build(Trainer, tmp_path).evaluate()
         trainer = build(Fast, tmp_path)
-        monkeypatch.setattr(functional, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient in evaluation"))
+        monkeypatch.setattr(products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient in evaluation"))
         monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("full logits"))
         ours = trainer.evaluate()
         assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)

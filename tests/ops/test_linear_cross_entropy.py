@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from repsft_fast.ops import functional
+from repsft_fast.ops import functional, products
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import linear_cross_entropy_reference
 from repsft_fast.row import IGNORE_INDEX
@@ -128,7 +128,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_evaluation_computes_no_gradient(mode, monkeypatch):
     case = Case()
     expected, _ = case.call()
-    monkeypatch.setattr(functional, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient under no_grad"))
+    monkeypatch.setattr(products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient under no_grad"))
     with mode():
         loss, stats = case.call()
     assert torch.equal(loss, expected.detach())

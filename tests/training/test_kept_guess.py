@@ -9,7 +9,7 @@ import torch
 from interpreter import interpret
 
 from repsft_fast.models import loss as model_loss
-from repsft_fast.ops import functional
+from repsft_fast.ops import products
 from repsft_fast.training import trainer
 from repsft_fast.training.progress import Progress
 from repsft_fast.training.syncs import SyncCounter
@@ -43,7 +43,7 @@ def trained(folder, count=6, **changes):
 
 
 def test_the_guess_follows_what_the_last_epoch_kept(tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(functional, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(products, "CAPACITY_STEP", 1)
     lines = trained(tmp_path)
     in_training = [share for gradient, share in asked if gradient]
     assert in_training == [line["kept_guess"] for line in lines for _ in range(3)], "one value from an epoch's end to the next"
@@ -76,7 +76,7 @@ def test_the_kernels_train_alike_whatever_the_guess(tmp_path, monkeypatch):
     from csrc_triton import kept_rows
 
     interpret(monkeypatch, "csrc_triton.cross_entropy", "csrc_triton.kept_rows")
-    monkeypatch.setattr(functional, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(products, "CAPACITY_STEP", 1)
     rooms, product = [], kept_rows.kept_head
 
     def noting(gradient, hidden, order, count, room, out):
@@ -101,17 +101,17 @@ def test_the_kernels_train_alike_whatever_the_guess(tmp_path, monkeypatch):
 def test_counting_reads_nothing_back():
     misses = torch.tensor([-3.0, -0.5, float("nan"), -4.0])
     with SyncCounter() as syncs:
-        needed = functional.needed_share(misses, 10.0**-2)
+        needed = products.needed_share(misses, 10.0**-2)
     assert syncs.total == 0, syncs.found
     assert needed.dtype == torch.float64
-    assert float(needed) == 2 / functional.CAPACITY_STEP, "few rows: a step of capacity holds them"
+    assert float(needed) == 2 / products.CAPACITY_STEP, "few rows: a step of capacity holds them"
 
 
 def test_what_was_needed_would_have_sufficed():
     for rows, kept in ((1000, 700), (256, 255), (3000, 1), (40, 40), (0, 0)):
         misses = torch.full((rows,), -5.0)
         misses[:kept] = -1.0
-        assert functional.capacity(rows, float(functional.needed_share(misses, 1e-2))) >= kept
+        assert products.capacity(rows, float(products.needed_share(misses, 1e-2))) >= kept
 
 
 class TestTheGuess:
