@@ -87,8 +87,18 @@ class Ours:
         return {"resume": _timed(lambda: checkpoint.resume(self.folder, self.live))}
 
     def resume_unverified(self) -> Times:
-        with mock.patch.object(reader, "_intact", return_value=True):
+        with mock.patch.object(reader, "HostChecksum", Unsummed):
             return {"resume, unverified": _timed(lambda: checkpoint.resume(self.folder, self.live))}
+
+
+class Unsummed:
+    """In place of the checksum: looks at nothing and finds everything whole."""
+
+    def update(self, block: object) -> None:
+        return
+
+    def hexdigest(self) -> object:
+        return mock.ANY
 
 
 class TorchSave:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from repsft_fast.errors import CheckpointError, describe
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 25
+READ_BLOCK_BYTES = 1 << 20  # a whole number of words; still in the cache when it is summed
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -115,10 +116,13 @@ def _stretch(entry: Any, base: int, where: str) -> Stretch:
     return Stretch(dtype, shape, base + start, nbytes)
 
 
-def read_tensor(fd: int, stretch: Stretch, where: str) -> Tensor:  # -> [shape] on the host
+def read_tensor(fd: int, stretch: Stretch, where: str, seen: Callable[[Any], None]) -> Tensor:  # -> [shape] on the host
+    """One tensor; `seen` is given each block of its bytes, [bytes] uint8 of numpy, once they lie in the tensor's memory."""
     raw = torch.empty(stretch.nbytes, dtype=torch.uint8)
-    if stretch.nbytes:
-        read_exactly(fd, raw.numpy().data, stretch.start, where)
+    for start in range(0, stretch.nbytes, READ_BLOCK_BYTES):
+        block = raw[start : start + READ_BLOCK_BYTES].numpy()
+        read_exactly(fd, block.data, stretch.start + start, where)
+        seen(block)
     return raw.view(DTYPES[stretch.dtype]).reshape(stretch.shape)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csrc_triton.state_hash import checksums
 from repsft_fast.checkpoint.files import (
     crash_point,
     hash_bytes,
@@ -33,6 +32,7 @@ from repsft_fast.checkpoint.files import (
     sync_tree,
     write_file,
 )
+from repsft_fast.checkpoint.hostsum import host_checksums
 from repsft_fast.checkpoint.manifest import (
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
@@ -124,7 +124,7 @@ def _write_part(folder: Path, tensors: Mapping[str, Any], values: Mapping[str, J
     pieces = {name: piece_of(name, t, rank) for name, t in tensors.items()}
     mine = {name: p for name, p in pieces.items() if p.writes and p.local.numel()}
     shard, table = shard_file(rank, world_size), values_file(rank, world_size)
-    hashes = dict(zip(mine, checksums([p.local for p in mine.values()])))
+    hashes = dict(zip(mine, host_checksums([p.local for p in mine.values()])))
     text = encode_values(values).encode()
     files = {
         shard: FileEntry(write_shard(folder / shard, {name: p.local for name, p in mine.items()}, "shard")),

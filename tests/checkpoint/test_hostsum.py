@@ -1,0 +1,168 @@
+"""The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is what is summed."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from csrc_triton.state_hash import GOLDEN, SALT, checksum, mix_int
+from repsft_fast import checkpoint
+from repsft_fast.checkpoint import hostsum, shards
+from repsft_fast.checkpoint.hostsum import HostChecksum, host_checksums
+from repsft_fast.checkpoint.shards import READ_BLOCK_BYTES
+from repsft_fast.errors import CheckpointError
+
+WORDS = hostsum.CHUNK_WORDS
+
+
+def definition(data: bytes) -> int:
+    """The formula of state_hash's docstring on Python integers."""
+    total = mix_int(len(data) ^ SALT)
+    for i in range(0, len(data), 8):
+        total += mix_int(int.from_bytes(data[i : i + 8].ljust(8, b"\0"), "little") + i // 8 * GOLDEN)
+    return total % (1 << 64)
+
+
+def random_bytes(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def summed(data: torch.Tensor, *cuts: int) -> str:
+    """The sum of the bytes given in the blocks that begin at 0 and at the cuts."""
+    found = HostChecksum()
+    for start, stop in zip((0, *cuts), (*cuts, data.numel())):
+        found.update(data[start:stop].numpy())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 15, 16, 17, 4096, 8191])
+def test_it_equals_the_definition(n):
+    data = random_bytes(n)
+    assert summed(data) == f"{definition(bytes(data.numpy())):016x}"
+
+
+@pytest.mark.parametrize("n", [8 * WORDS - 1, 8 * WORDS, 8 * WORDS + 1, 8 * (2 * WORDS + 3) + 5])
+def test_it_is_the_number_of_the_device_s_checksum_over_many_chunks(n):
+    data = random_bytes(n, seed=n)
+    assert summed(data) == f"{checksum(data).item() % (1 << 64):016x}"
+
+
+def test_blocks_do_not_show():
+    data = random_bytes(8 * (WORDS + 7) + 3)
+    whole = summed(data)
+    for cuts in ((8,), (0,), (8 * WORDS,), (800, 8 * WORDS + 8), (8, 16, 24), (8 * WORDS + 56,)):
+        assert summed(data, *cuts) == whole, cuts
+
+
+def test_only_the_last_block_may_end_in_the_middle_of_a_word():
+    found = HostChecksum()
+    found.update(random_bytes(9).numpy())
+    with pytest.raises(ValueError, match="middle of a word"):
+        found.update(random_bytes(8).numpy())
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_memory_that_lies_askew_is_summed_alike(offset):
+    data = random_bytes(8 * 100 + offset)
+    assert summed(data[offset:]) == summed(data[offset:].clone())
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_of_any_type_and_stride_are_summed_by_their_bytes(dtype):
+    data = random_bytes(24 * 16).remainder(2).view(dtype).reshape(4, -1)
+    tensors = [data, data.T, data[:, ::2], data[0, 0], data[:0], data[1:]]
+    assert host_checksums(tensors) == [checksum(t).item() % (1 << 64) for t in tensors]
+
+
+def test_threads_do_not_share_what_they_work_in():
+    data = [random_bytes(8 * (3 * WORDS + 1), seed=n) for n in range(4)]
+    expected, found = [summed(d) for d in data], {}
+
+    def work(n):
+        found[n] = [summed(data[n], 8 * WORDS) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: [one] * 3 for n, one in enumerate(expected)}
+
+
+class TestBytesOfAFileLargerThanABlock:
+    NUMEL = (2 * READ_BLOCK_BYTES + 24) // 4 + 1  # three blocks, the last word half full
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("large")
+        checkpoint.save(folder, 0, {"a": torch.ones(3), "w": torch.arange(self.NUMEL).float()}, {})
+        return folder
+
+    def live(self):
+        return {"a": torch.zeros(3), "w": torch.zeros(self.NUMEL)}
+
+    def shard(self, folder):
+        (path,) = (folder / "gen-00000000").glob("*.safetensors")
+        return path
+
+    def test_they_come_back(self, folder):
+        live = self.live()
+        checkpoint.resume(folder, live)
+        assert torch.equal(live["w"], torch.arange(self.NUMEL).float())
+        assert checkpoint.verify(folder / "gen-00000000") == []
+
+    @pytest.mark.parametrize(
+        "at", [0, 7, READ_BLOCK_BYTES - 1, READ_BLOCK_BYTES, 2 * READ_BLOCK_BYTES - 8, 2 * READ_BLOCK_BYTES, -9, -4, -1]
+    )
+    def test_one_bit_in_any_block_is_damage_and_nothing_is_loaded(self, folder, at):
+        path = self.shard(folder)
+        begins = os.path.getsize(path) - 4 * self.NUMEL
+        data = np.memmap(path, np.uint8, "r+")
+        where = begins + at if at >= 0 else len(data) + at
+        data[where] ^= 1
+        data.flush()
+        try:
+            live = self.live()
+            with pytest.raises(CheckpointError, match="w: is damaged"):
+                checkpoint.resume(folder, live)
+            assert not live["w"].any()
+            assert not live["a"].any()
+            assert any("w: is damaged" in problem for problem in checkpoint.verify(folder / "gen-00000000"))
+        finally:
+            data[where] ^= 1
+            data.flush()
+
+    def test_two_blocks_exchanged_are_damage(self, folder):
+        path = self.shard(folder)
+        begins = os.path.getsize(path) - 4 * self.NUMEL
+        data = np.memmap(path, np.uint8, "r+")
+        one, two = (slice(begins + n * READ_BLOCK_BYTES, begins + (n + 1) * READ_BLOCK_BYTES) for n in (0, 1))
+        before = data[one].copy(), data[two].copy()
+        data[one], data[two] = before[1], before[0]
+        data.flush()
+        try:
+            with pytest.raises(CheckpointError, match="w: is damaged"):
+                checkpoint.resume(folder, self.live())
+        finally:
+            data[one], data[two] = before
+            data.flush()
+
+    def test_what_is_summed_is_the_memory_that_is_loaded(self, folder, monkeypatch):
+        """A bit that flips between the disk and the tensor, in the read itself, is seen: the sum is of the tensor's memory."""
+        plain = shards.read_exactly
+
+        def flips(fd, into, offset, where):
+            plain(fd, into, offset, where)
+            if len(into) == READ_BLOCK_BYTES:
+                into[12345] ^= 4
+
+        monkeypatch.setattr(shards, "read_exactly", flips)
+        live = self.live()
+        with pytest.raises(CheckpointError, match="w: is damaged"):
+            checkpoint.resume(folder, live)
+        assert not live["w"].any()
