@@ -1,4 +1,5 @@
-"""Of the suite: one real run on the device (a whole update, its MFU, what a checkpoint stalls), and the checksum of a state."""
+"""Of the suite: one real run on the device (a whole update, its MFU, what a checkpoint stalls), the checksum of a state,
+and the head gradient finished in backward against finished at once."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks import harness, predictions, records
+from benchmarks import cases, harness, peers, predictions, records
 
 UPDATES, LOG_EVERY = 24, 4
 LARGE = {  # Qwen3-0.6B, drawn at random
@@ -97,6 +100,49 @@ def state_hash(session: Any) -> None:
     times = session.measure("state hash", {"ours": lambda: checksum(state)}, {"bytes": held}, moved_bytes=held, dtype="uint8")
     floor = 1e3 * held / session.ceilings["bytes_per_s"]
     session.goal("state hash / its floor", harness.quantile(times["ours"], 0.5) / floor)
+
+
+def finished_in_backward(session: Any) -> None:
+    """One chunk's head gradient, made in backward from scaled hidden states, against made at once, scaled and cast."""
+    from repsft_fast.ops import functional
+
+    if not functional.kernel_runs(torch.device(session.device), session.sizes.dtype):
+        session.named.append("head finished in backward: the torch path finishes at once and reads the scale for free")
+        return
+    if session.late("head finished in backward"):
+        return
+    name, (h, v) = next(iter(session.sizes.heads.items()))
+    n = session.sizes.probe
+    calls = finishing_calls(session)
+    print(f"\nhead gradient finished in backward, {name} N={n}")
+    times = session.measure("head, finished", calls, {"head": name, "N": n, "H": h, "V": v}, flops=6 * n * h * v)
+    ratio = harness.quantile(times["finished in backward, scale 1.00"], 0.5) / harness.quantile(
+        times["finished at once, scale 1.00"], 0.5
+    )
+    session.goal("head gradient finished in backward / at once", ratio)
+
+
+def finishing_calls(session: Any) -> dict[str, Callable[[], Any]]:
+    from repsft_fast.ops import products
+
+    h, v = next(iter(session.sizes.heads.values()))
+    hidden, head, targets = cases.head_operands(session.sizes.probe, h, v, 0.0, session.sizes.dtype, session.device)
+    loss = peers.ours()
+
+    def step(waits: bool, scale: float) -> Callable[[], Any]:
+        def call() -> None:
+            hidden.grad = head.grad = None
+            with mock.patch.object(products, "may_wait", products.may_wait if waits else lambda *_: False):
+                total = loss(hidden, head, targets)
+            (total if scale == 1.0 else total * scale).backward()
+
+        return call
+
+    return {
+        f"finished {when}, scale {scale:.2f}": step(when == "in backward", scale)
+        for scale in (1.0, 1 / 3)
+        for when in ("in backward", "at once")
+    }
 
 
 def through_files(live: dict[str, torch.Tensor], folder: Path) -> float:

@@ -360,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = list(sizes.heads)
         head_grid(session, names[:1])
         statistics_cost(session)
+        gpu_run.finished_in_backward(session)
         masked_and_memorised(session)
         optimizers(session)
         snapshots(session)

@@ -32,7 +32,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, RowStats]:  # [] weighted SUM (never a mean), fp32 (fp64 for fp64 inputs); statistics of the N' rows
     """Cross entropy of hidden @ lm_head.T and the statistics of its rows, without keeping [N, V] logits.
 
-    Peak extra memory: chunk_bytes + one [V, H] fp32 head gradient + [N', H]. Work: 6·N'·H·V FLOPs for N' trained rows,
+    Peak extra memory: chunk_bytes + one [V, H] fp32 head gradient + [N', H]; on a GPU a call of one chunk keeps it until its
+    backward, which makes the head gradient then. Work: 6·N'·H·V FLOPs for N' trained rows,
     2·N'·H·V + 4·N''·H·V with N'' rows above skip_below, 2·N'·H·V under torch.no_grad. No host sync when `rows` is given
     (on a CPU, where reading a number is free, skip_below selects rows by their values). On a GPU the rows that skip_below
     drops leave the products only with kept_share < 1, which sizes them without asking the device; rows beyond it are
@@ -103,7 +104,7 @@ def head_pass(
         may_wait
         and need_head
         and len(chunks) == 1
-        and products.may_wait(passes, head.shape[1], dtype)
+        and products.may_wait(passes, dtype)
         and products.capacity(total, share) == total
     )
     unfinished: products.Unfinished | None = None
@@ -131,7 +132,7 @@ def head_pass(
             products.add_head_gradient(grad_head, gradient, h if scale is None else h * scale[:, None], first=first)
             first = False
         elif waits:
-            unfinished = products.Unfinished(gradient, h)
+            unfinished = products.Unfinished(gradient, h, products.arriving_dtype(lm_head))
 
     if grad_head is not None and first:
         grad_head.zero_()

@@ -42,21 +42,25 @@ class Unfinished(NamedTuple):
 
     gradient: Tensor  # [N', V] bf16 | fp32
     hidden: Tensor  # [N', H] same dtype; overwritten
+    dtype: torch.dtype  # what autograd would cast an fp32 gradient to: here no other chunk is to be added in fp32
 
-    def finish(self, scale: Tensor | None) -> Tensor:  # [] or None for 1 → [V, H] fp32
+    def finish(self, scale: Tensor | None) -> Tensor:  # [] or None for 1 → [V, H] `dtype`
         hidden = self.hidden if scale is None else self.hidden.mul_(scale)
-        finished = hidden.new_empty(self.gradient.shape[1], hidden.shape[1], dtype=torch.float32)
+        finished = hidden.new_empty(self.gradient.shape[1], hidden.shape[1], dtype=self.dtype)
         add_head_gradient(finished, self.gradient, hidden, first=True)
         return finished
 
 
-def may_wait(passes: functional.RowPass, width: int, dtype: torch.dtype) -> bool:
-    """Whether a head gradient of one chunk waits for backward. The chunk must outlive the call (the torch path's buffer is the
-    next call's), and be no larger than what it makes, so that calls that wait together hold no more. Not in fp16, in which
-    hidden · scale overflows at the scales that fp16 is trained with."""
-    if not isinstance(passes, functional.KernelRows) or dtype not in (torch.bfloat16, torch.float32):
-        return False
-    return passes.targets.numel() * dtype.itemsize <= 4 * width
+def may_wait(passes: functional.RowPass, dtype: torch.dtype) -> bool:
+    """Whether a head gradient of one chunk waits for backward: where the chunk outlives the call (the torch path's buffer is
+    the next call's). Not in fp16, in which hidden · scale overflows at the scales that fp16 is trained with."""
+    return isinstance(passes, functional.KernelRows) and dtype in (torch.bfloat16, torch.float32)
+
+
+def arriving_dtype(parameter: Tensor) -> torch.dtype:
+    """Of this tensor's gradient behind autograd's cast; fp32 where it takes any."""
+    wanted = parameter.grad_dtype if parameter.is_leaf else parameter.dtype
+    return wanted or torch.float32
 
 
 def capacity(rows: int, kept_share: float) -> int:

@@ -295,7 +295,7 @@ class TestHead:
 
 
 class TestFinishedInBackward:
-    """One chunk, no larger than the head gradient it makes: backward makes the product, with the scale in the hidden states."""
+    """One chunk: backward makes the product, with the scale in the hidden states."""
 
     N, H, V = 6, 8, 40
 
@@ -385,14 +385,29 @@ class TestFinishedInBackward:
         assert finished == []
         assert gradients[1].isfinite().all()
 
-    def test_a_chunk_larger_than_the_head_gradient_does_not_wait(self, finished):
-        hidden = torch.randn(self.H + 1, self.H, requires_grad=True)
-        head = torch.randn(self.V, self.H, requires_grad=True)
-        for rows in (self.H, self.H + 1):
-            linear_cross_entropy(hidden, head, torch.zeros(self.H + 1, dtype=torch.int64), None, torch.arange(rows))[
-                0
-            ].backward()
-        assert finished == [(self.H, False)]
+    @pytest.mark.parametrize("scale", [None, 1 / 3])
+    def test_a_bf16_gradient_is_rounded_once(self, scale):
+        """Its sum stays in fp32 up to the end, as if autograd had cast an fp32 one."""
+        generator = torch.Generator().manual_seed(5)
+        gradient, hidden = (torch.randn(64, n, generator=generator).bfloat16() for n in (40, 8))
+        factor = None if scale is None else torch.tensor(scale)
+        wide, narrow = (
+            products.Unfinished(gradient, hidden.clone(), dtype).finish(factor) for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+        exact = gradient.double().T @ hidden.double() * (scale or 1.0)
+        assert (wide - exact).norm() < 2.0**-9 * exact.norm()  # hidden · scale is rounded to bf16, nothing else
+        torch.testing.assert_close(narrow.float(), wide, rtol=2.0**-8, atol=1e-5)
+
+    def test_the_gradient_arrives_as_the_parameter_takes_it(self):
+        head = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
+        assert products.arriving_dtype(head) == torch.bfloat16
+        assert products.arriving_dtype(head * 2) == torch.bfloat16
+        head.grad_dtype = torch.float32
+        assert products.arriving_dtype(head) == torch.float32
+        assert products.arriving_dtype(head * 2) == torch.bfloat16
+        head.grad_dtype = None
+        assert products.arriving_dtype(head) == torch.float32
 
     def test_without_a_threshold_the_share_does_not_matter(self, finished):
         self.gradients(1.0, kept_share=0.0)
