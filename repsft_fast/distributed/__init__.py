@@ -1,4 +1,4 @@
-"""Ranks: who we are, what they tell each other (ranks), and the model spread over them (sharding)."""
+"""Ranks: how they meet (meeting), who is gone (watch), what they tell each other (ranks), the model over them (sharding)."""
 
 from repsft_fast.distributed.ranks import (
     DEFAULT_TIMEOUT_S,
@@ -6,8 +6,11 @@ from repsft_fast.distributed.ranks import (
     all_max,
     all_sum,
     any_rank,
+    at_ease,
     barrier,
     largest,
+    last_words,
+    lost_error,
     lost_rank,
     place,
     refuse,
@@ -15,6 +18,7 @@ from repsft_fast.distributed.ranks import (
     start,
     stop,
     together,
+    when_dead,
 )
 from repsft_fast.distributed.sharding import (
     copies,
@@ -29,13 +33,16 @@ from repsft_fast.distributed.sharding import (
     shard,
     sum_between_copies,
 )
+from repsft_fast.distributed.watch import Loss
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
+    "Loss",
     "World",
     "all_max",
     "all_sum",
     "any_rank",
+    "at_ease",
     "barrier",
     "copies",
     "decoder_layers",
@@ -44,7 +51,9 @@ __all__ = [
     "give_up",
     "grad_norm",
     "largest",
+    "last_words",
     "local",
+    "lost_error",
     "lost_rank",
     "mesh_of",
     "place",
@@ -56,4 +65,5 @@ __all__ = [
     "stop",
     "sum_between_copies",
     "together",
+    "when_dead",
 ]

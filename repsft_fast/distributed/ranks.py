@@ -7,22 +7,26 @@ import hashlib
 import json
 import os
 import socket
-import time
-import zlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repsft_fast.distributed.meeting import MEETING_TIMEOUT_S, meet
+from repsft_fast.distributed.watch import Loss, Watch
 from repsft_fast.errors import ConfigError, DataError, ModelError, RepsftError, TrainingError, describe
 
 DEFAULT_TIMEOUT_S = 600.0
+NEWS_S = 5.0  # a message fails; the name of the rank that is gone comes this much later at most
 _control_group: "dist.ProcessGroup | None" = None  # gloo, for messages between hosts; None = the default group
-_processes: list[tuple[int, int]] = []  # (host, process id) of every rank
+_watch: Watch | None = None  # over the ranks of this run; None alone, or in a group that somebody else has made
+_handled: BaseException | None = None  # what was being handled when the run began: not its own error
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,17 @@ class World:
         return self.rank == 0
 
 
-def start(device: torch.device | str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+def start(
+    device: torch.device | str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S, meeting_s: float | None = None
+) -> World:
     """Join the run's ranks as torchrun or srun describe them in the environment; alone, no group is made.
 
     device: None = this rank's GPU where there is one, else the CPU. A collective that waits longer than `timeout_s`
-    fails on every rank. ConfigError when the environment is half filled.
+    fails on every rank. meeting_s: how long ranks wait for the last to come; None = MEETING_TIMEOUT_S.
+    ConfigError on every rank when one has no GPU and another has, or an environment is half filled; TrainingError naming
+    a rank that did not come, or came and is gone.
     """
+    global _handled
     rank, size, local_rank = place()
     refused = None
     try:
@@ -52,18 +61,55 @@ def start(device: torch.device | str | None = None, *, timeout_s: float = DEFAUL
     except ConfigError as error:  # the others wait for this rank: it joins them and tells
         device, refused = torch.device("cuda", 0), error
     device = torch.device(device)
+    if size > 1 and not dist.is_initialized():
+        _handled = sys.exc_info()[1]
+        _join(device, rank, size, timeout_s, MEETING_TIMEOUT_S if meeting_s is None else meeting_s, refused)
     if device.type == "cuda" and refused is None:
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                todo = "launch with torchrun, or export it"
-                raise ConfigError(describe(name, "is not set", expected="the address of rank 0", todo=todo))
-        _init_group(device, rank, size, timeout_s)
-    with together():
+    try:
+        with together():
+            if refused is not None:
+                raise refused
+    except BaseException:
+        stop()
+        raise
+    return World(rank, size, local_rank, device)
+
+
+def _join(device: torch.device, rank: int, size: int, timeout_s: float, meeting_s: float, refused: ConfigError | None) -> None:
+    """Meet the others, agree that nothing stands against a run, make the group."""
+    global _watch
+    problems = [] if refused is None else refused.problems
+    facts = {"host": socket.gethostname(), "process": os.getpid(), "device": device.type, "problems": problems}
+    store, everyones, _watch = meet(rank, size, facts, timeout_s=meeting_s, store_timeout_s=timeout_s)
+    try:
         if refused is not None:
             raise refused
-    return World(rank, size, local_rank, device)
+        if told := [f"rank {other}: {text}" for other, found in sorted(everyones.items()) for text in found["problems"]]:
+            raise ConfigError(told)
+        _same_devices(everyones)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        _init_group(device, rank, size, timeout_s, store=store)
+    except BaseException as error:
+        lost = lost_rank(error, World(rank, size, 0, device))
+        stop()
+        if lost is None:
+            raise
+        raise lost from error
+    _watch.formed()
+
+
+def _same_devices(everyones: Mapping[int, Mapping[str, Any]]) -> None:
+    """ConfigError, the same on every rank, where some have a GPU and others have none: their group could never be made."""
+    blind = {rank: found["host"] for rank, found in sorted(everyones.items()) if found["device"] == "cpu"}
+    if not blind or len(blind) == len(everyones):
+        return
+    who = ", ".join(f"{rank} ({host})" for rank, host in list(blind.items())[:8]) + (" …" if len(blind) > 8 else "")
+    seeing = len(everyones) - len(blind)
+    todo = "look at the driver there (nvidia-smi), or hide the GPUs from all ranks with CUDA_VISIBLE_DEVICES="
+    wrong = f"torch.cuda.is_available() is false on rank {who} and true on {seeing} of {len(everyones)} ranks"
+    raise ConfigError(describe("devices", wrong, expected="the same on every rank", todo=todo))
 
 
 def start_alone(world: World) -> None:
@@ -73,12 +119,18 @@ def start_alone(world: World) -> None:
 
 
 def stop() -> None:
-    """Leave the group. Safe to call twice, and without a group."""
-    global _control_group
+    """Leave the group. Safe to call twice, and without a group. What is raised while it is called the others are told."""
+    global _control_group, _watch
+    error, watch, _watch = sys.exc_info()[1], _watch, None
+    if watch is not None and error is not None and error is not _handled:
+        if not watch.told and watch.loss is None:
+            watch.tell(_words(error), getattr(error, "code", None))
+        watch.hurry()  # NCCL may wait for the dead when its group is taken down
     _control_group = None
-    _processes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if watch is not None:
+        watch.leave()
 
 
 def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -118,44 +170,92 @@ def _init_group(device: torch.device, rank: int, size: int, timeout_s: float, st
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
     _control_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
-    mine = torch.tensor([_host(), os.getpid()], dtype=torch.int64)
-    everyones = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(everyones, mine, group=_control_group)
-    _processes[:] = [(int(host), int(process)) for host, process in everyones]
 
 
 def lost_rank(error: BaseException, world: World) -> TrainingError | None:
-    """The error in words when it came from a rank that is gone or silent, named where it ran on this host; else None."""
-    text = str(error).splitlines()[0] if str(error) else ""
+    """What an error of this rank means among ranks. It came from a rank that is gone or silent: the error that names it, in
+    its own words where it left some. It is this rank's own: None, and the others are told at once."""
+    text = _first_line(error)
     of_the_wire = isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
         isinstance(error, RuntimeError) and any(word in text.lower() for word in ("gloo", "connection", "nccl", "timed out"))
     )
-    if world.size == 1 or isinstance(error, RepsftError) or not of_the_wire:
+    if world.size == 1:
         return None
-    deadline = time.monotonic() + 2.0  # the news may come before the process has ended
-    while not (gone := _gone()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    who = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+    own = isinstance(error, RepsftError) or not of_the_wire
+    if _watch is None:
+        return None if own else lost_error(None, world.rank, text)
+    loss = _watch.loss if own else _watch.wait_for_news(NEWS_S)  # it may come a little later than the error
+    if loss is None:
+        _watch.tell(_words(error), getattr(error, "code", None))
+    if own:
+        _watch.at_ease()  # it may finish what it writes; `stop` makes it hurry
+        return None
+    _watch.hurry()
+    return lost_error(loss, world.rank, text)
+
+
+def lost_error(loss: Loss | None, rank: int, got: str | None = None) -> TrainingError:
+    """The error of `rank` when another is lost: in that one's own words and with its code, where it left some."""
+    if loss is not None and loss.words:
+        error = TrainingError(str(loss))
+        error.code = loss.code  # type: ignore[attr-defined]
+        return error
+    who = "another rank is gone" if loss is None else str(loss)
     todo = "read the other ranks' output, then go on with --resume"
-    return TrainingError(describe(f"rank {world.rank}", f"{who} is gone", got=text, todo=todo))
+    return TrainingError(describe(f"rank {rank}", who, got=got, todo=todo))
 
 
-def _gone() -> list[int]:
-    """Ranks of this host whose process has ended."""
-    host = _host()
-    return [rank for rank, (there, process) in enumerate(_processes) if there == host and not _lives(process)]
-
-
-def _host() -> int:
-    return zlib.crc32(socket.gethostname().encode())
-
-
-def _lives(process: int) -> bool:
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Messages between ranks inside: where one fails because a rank is gone, the error names it."""
     try:
-        with open(f"/proc/{process}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
+        yield
+    except RuntimeError as error:
+        lost = None if isinstance(error, RepsftError) else lost_rank(error, _here())
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def when_dead(callback: Callable[[Loss], None]) -> None:
+    """Called, from another thread, when a lost rank's process has ended: what has not come from it will not."""
+    if _watch is not None:
+        _watch.when_dead(callback)
+
+
+def last_words(callback: Callable[[Loss], None]) -> None:
+    """Called, from another thread, before a rank that waits for a lost one in vain is ended (`watch`)."""
+    if _watch is not None:
+        _watch.last_words(callback)
+
+
+def at_ease() -> None:
+    """From here on this rank needs no other, or what it asks of them fails by itself: a later loss does not end it."""
+    if _watch is not None and _watch.loss is None:
+        _watch.at_ease()
+
+
+def _here() -> World:
+    return World(dist.get_rank() if dist.is_initialized() else 0, _ranks(), 0, torch.device("cpu"))
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, RepsftError) else f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else ""
+
+
+def _forget_in_a_fork() -> None:
+    """A child of this process is not this rank, and must not keep its connection open when it has died."""
+    global _watch
+    if _watch is not None:
+        _watch.abandon()
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_forget_in_a_fork)
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -202,14 +302,12 @@ def together() -> Iterator[None]:
     except Exception as error:
         mine = error
     try:
-        told = _first_told(mine) if _ranks() > 1 else None
-    except RuntimeError as error:
+        with naming_the_lost():
+            told = _first_told(mine) if _ranks() > 1 else None
+    except RuntimeError:
         if mine is not None:
             raise mine from None
-        lost = lost_rank(error, World(dist.get_rank(), _ranks(), 0, torch.device("cpu")))
-        if lost is None:
-            raise
-        raise lost from error
+        raise
     if mine is not None:
         raise mine
     if told is not None:
@@ -267,6 +365,8 @@ def barrier(what: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     try:
         dist.monitored_barrier(_control_group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
+        if _watch is not None and _watch.loss is not None and (lost := lost_rank(error, _here())) is not None:
+            raise lost from error
         wrong = f"not every rank arrived within {timeout_s:g} s ({str(error).splitlines()[0]})"
         raise TrainingError(describe(what, wrong, todo="read the other ranks' output, then resume")) from error
 
@@ -277,7 +377,8 @@ def same_everywhere(name: str, digest: str) -> None:
         return
     mine = torch.frombuffer(bytearray(hashlib.sha256(digest.encode()).digest()), dtype=torch.uint8)
     everyones = [torch.empty_like(mine) for _ in range(_ranks())]
-    dist.all_gather(everyones, mine, group=_control_group)
+    with naming_the_lost():
+        dist.all_gather(everyones, mine, group=_control_group)
     different = [rank for rank, other in enumerate(everyones) if not torch.equal(other, everyones[0])]
     if different:
         wrong = f"ranks {', '.join(map(str, different))} differ from rank 0"

@@ -62,7 +62,11 @@ class Recovery:
         return (cursor.stage, cursor.epoch, cursor.update) in map(tuple, self.parts.progress.passed_over)
 
     def retried(self, problem: OutOfMemory) -> bool:
-        """Halve the rows, so that the update is made again; False where that is not asked for or not possible."""
+        """Halve the rows, so that the update is made again; False where that is not asked for or not possible.
+
+        Not on several ranks: the others wait for this one in a message (a gather, a sum) that cannot be called back. All end
+        with this rank's words (`distributed.lost_rank`), and a resumed run takes the rows they name.
+        """
         parts, before = self.parts, row_tokens(self.parts)
         smaller = smaller_rows(parts)
         if parts.config.numbers.on_out_of_memory == "stop" or smaller is None or problem.torn or parts.world.size > 1:
@@ -88,6 +92,8 @@ class Recovery:
         state = "nothing was changed"
         if problem.torn:
             state = "the state may be half an update ahead: resume from the last checkpoint"
+        if self.parts.config.numbers.on_out_of_memory == "retry" and self.parts.world.size > 1:
+            state += "; a retry works on one rank alone: the others wait inside a message of the old rows"
         where = f"update {self.parts.progress.updates + 1}"
         error = TrainingError(describe(where, f"out of memory ({problem}); {state}", todo=todo))
         error.code = "out_of_memory"  # type: ignore[attr-defined]

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from repsft_fast import checkpoint
 from repsft_fast.config import Config
-from repsft_fast.distributed import all_sum, barrier, largest
+from repsft_fast.distributed import Loss, all_sum, at_ease, barrier, largest, last_words, lost_error, when_dead
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.models import write_state
 from repsft_fast.report.result import FILE as RESULT
 from repsft_fast.state import RunState
 from repsft_fast.training.conductor import Conductor
+from repsft_fast.training.finish import interrupted
 from repsft_fast.training.moments import BEST, MOMENT, Moments
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.recovery import Recovery
@@ -71,6 +72,8 @@ class Saver:
         self._clock = self._looked = time.monotonic()
         self._look_at, self._stride = 0, 1  # the update at which ranks ask each other next, and how far apart that is
         moments.make_room = self.wait
+        when_dead(self._do_not_wait_for)
+        last_words(lambda loss: interrupted(parts, reporter, lost_error(loss, parts.world.rank)))
         self._weights = _names_of_weights(parts.model)
 
     # In the loop -----------------------------------------------------------------------------------------------------
@@ -164,8 +167,19 @@ class Saver:
             self._writer.wait()
             self._collect()
 
+    def _do_not_wait_for(self, loss: Loss) -> None:
+        """Another rank has died: the save under way fails unless its part was there. Called by the thread that saw it."""
+        writer = self._writer
+        if writer is not None:
+            writer.give_up(str(loss))
+
     def close(self, lost: str = "") -> None:
-        """End the thread; what it was writing is written. lost: another rank's end, whose part is then not waited for."""
+        """End the thread; what it was writing is written. lost: another rank's end, whose part is then not waited for.
+
+        Without one, this rank is not ended for another's from here on: what it has to write, the model, is worth it.
+        """
+        if not lost:
+            at_ease()
         if self._writer is not None:
             if lost:
                 self._writer.give_up(lost)
