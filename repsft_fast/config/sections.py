@@ -254,7 +254,7 @@ class Evaluate(Section):
     """Validation during the run."""
 
     every_epochs: Positive = 1.0
-    """Epochs between validations, when there is validation data."""
+    """Epochs between validations, when there is validation data; the end of a run is always one."""
     generate_samples: Whole = 2
     """Held-out prompts answered beside the figures; 0: none."""
     generate_tokens: Count = 64

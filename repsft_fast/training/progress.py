@@ -39,6 +39,7 @@ class Progress:
     row_tokens: int | None = None  # shorter rows than the settings', after memory ran out
     token_accuracy: float | None = None  # of the last judged epoch or probe
     best: dict[str, Any] | None = None  # best validation so far
+    validated: int | None = None  # `updates` at the last validation
     reason: str | None = None  # set when the run has ended
 
     @property

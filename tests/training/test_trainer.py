@@ -138,8 +138,8 @@ def test_a_run_that_never_began_leaves_its_folder_free(tmp_path):
     assert train(settings).updates == 2
 
 
-@pytest.mark.parametrize(("every", "updates"), [(2, [12, 24]), (0.5, list(range(3, 31, 3))), (1.5, [9, 18, 27])])
-def test_validation_every_n_epochs(tmp_path, every, updates):
+@pytest.mark.parametrize(("every", "updates"), [(2, [12, 24, 30]), (0.5, list(range(3, 31, 3))), (1.5, [9, 18, 27, 30])])
+def test_validation_every_n_epochs_and_once_at_the_end(tmp_path, every, updates):
     settings = runs.settings(
         tmp_path, samples=30, data__validation_fraction=0.2, evaluate__every_epochs=every, budget__epochs=5,
         stop__token_accuracy=None,
