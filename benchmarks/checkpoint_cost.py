@@ -41,7 +41,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import harness, records  # noqa: E402
 from repsft_fast import checkpoint  # noqa: E402
-from repsft_fast.checkpoint import reader  # noqa: E402
+from repsft_fast.checkpoint import shards  # noqa: E402
 from repsft_fast.checkpoint.files import sync_tree  # noqa: E402
 from repsft_fast.snapshot import SnapshotPool  # noqa: E402
 
@@ -87,7 +87,7 @@ class Ours:
         return {"resume": _timed(lambda: checkpoint.resume(self.folder, self.live))}
 
     def resume_unverified(self) -> Times:
-        with mock.patch.object(reader, "HostChecksum", Unsummed):
+        with mock.patch.object(shards, "HostChecksum", Unsummed):
             return {"resume, unverified": _timed(lambda: checkpoint.resume(self.folder, self.live))}
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from repsft_fast.checkpoint.files import hash_bytes, hash_file, open_inside, parse_json, read_small
-from repsft_fast.checkpoint.hostsum import HostChecksum
 from repsft_fast.checkpoint.manifest import (
     Manifest,
     ShardEntry,
@@ -25,7 +24,7 @@ from repsft_fast.checkpoint.manifest import (
     values_file,
 )
 from repsft_fast.checkpoint.pieces import Piece, piece_of
-from repsft_fast.checkpoint.shards import DTYPE_NAMES, DTYPES, Stretch, read_header, read_tensor
+from repsft_fast.checkpoint.shards import DTYPE_NAMES, DTYPES, Stretch, host_memory, read_header, read_summed
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON
 
@@ -67,8 +66,8 @@ class _Shards:
         self._folder, self._tensors = folder, tensors
         self._headers: dict[str, dict[str, Stretch]] = {}
 
-    def read(self, name: str, shard: ShardEntry) -> Tensor:  # -> [rows, ...] on the host
-        """One shard, its hash verified. Raises CheckpointError naming file and tensor."""
+    def read(self, name: str, shard: ShardEntry, into: Tensor | None = None) -> None:
+        """One shard into host memory [rows, ...], or past it (None), its hash verified. Raises CheckpointError naming both."""
         entry = self._tensors[name]
         where = f"{self._folder.name}/{shard.file}: {name}"
         with open_inside(self._folder, shard.file) as fd:
@@ -78,23 +77,24 @@ class _Shards:
             expected = (entry.dtype, entry.shard_shape(shard))
             if stretch is None or (stretch.dtype, stretch.shape) != expected:
                 raise CheckpointError(describe(where, "is not what the manifest says", expected=expected, got=stretch))
-            summed = HostChecksum()
-            tensor = read_tensor(fd, stretch, where, summed.update)
-        if summed.hexdigest() != shard.hash:
-            raise CheckpointError(describe(where, "is damaged: its contents do not match their hash"))
-        return tensor
+            if read_summed(fd, stretch, where, into) != shard.hash:
+                raise CheckpointError(describe(where, "is damaged: its contents do not match their hash"))
 
-    def rows(self, name: str, start: int, rows: int) -> Tensor:  # -> [rows, ...] on the host
-        """Rows start … start + rows - 1 of a tensor, put together from the shards they lie in."""
+    def rows(self, name: str, start: int, into: Tensor) -> None:
+        """Rows start … of a tensor into host memory [rows, ...], put together from the shards they lie in."""
         entry = self._tensors[name]
-        shards = [s for s in entry.shards if s.start < start + rows and start < s.start + s.rows]
-        if len(shards) == 1 and (shards[0].start, shards[0].rows) == (start, rows):
-            return self.read(name, shards[0])
-        result = torch.empty((rows, *entry.shape[1:]), dtype=DTYPES[entry.dtype])
-        for shard in shards:
-            first, last = max(start, shard.start), min(start + rows, shard.start + shard.rows)
-            result[first - start : last - start] = self.read(name, shard)[first - shard.start : last - shard.start]
-        return result
+        stop = start + (into.shape[0] if entry.shape else 1)
+        for shard in entry.shards:
+            first, last = max(start, shard.start), min(stop, shard.start + shard.rows)
+            if first >= last:
+                continue
+            place = into[first - start : last - start] if entry.shape else into
+            if last - first == shard.rows:
+                self.read(name, shard, place)
+                continue
+            whole = torch.empty(entry.shard_shape(shard), dtype=DTYPES[entry.dtype])
+            self.read(name, shard, whole)
+            place.copy_(whole[first - shard.start : last - shard.start])
 
 
 class WholeTensors(Mapping[str, Tensor]):
@@ -104,8 +104,10 @@ class WholeTensors(Mapping[str, Tensor]):
         self._shards, self._tensors = _Shards(folder, tensors), tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._tensors[name].shape
-        return self._shards.rows(name, 0, shape[0] if shape else 1)
+        entry = self._tensors[name]
+        whole = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._shards.rows(name, 0, whole)
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -142,14 +144,14 @@ def verify(path: str | os.PathLike, *, deep: bool = True) -> list[str]:
     problems = [
         f"{path.name}: {name} has {manifest.tensors[name].nonfinite} NaN or infinite elements" for name in manifest.nonfinite
     ]
-    for name, entry in manifest.files.items():
-        problems += _problems(partial(_check_file, path, name, entry.bytes, entry.hash if deep else ""))
+    checks: list[Callable[[], object]] = [
+        partial(_check_file, path, name, entry.bytes, entry.hash if deep else "") for name, entry in manifest.files.items()
+    ]
     if deep:
         shards = _Shards(path, manifest.tensors)
-        for name, tensor in manifest.tensors.items():
-            for shard in tensor.shards:
-                problems += _problems(partial(shards.read, name, shard))
-    return problems
+        checks += [partial(shards.read, name, shard) for name, entry in manifest.tensors.items() for shard in entry.shards]
+    with ThreadPoolExecutor(READERS) as pool:
+        return problems + [problem for found in pool.map(_problems, checks) for problem in found]
 
 
 def _problems(check: Callable[[], object]) -> list[str]:
@@ -251,10 +253,12 @@ def load(
     values = _read_values(path, manifest, table)
     shards = _Shards(path, manifest.tensors)
     wanted = {name: piece for name, piece in pieces.items() if piece.local.numel()}
+    staged = host_memory({name: piece.local for name, piece in wanted.items()})
     with ThreadPoolExecutor(READERS) as pool:
-        coming = {name: pool.submit(shards.rows, name, piece.start, piece.rows) for name, piece in wanted.items()}
+        coming = [pool.submit(shards.rows, name, piece.start, staged[name]) for name, piece in wanted.items()]
         try:
-            staged = {name: future.result() for name, future in coming.items()}
+            for future in coming:
+                future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

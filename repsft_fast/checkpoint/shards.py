@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repsft_fast.checkpoint.files import open_inside, parse_json, read_exactly, write_file
+from repsft_fast.checkpoint.hostsum import HostChecksum
 from repsft_fast.errors import CheckpointError, describe
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
@@ -116,14 +119,31 @@ def _stretch(entry: Any, base: int, where: str) -> Stretch:
     return Stretch(dtype, shape, base + start, nbytes)
 
 
-def read_tensor(fd: int, stretch: Stretch, where: str, seen: Callable[[Any], None]) -> Tensor:  # -> [shape] on the host
-    """One tensor; `seen` is given each block of its bytes, [bytes] uint8 of numpy, once they lie in the tensor's memory."""
-    raw = torch.empty(stretch.nbytes, dtype=torch.uint8)
+def read_summed(fd: int, stretch: Stretch, where: str, into: Tensor | None = None) -> str:
+    """The checksum of one tensor's bytes, block after block while they are in the cache, and the bytes in `into`.
+
+    into    host memory, contiguous, of the stretch's size; None: they are looked at and not kept
+    """
+    summed = HostChecksum()
+    kept = None if into is None else into.view(-1).view(torch.uint8).numpy()  # a view, never a copy: it is written to
+    passing = np.empty(min(stretch.nbytes, READ_BLOCK_BYTES) if kept is None else 0, np.uint8)
     for start in range(0, stretch.nbytes, READ_BLOCK_BYTES):
-        block = raw[start : start + READ_BLOCK_BYTES].numpy()
+        stop = min(start + READ_BLOCK_BYTES, stretch.nbytes)
+        block = passing[: stop - start] if kept is None else kept[start:stop]
         read_exactly(fd, block.data, stretch.start + start, where)
-        seen(block)
-    return raw.view(DTYPES[stretch.dtype]).reshape(stretch.shape)
+        summed.update(block)
+    return summed.hexdigest()
+
+
+def host_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # -> {name: [..] on the host, not yet written to}
+    """Room for copies of these tensors, in one piece: then numpy gets it from the kernel in huge pages.
+
+    Page by page, the faults of fresh memory cost as much as reading the file (records/checkpoint_cost.jsonl).
+    """
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    starts = dict(zip(sizes, accumulate((-(-n // 64) * 64 for n in sizes.values()), initial=0)))
+    memory = torch.from_numpy(np.empty(sum(-(-n // 64) * 64 for n in sizes.values()), np.uint8))
+    return {n: memory[starts[n] : starts[n] + sizes[n]].view(t.dtype).view(t.shape) for n, t in tensors.items()}
 
 
 def read_file_header(folder: Path, relative: str) -> dict[str, Stretch]:

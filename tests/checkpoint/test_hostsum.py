@@ -1,6 +1,7 @@
 """The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is what is summed."""
 
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -166,3 +167,40 @@ class TestBytesOfAFileLargerThanABlock:
         with pytest.raises(CheckpointError, match="w: is damaged"):
             checkpoint.resume(folder, live)
         assert not live["w"].any()
+
+    def test_a_look_at_a_generation_names_all_damage_in_the_order_of_the_manifest(self, folder, tmp_path):
+        path = shutil.copytree(folder / "gen-00000000", tmp_path / "gen-00000000")
+        (shard,) = path.glob("*.safetensors")
+        (table,) = path.glob("values-*")
+        table.write_bytes(bytes(len(table.read_bytes())))
+        data = np.memmap(shard, np.uint8, "r+")
+        begins = len(data) - 4 * self.NUMEL
+        data[begins - 1] ^= 1
+        data[begins + 9] ^= 1
+        data.flush()
+        told = checkpoint.verify(path)
+        assert [t.split(" is damaged")[0] for t in told] == [
+            f"gen-00000000/{table.name}", f"gen-00000000/{shard.name}: a", f"gen-00000000/{shard.name}: w"
+        ]  # fmt: skip
+        assert checkpoint.verify(path, deep=False) == []
+
+
+def test_room_on_the_host_is_apart_and_of_the_same_kind():
+    kinds = {str(d): torch.zeros(n, 3, dtype=d) for n, d in enumerate(DTYPES, 1)} | {"scalar": torch.tensor(1.5)}
+    room = shards.host_memory(kinds)
+    assert {n: (t.shape, t.dtype) for n, t in room.items()} == {n: (t.shape, t.dtype) for n, t in kinds.items()}
+    places = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in room.values())
+    assert all(a + n <= b for (a, n), (b, _) in zip(places, places[1:]))
+    for value, tensor in enumerate(room.values()):
+        tensor.copy_(torch.full_like(tensor, value % 2, dtype=torch.float32))
+    assert [t.float().mean().item() for t in room.values()] == [n % 2 for n in range(len(room))]
+
+
+def test_memory_that_is_no_stretch_is_refused(tmp_path):
+    """Reading into a copy of it would leave it as it was."""
+    checkpoint.save(tmp_path, 0, {"w": torch.ones(2, 3)}, {})
+    (path,) = (tmp_path / "gen-00000000").glob("*.safetensors")
+    with path.open("rb") as file:
+        stretch = shards.read_header(file.fileno(), "here")["w"]
+        with pytest.raises(RuntimeError, match="view"):
+            shards.read_summed(file.fileno(), stretch, "here", torch.zeros(3, 2).T)
