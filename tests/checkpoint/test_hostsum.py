@@ -1,5 +1,6 @@
 """The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is what is summed."""
 
+import itertools
 import os
 import shutil
 import threading
@@ -179,7 +180,7 @@ class TestBytesOfAFileLargerThanABlock:
         data[begins + 9] ^= 1
         data.flush()
         told = checkpoint.verify(path)
-        assert [t.split(" is damaged")[0] for t in told] == [
+        assert [t.split(": is damaged")[0] for t in told] == [
             f"gen-00000000/{table.name}", f"gen-00000000/{shard.name}: a", f"gen-00000000/{shard.name}: w"
         ]  # fmt: skip
         assert checkpoint.verify(path, deep=False) == []
@@ -190,7 +191,7 @@ def test_room_on_the_host_is_apart_and_of_the_same_kind():
     room = shards.host_memory(kinds)
     assert {n: (t.shape, t.dtype) for n, t in room.items()} == {n: (t.shape, t.dtype) for n, t in kinds.items()}
     places = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in room.values())
-    assert all(a + n <= b for (a, n), (b, _) in zip(places, places[1:]))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(places))
     for value, tensor in enumerate(room.values()):
         tensor.copy_(torch.full_like(tensor, value % 2, dtype=torch.float32))
     assert [t.float().mean().item() for t in room.values()] == [n % 2 for n in range(len(room))]
