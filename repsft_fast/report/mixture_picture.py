@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.report import timeline
-from repsft_fast.report.picture import FAINT, FILE, GRID, INK
+from repsft_fast.report.picture import FAINT, GRID, INK, save
 from repsft_fast.report.words import count, duration, number, percent
 
 KEPT, GONE, LEFT, BEST = "#0b6e99", "#c9ced4", "#bc6c25", "#1a7f37"
@@ -56,9 +56,7 @@ def draw(folder: Path | str) -> Path:
             panels.flat[last].tick_params(labelbottom=True)
     more = "" if len(shown) == len(tasks) else f" · the first {len(shown)} of {len(tasks)} tasks"
     figure.suptitle(_title(folder, data) + more, fontsize=11, color=INK, x=0.01, ha="left")
-    path = folder / FILE
-    figure.savefig(path, metadata={"Software": "repsft_fast"})
-    return path
+    return save(figure, folder)
 
 
 def _columns(tasks: int) -> int:

@@ -6,6 +6,7 @@ Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be
 import bisect
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,19 @@ def draw(folder: Path | str) -> Path:
             place = "lower left" if axes is left else "lower right"  # where no training curve runs
             axes.legend(loc=place, framealpha=1, edgecolor="none", fontsize=9, labelcolor=INK)
     figure.suptitle(_title(result), fontsize=11, color=INK, x=0.01, ha="left")
+    return save(figure, folder)
+
+
+def save(figure: Any, folder: Path) -> Path:
+    """run.png into the run's folder, whole or not at all: a killed or failed drawing leaves the one before it."""
     path = folder / FILE
-    figure.savefig(path, metadata={"Software": "repsft_fast"})
+    part = path.with_name(f".{FILE}.part")
+    try:
+        figure.savefig(part, format="png", metadata={"Software": "repsft_fast"})
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return path
 
 

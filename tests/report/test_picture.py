@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import struct
+from pathlib import Path
 
 import pytest
 
 from repsft_fast.errors import RepsftError
-from repsft_fast.report import picture
+from repsft_fast.report import mixture_picture, picture
 
 
 @pytest.fixture
@@ -106,6 +108,67 @@ class TestWhatIsDrawn:
         run_of(tmp_path)
         picture.draw(tmp_path)
         assert plt.get_fignums() == []
+
+
+def mixture_of(folder, *, epochs=8):
+    scores = [{"a": i / epochs, "b": 0.5} for i in range(epochs)]
+    records = [{"kind": "stage", "stage": 0, "epoch": 0.0, "done": 0, "active": ["a", "b"], "start": None, "weights": None}]
+    records += [
+        {"kind": "evaluation", "moment": f"0.{i}", "stage": 0, "epoch": i / 4, "done": i, "scores": of, "errors": {},
+         "pooled": 0.1 * i} for i, of in enumerate(scores)
+    ]  # fmt: skip
+    write_records(folder, records)
+
+
+@pytest.fixture(params=["run", "mixture"])
+def kind(request):
+    """(writes a run's records, draws them)."""
+    return {"run": (run_of, picture.draw), "mixture": (mixture_of, mixture_picture.draw)}[request.param]
+
+
+class TestWholeOrNotAtAll:
+    """Whoever looks at run.png while it is drawn, or after a drawing that was cut short, sees a whole picture."""
+
+    @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+    def test_a_drawing_that_fails_leaves_the_one_before_it(self, kind, tmp_path, monkeypatch, error):
+        from matplotlib.figure import Figure
+
+        run_of, draw = kind
+        run_of(tmp_path)
+        before = draw(tmp_path).read_bytes()
+
+        def fails(figure, target, **more):
+            target.write_bytes(b"\x89PNG half a")
+            raise error
+
+        monkeypatch.setattr(Figure, "savefig", fails)
+        with pytest.raises(type(error)):
+            draw(tmp_path)
+        assert (tmp_path / "run.png").read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+    def test_the_old_one_is_there_until_the_new_one_is_whole(self, kind, tmp_path, monkeypatch):
+        run_of, draw = kind
+        run_of(tmp_path)
+        before = draw(tmp_path).read_bytes()
+        run_of(tmp_path, epochs=4)
+        replace, seen = os.replace, []
+
+        def watched(source, target):
+            seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", watched)
+        after = draw(tmp_path).read_bytes()
+        assert seen == [(after, before)]
+        assert after != before
+
+    def test_what_a_kill_left_is_written_over(self, kind, tmp_path):
+        run_of, draw = kind
+        run_of(tmp_path)
+        (tmp_path / ".run.png.part").write_bytes(b"half")
+        assert draw(tmp_path).read_bytes()[:4] == b"\x89PNG"
+        assert not (tmp_path / ".run.png.part").exists()
 
 
 class TestOddRuns:
