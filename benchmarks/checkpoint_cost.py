@@ -22,6 +22,7 @@ stalls the run itself reports.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import shutil
@@ -232,11 +233,21 @@ def share(pairs: int, record: bool) -> None:
         records.append(PATH, made)
 
 
+def _rounds(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"rounds are a count above 0, got {text!r}")
+    return int(text)
+
+
 def main(arguments: list[str]) -> None:
-    numbers = [int(a) for a in arguments if a.isdigit()]
-    rounds = numbers[0] if numbers else 7
-    if "--share" in arguments:
-        share(rounds, "--record" in arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", type=_rounds, nargs="?", default=7)
+    parser.add_argument("--share", action="store_true", help="whole runs with and without checkpoints")
+    parser.add_argument("--record", action="store_true", help=f"append to {PATH.name}")
+    given = parser.parse_args(arguments)
+    rounds = given.rounds
+    if given.share:
+        share(rounds, given.record)
         return
     live = made_state()
     held = sum(t.numel() * t.element_size() for t in live.values())
@@ -246,7 +257,7 @@ def main(arguments: list[str]) -> None:
     for (what, way), each in sorted(times.items()):
         quantiles = " / ".join(f"{harness.quantile(each, q):8.0f}" for q in (0.2, 0.5, 0.8))
         print(f"  {what:20s} {way:12s} {quantiles}")
-    if "--record" in arguments:
+    if given.record:
         environment = harness.environment("cpu")
         made = [
             records.make(environment, op=f"checkpoint {what}", implementation=way, shape={"bytes": held}, dtype="float32",
