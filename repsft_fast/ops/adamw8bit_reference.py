@@ -103,9 +103,9 @@ def decode_first(code: Tensor, scale: Tensor) -> Tensor:
 
 def encode_second(root: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """root: [B, 256] fp32, √v ≥ 0; random: [B, 256] int32 → codes [B, 256] uint8, scales [B] uint8."""
-    bits = root.view(torch.int32).clamp(max=_NAN)
-    top = _top(bits, 0x7FFFF)
-    code = ((bits + (random & 0x7FFFF)) >> 19) - ((top - _SPAN) << 4)[:, None]
+    magnitude = (root.view(torch.int32) & 0x7FFFFFFF).clamp(max=_NAN)  # a CPU's own NaN, of ∞ − ∞ say, has its sign bit set
+    top = _top(magnitude, 0x7FFFF)
+    code = ((magnitude + (random & 0x7FFFF)) >> 19) - ((top - _SPAN) << 4)[:, None]
     return code.clamp(0, 255).to(torch.uint8), (top - _LEAST).to(torch.uint8)
 
 

@@ -8,6 +8,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from csrc_triton import adamw8bit
 from repsft_fast.ops import adamw8bit_reference as reference
+from repsft_fast.optim import build_optimizer, state_tensors
+from repsft_fast.training.syncs import SyncCounter
 
 BLOCK = reference.BLOCK
 
@@ -111,20 +113,124 @@ def test_poison_is_never_hidden():
     assert int((~both.weights[0].isfinite()).sum()) == 2
 
 
-def test_memory_around_the_tensors_is_left_alone():
-    shape = (16, 256)
-    both = Both([shape, (13,)], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_around_the_tensors_is_left_alone(dtype):
+    """9 × 512 is two whole tiles and two blocks of a third: weights, moments and scales end inside a tile."""
+    both = Both([(9, 512), (13,)], dtype)
     arenas = []
-    for index, weight in enumerate(both.weights):
-        arena = torch.full((weight.numel() + 128,), float("nan"))
-        arena[64 : 64 + weight.numel()] = weight.view(-1)
-        both.weights[index] = arena[64 : 64 + weight.numel()].view(weight.shape)
-        arenas.append(arena)
-    both.update(1, gradients([shape, (13,)], torch.float32, 1))
+
+    def fenced(tensor: torch.Tensor, fill: float) -> torch.Tensor:
+        arena = torch.full((tensor.numel() + 128,), fill, dtype=tensor.dtype)
+        inner = arena[64 : 64 + tensor.numel()].view(tensor.shape)
+        inner.copy_(tensor)
+        arenas.append((arena, inner, arena.clone()))
+        return inner
+
+    both.weights = [fenced(weight, float("nan")) for weight in both.weights]
+    both.moments = [
+        {name: fenced(t, 255 if t.dtype == torch.uint8 else float("nan")) for name, t in m.items()} for m in both.moments
+    ]
+    grads = [fenced(g, float("nan")) for g in gradients([(9, 512), (13,)], torch.float32, 1)]
+    both.update(1, grads)
     both.check()
-    for arena, weight in zip(arenas, both.weights):
-        assert arena[:64].isnan().all()
-        assert arena[64 + weight.numel() :].isnan().all()
+    for arena, inner, before in arenas:
+        for outside in (slice(0, 64), slice(64 + inner.numel(), None)):
+            assert torch.equal(arena[outside].view(torch.uint8), before[outside].view(torch.uint8))
+
+
+class Far(adamw8bit.Launcher):
+    """The same launch as if the tensors were the end of larger ones of `beyond` tiles more, none of which is touched."""
+
+    beyond = 2**21 + 5  # 2^32 elements and a few
+
+    def _plan(self, kind, members, eight_bit):
+        plan = super()._plan(kind, members, eight_bit)
+        elements = self.beyond * adamw8bit.TILE
+        for line, (weight, gradient, m, _, first) in zip(plan.table.view(len(members), -1), members):
+            a = adamw8bit
+            moved = {a.WEIGHT: weight, a.GRAD: gradient, a.M: m["exp_avg"], a.V: m["exp_avg_sq"]}
+            for column, tensor in moved.items():
+                line[column] = tensor.data_ptr() - elements * tensor.element_size()
+            if eight_bit:
+                line[a.M_SCALE] = m["exp_avg_scale"].data_ptr() - elements // BLOCK
+                line[a.V_SCALE] = m["exp_avg_sq_scale"].data_ptr() - elements // BLOCK
+            line[a.SIZE] += elements // BLOCK if eight_bit else elements
+            line[a.FIRST] = first - elements
+            line[a.FIRST_TILE] -= self.beyond
+        return plan
+
+
+def test_tensors_of_more_than_2_to_the_32_elements():
+    """Only the last tiles of such tensors are launched: offsets within a tensor are 64-bit, and no memory is needed."""
+    shapes = [(9, 512), (33, 65)]
+    both = Both(shapes, torch.bfloat16, firsts=[256 * (2**25 + 3), 2**33 + 77])
+    both.launcher = Far()
+    both.update(3, gradients(shapes, torch.bfloat16, 0))
+    both.check()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000])
+def test_every_nan_and_infinity_reaches_weight_and_moments(bits):
+    """GPUs make the NaN whose bits are all ones: adding to them must not carry it into another number."""
+    shapes = [(16, 256), (10,)]
+    for dtype in (torch.bfloat16, torch.float32):
+        both = Both(shapes, dtype)
+        grads = gradients(shapes, torch.float32, 1)
+        for grad in grads:
+            grad.view(-1)[5:].view(torch.int32)[:2] = bits
+        both.update(1, grads)
+        for weight, plain in zip(both.weights, both.plain_weights):
+            assert (~weight.view(-1)[5:7].isfinite()).all()
+            assert torch.equal(weight.isfinite(), plain.isfinite())
+        for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+            assert both.moments[0][name].view(-1)[0] == both.plain_moments[0][name].view(-1)[0] == 255 - 16
+        both.update(2, gradients(shapes, torch.float32, 2))  # and they stay
+        assert all((~weight.view(-1)[5:7].isfinite()).all() for weight in both.weights)
+
+
+def test_the_moments_of_tiny_and_huge_gradients():
+    """Blocks at either end of the codes' range: all zero, below the least scale, and spread over more than 15 octaves."""
+    both = Both([(16, 256)], torch.float32)
+    both.weights[0] *= 1e-3
+    both.plain_weights[0] *= 1e-3
+    size = torch.logspace(-42, 18, 16, dtype=torch.float64)[:, None] * torch.logspace(-8, 0, 256, dtype=torch.float64)
+    size[3] = 0
+    for step in (1, 2, 3):
+        both.update(step, [(size * gradients([(16, 256)], torch.float32, 0)[0]).float()], betas=(0.5, 0.75))
+        both.check()
+
+
+def test_the_optimizer_launches_what_it_computes_on_a_cpu():
+    """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the device."""
+    torch.manual_seed(0)
+    named = [
+        (f"p{i}", torch.nn.Parameter(torch.randn(s).bfloat16())) for i, s in enumerate([(16, 256), (9, 512), (64,), (48,)])
+    ]
+    named.append(("without a gradient", torch.nn.Parameter(torch.randn(16, 256))))
+    other = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in named]
+    ours, plain = (build_optimizer(n, "adamw8bit", lr=1e-2, weight_decay=0.1, seed=3) for n in (named, other))
+    launches = []
+
+    class Counting(adamw8bit.Launcher):
+        def __call__(self, parts, scalars, step):
+            launches.append((len(parts), super().__call__(parts, scalars, step)))
+
+    ours.inner._launcher = Counting()
+    ours.inner._update_plain = ours.inner._launch
+    for update in range(4):
+        for (_, p), (_, q) in zip(named[:-1], other):
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(update)).to(p.dtype)
+            p.grad, q.grad = gradient if p.grad is None else p.grad.copy_(gradient), gradient.clone()
+        with SyncCounter() as syncs:
+            ours.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
+        assert update == 0 or syncs.found == {}  # the first builds its table, on the host
+        plain.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
+    assert launches == [(2, 1), (2, 1)] * 4  # matrices, which decay, in one group, vectors in the other
+    theirs = state_tensors(plain)
+    for name, value in state_tensors(ours).items():
+        assert torch.equal(value, theirs[name]), name
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named, other))
 
 
 def test_tables_follow_gradients_that_move():
@@ -134,6 +240,22 @@ def test_tables_follow_gradients_that_move():
         both.update(step, fresh)
         both.check()
     assert len(both.launcher._plans) == 1
+
+
+def test_tables_are_reused_while_addresses_stay():
+    """Two groups of one kind keep a table each; a gradient written in place costs no new one."""
+    groups = [Both([(16, 256)], torch.float32) for _ in range(2)]
+    groups[1].launcher = groups[0].launcher
+    grads = [gradients([(16, 256)], torch.float32, seed) for seed in (1, 2)]
+    tables = []
+    for step in (1, 2):
+        for both, grad in zip(groups, grads):
+            grad[0].mul_(0.5)
+            both.update(step, grad)
+            both.check()
+        tables.append([id(plan.table) for plan in groups[0].launcher._plans.values()])
+    assert len(tables[0]) == 2
+    assert tables[0] == tables[1]
 
 
 def test_misaligned_and_strided_tensors():
@@ -150,8 +272,15 @@ def test_contracts_are_checked():
     weight, launcher = torch.zeros(16, 256), adamw8bit.Launcher()
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         launcher([(weight.half(), weight, moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
+    with pytest.raises(ValueError, match="gradient float32 or bfloat16"):
+        launcher([(weight, weight.double(), moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
+    with pytest.raises(ValueError, match="weight contiguous"):
+        launcher([(weight.t(), weight.t(), moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
     with pytest.raises(ValueError, match="gradient of shape"):
         launcher([(weight, weight[:8], moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
     with pytest.raises(ValueError, match="whole blocks"):
         launcher([(weight, weight, moments((16, 256)), (0, 0), 128)], scalars(1), torch.tensor(1))
+    narrow = {name: torch.zeros(1, 128, dtype=torch.uint8) for name in moments((16, 256))}
+    with pytest.raises(ValueError, match="whole blocks"):
+        launcher([(weight[:1, :128].clone(), weight[:1, :128].clone(), narrow, (0, 0), 0)], scalars(1), torch.tensor(1))
     assert launcher([], scalars(1), torch.tensor(1)) == 0
