@@ -34,12 +34,15 @@ def come(
     stay_s: float = 0.0,
     fails: str = "",
     raises_first: bool = False,
+    meets: bool = False,
+    news_late_s: float = 0.0,
 ) -> dict[str, Any]:
     """Join, stay, leave; what the watch knew at the end.
 
     die_at: `group` (after the meeting, before the group) or `joined`; forks: a child that outlives this process is forked
     before; seen: a file written once somebody has come to rank 0, or this one to it; gpus: what torch.cuda says it sees;
-    stay_s: how long it stays; fails: it raises that instead of leaving; raises_first: while another error is handled.
+    stay_s: how long it stays; fails: it raises that instead of leaving; raises_first: while another error is handled; meets: at
+    a barrier, before it leaves; news_late_s: so long after the end of a message comes the news of the rank that ended it.
     """
     meeting.SPEAK_EVERY_S, watch.FORMING_S = 0.5, 2.0
     if gpus is not None:
@@ -50,6 +53,14 @@ def come(
         threading.Thread(target=_tell_when_here, args=(Path(seen),), daemon=True).start()
     if die_after_s:
         threading.Timer(die_after_s, die).start()
+    if news_late_s:
+        heard = watch.Watch._ready
+
+        def late(self: watch.Watch, connection: Any) -> None:
+            time.sleep(news_late_s if self.met.is_set() else 0.0)
+            heard(self, connection)
+
+        watch.Watch._ready = late  # type: ignore[method-assign]
     if raises_first:
         try:
             raise KeyError("handled by the caller")
@@ -64,6 +75,8 @@ def come(
         if die_at == "joined":
             die()
         time.sleep(stay_s)
+        if meets:
+            distributed.barrier("the end")
         if fails:
             raise RuntimeError(fails)
         return {"rank": world.rank, "loss": found.loss and str(found.loss), "facts": len(found.facts)}

@@ -111,6 +111,15 @@ class TestMeeting:
         assert stays.wait(20).result["loss"] == "rank 1: RuntimeError: the reason"
         assert fails.wait().exit_code == 1
 
+    @pytest.mark.parametrize("dead", [0, 1])
+    def test_the_name_may_come_after_the_message_has_failed(self, dead, server):
+        job = Job(server, 2)
+        children = [
+            job.rank(rank, **({"die_at": "joined"} if rank == dead else {"meets": True, "news_late_s": 1.0})) for rank in (0, 1)
+        ]
+        ended = ends_with(children[1 - dead], f"TrainingError: rank {1 - dead}: rank {dead} is gone, got ")
+        assert "not every rank arrived" not in ended.output
+
     def test_a_rank_that_is_silent_is_not_gone(self, server):
         job = Job(server, 2)
         stays, silent = job.rank(0, stay_s=3.0), job.rank(1, stay_s=0.5)
@@ -139,6 +148,24 @@ class TestMeeting:
         first, _, last = [job.rank(rank, gpus=2) for rank in range(3)]
         ends_with(first, "ConfigError: rank 2: the launcher: rank 2 of this node has no GPU, expected at most 2 ranks")
         ends_with(last, "ConfigError: the launcher: rank 2 of this node has no GPU")
+
+    def test_a_host_that_vanishes_is_known_within_half_a_minute(self):
+        """It closes nothing: the kernel probes, on both ends. With the time to end it is less than a minute."""
+        hub = watch.Hub(2, {}, "token")
+        member = watch.Member(1, 2, {}, "token", socket.create_connection(("127.0.0.1", hub.port)))
+        try:
+            assert hub.met.wait(5)
+            for end in (*hub._ranks, member._connection):
+                ask = [
+                    end.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{what}")) for what in ("IDLE", "INTVL", "CNT")
+                ]
+                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert 15 <= ask[0] + ask[1] * ask[2] <= 28  # a switch may start anew; the minute must not pass
+                assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 28_000  # unanswered messages count too
+            assert 28 + watch.END_S < 60
+        finally:
+            member.leave()
+            hub.leave()
 
     def test_strangers_are_not_ranks(self):
         """What connects to rank 0 and is not of the run is dropped: noise, another run's rank, a line without an end."""

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -359,15 +360,17 @@ def from_main(tensor: Tensor) -> Tensor:
 
 
 def barrier(what: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-    """Wait until every rank is here; TrainingError naming `what` when one does not come in time."""
+    """Wait until every rank is here; TrainingError naming `what` when one does not come in time, or the rank that is gone."""
     if _ranks() == 1:
         return
+    began = time.monotonic()
     try:
         dist.monitored_barrier(_control_group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
-        if _watch is not None and _watch.loss is not None and (lost := lost_rank(error, _here())) is not None:
-            raise lost from error
-        wrong = f"not every rank arrived within {timeout_s:g} s ({str(error).splitlines()[0]})"
+        if time.monotonic() - began < timeout_s:  # nobody is late: somebody is gone
+            loss = None if _watch is None else _watch.wait_for_news(NEWS_S)
+            raise lost_error(loss, dist.get_rank(), _first_line(error)) from error
+        wrong = f"not every rank arrived within {timeout_s:g} s ({_first_line(error)})"
         raise TrainingError(describe(what, wrong, todo="read the other ranks' output, then resume")) from error
 
 
