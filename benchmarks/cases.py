@@ -6,8 +6,12 @@ The pytest-benchmark suites time the same cases.
 
 from __future__ import annotations
 
+import json
+import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +136,56 @@ def batch_assembly(device: str = "cpu") -> Call:
     return call
 
 
+def row_pass() -> Call:
+    """Loss, statistics and gradient of 256 rows of logits, where the head's two other products are left out."""
+    from repsft_fast.ops import functional
+
+    rows, vocabulary = 256, 4096
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(rows, vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    weights = torch.full((rows,), 1.0 / rows)
+    budget = functional.default_chunk_bytes(rows, vocabulary, 4, given.device)
+    block = functional.block_rows(vocabulary, 4, budget)
+
+    def call() -> Any:
+        passes = functional.row_pass(targets, weights, vocabulary, softcap=None, skip_below=0.0, block_rows=block)
+        logits = passes.buffer(rows, torch.float32).copy_(given)  # the pass destroys them
+        return passes.chunk(0, logits, gradient=True), passes.stats()
+
+    return call
+
+
+def whole_update() -> Call:
+    """`train_step` of a Llama of 40,000 parameters: 16 samples of 32–128 tokens, packed, AdamW."""
+    from repsft_fast.config import Config
+    from repsft_fast.training.parts import build
+    from repsft_fast.training.step import train_step
+
+    model = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "max_position_embeddings": 1024,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.jsonl"
+        with data.open("w") as lines:
+            for _ in range(64):
+                ids = [draw.randrange(3, 512) for _ in range(draw.randint(32, 128))]
+                lines.write(json.dumps({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]}) + "\n")
+        settings = {
+            "run": {"folder": f"{folder}/run"},
+            "model": {"config": model},
+            "data": {"train": str(data), "cache_folder": f"{folder}/cache"},
+            "batch": {"samples": 16, "row_tokens": 1024},
+            "budget": {"updates": 1000},
+        }
+        parts = build(Config.of(settings))
+    update = parts.plan.epoch(0, 0)[0]
+    return lambda: train_step(parts, update)
+
+
 CASES: dict[str, Case] = {
     "head": Case(_head),
     "head, half masked": Case(lambda: _head(0.5)),
@@ -141,6 +195,8 @@ CASES: dict[str, Case] = {
     "adamw, one update": Case(lambda: optimizer_step("adamw")),
     "adamw8bit, one update": Case(lambda: optimizer_step("adamw8bit"), ("operations", "syncs")),
     "batch assembly": Case(batch_assembly, ("operations", "syncs")),
+    "row pass": Case(row_pass),
+    "whole update": Case(whole_update, ("operations", "syncs")),
 }
 
 RATIOS: dict[str, tuple[Callable[[], Call], Callable[[], Call]]] = {  # name → (yardstick, ours)
