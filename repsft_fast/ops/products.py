@@ -58,9 +58,9 @@ def may_wait(passes: functional.RowPass, dtype: torch.dtype) -> bool:
 
 
 def arriving_dtype(parameter: Tensor) -> torch.dtype:
-    """Of this tensor's gradient behind autograd's cast; fp32 where it takes any."""
+    """Of this tensor's gradient behind autograd's cast, where it is the parameter's own; else fp32, which autograd casts."""
     wanted = parameter.grad_dtype if parameter.is_leaf else parameter.dtype
-    return wanted or torch.float32
+    return parameter.dtype if wanted == parameter.dtype else torch.float32
 
 
 def capacity(rows: int, kept_share: float) -> int:

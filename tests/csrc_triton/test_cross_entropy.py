@@ -408,6 +408,9 @@ class TestFinishedInBackward:
         assert products.arriving_dtype(head * 2) == torch.bfloat16
         head.grad_dtype = None
         assert products.arriving_dtype(head) == torch.float32
+        wide = torch.zeros(2, 2, requires_grad=True)
+        wide.grad_dtype = torch.bfloat16
+        assert products.arriving_dtype(wide) == torch.float32, "a product of fp32 is fp32"
 
     def test_without_a_threshold_the_share_does_not_matter(self, finished):
         self.gradients(1.0, kept_share=0.0)
