@@ -100,7 +100,10 @@ def test_a_veto_writes_nothing():
     assert all(torch.equal(m[k], t) for m, n in zip(both.moments, kept[1]) for k, t in n.items())
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+IGNORE_OVERFLOW = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+
+
+@IGNORE_OVERFLOW
 def test_poison_is_never_hidden():
     shapes = [(16, 256), (10,)]
     both = Both(shapes, torch.bfloat16)
@@ -169,7 +172,7 @@ def test_tensors_of_more_than_2_to_the_32_elements():
     both.check()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@IGNORE_OVERFLOW
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000])
 def test_every_nan_and_infinity_reaches_weight_and_moments(bits):
     """GPUs make the NaN whose bits are all ones: adding to them must not carry it into another number."""
@@ -187,6 +190,25 @@ def test_every_nan_and_infinity_reaches_weight_and_moments(bits):
             assert both.moments[0][name].view(-1)[0] == both.plain_moments[0][name].view(-1)[0] == 255 - 16
         both.update(2, gradients(shapes, torch.float32, 2))  # and they stay
         assert all((~weight.view(-1)[5:7].isfinite()).all() for weight in both.weights)
+
+
+@IGNORE_OVERFLOW
+def test_infinite_weights_stay_infinite():
+    shapes = [(16, 256), (10,)]
+    for dtype in (torch.bfloat16, torch.float32):
+        both = Both(shapes, dtype)
+        both.update(1, gradients(shapes, torch.float32, 1), lr=3e38, weight_decay=0.0)
+        both.check()
+        assert all(weight.isinf().all() for weight in both.weights)
+
+
+@pytest.mark.parametrize("value", [3.75, 3.875, 3.9, 4.0, 0.0])
+def test_blocks_of_equal_values_at_the_end_of_an_octave(value):
+    """With these betas m and √v are half the gradient: 1.875 and 1.9375 are the last codes below 2."""
+    both = Both([(16, 256)], torch.float32)
+    for step in (1, 2):
+        both.update(step, [torch.full((16, 256), value)], betas=(0.5, 0.75))
+        both.check()
 
 
 def test_the_moments_of_tiny_and_huge_gradients():

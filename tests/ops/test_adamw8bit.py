@@ -126,7 +126,7 @@ def test_groups_keep_their_own_settings():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 512), (3, 701)])
+@pytest.mark.parametrize("shape", [(7, 512), (3, 5, 512), (3, 701)])
 def test_chunks_compute_the_bits_of_the_whole(monkeypatch, dtype, shape):
     """A chunk of 64 k elements is longer than these tensors: cut into chunks of 512, whose last is short, nothing changes."""
     results = []

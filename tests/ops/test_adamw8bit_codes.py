@@ -43,17 +43,27 @@ def test_stored_bytes_mean_what_the_table_says(scale):
     assert reference.decode_second(codes, scales)[0].tolist() == second
 
 
-@pytest.mark.parametrize("largest", [2.0**-126, 2.0**-111, 2.0**-110, 0.75, 1.0, 1.75, 2.0**126])
-def test_the_scale_is_the_largest_octave_of_a_block_and_nothing_less(largest):
-    """Values that a code holds exactly are not moved, and a block's range ends 15 octaves below its largest."""
+LAST = {"first": 1.875, "second": 1.9375}  # times a power of two: the largest value of an octave that a code holds
+
+
+@pytest.mark.parametrize("which", LAST)
+@pytest.mark.parametrize("exponent", [-126, -111, -110, -1, 0, 126])
+@pytest.mark.parametrize("fraction", [1.0, 1.5, None])
+def test_the_scale_is_the_largest_octave_of_a_block(which, exponent, fraction):
+    """Whatever the draw, where a code holds the largest value; the least scale is that of a block of zeros."""
+    encode = getattr(reference, f"encode_{which}")
     m = torch.zeros(3, BLOCK)
-    m[1, 7], m[2] = largest, -largest
-    octave = max(math.floor(math.log2(largest)) + 127, 16) - 16
-    for draws in (torch.zeros(3, BLOCK, dtype=torch.int32), torch.full((3, BLOCK), -1, dtype=torch.int32)):
-        for encode, values in ((reference.encode_first, m), (reference.encode_second, m.abs())):
-            codes, scales = encode(values, draws)
-            assert codes.dtype == scales.dtype == torch.uint8
-            assert scales.tolist() == [0, octave, octave]
+    m[1, 7] = m[2] = (fraction or LAST[which]) * 2.0**exponent
+    octave = max(exponent + 127 - 16, 0)
+    for word in (0, -1):
+        codes, scales = encode(m, torch.full((3, BLOCK), word, dtype=torch.int32))
+        assert codes.dtype == scales.dtype == torch.uint8
+        assert scales.tolist() == [0, octave, octave]
+
+
+def test_scales_are_one_byte_per_block_of_a_row():
+    assert reference.scale_shape((3, 7, 512)) == (3, 7, 2)
+    assert reference.scale_shape((16, 256)) == (16, 1)
 
 
 @pytest.mark.parametrize("exponent", [-80, -20, 0, 30, 120])
