@@ -111,9 +111,9 @@ def train(
 ) -> dict[str, Any]:
     """A whole run of run_jobs, with what befalls this rank.
 
-    die_in: `load` or `sent`, before the model is read and while it is sent. waits_in: `load` or `update`, where it waits for
-    300 s for nothing that would fail, as NCCL does; or `end`, for 5 s. full_in: `forward`, `backward` or `step` of an update,
-    where memory runs out. patience_s: in the place of END_S.
+    die_in: `load`, `sent` or `checked`: before the model is read, while it is sent, in its first pass. waits_in: `load` or
+    `update`, where it waits for 300 s for nothing that would fail, as NCCL does; or `end`, for 5 s. full_in: `forward`,
+    `backward` or `step` of an update, where memory runs out. patience_s: in the place of END_S.
     """
     ranks.MEETING_TIMEOUT_S = meeting_s
     if patience_s is not None:
@@ -159,6 +159,8 @@ def train(
             time.sleep(5)
         return finish(*arguments)
 
+    if die_in == "checked":
+        parts.check_no_leak = die  # type: ignore[assignment]
     parts.load_model, parts.distributed.shard = planted_load, planted_shard
     trainer.train_step, trainer.finish = planted_step, planted_finish
     return run_jobs.train(settings, **more)

@@ -56,6 +56,13 @@ def ends_with(child, words, seconds=20):
     return ended
 
 
+def until(path, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)
+
+
 class TestMeeting:
     def test_all_come_and_leave_and_nobody_is_lost(self, server):
         """One of them stays longer than the others, one calls from where another error is handled."""
@@ -80,9 +87,7 @@ class TestMeeting:
     def test_a_rank_that_came_and_died_is_named_though_another_is_still_awaited(self, dead, server, tmp_path):
         job = Job(server, 3)
         children = [job.rank(rank, meeting_s=60.0, seen=str(tmp_path / f"{rank}")) for rank in range(2)]
-        while not (tmp_path / "0").exists():
-            assert job.seconds < 20
-            time.sleep(0.02)
+        until(tmp_path / "0")
         killed = time.monotonic()
         children[dead].kill()
         ends_with(children[1 - dead], f"start: rank {dead} had come and is gone")
@@ -210,7 +215,7 @@ def result_of(folder):
 
 class TestRuns:
     @pytest.mark.parametrize("dead", [0, 1])
-    @pytest.mark.parametrize("die_in", ["load", "sent"])
+    @pytest.mark.parametrize("die_in", ["load", "sent", "checked"])
     def test_a_rank_dies_while_the_model_is_loaded(self, die_in, dead, server, tmp_path):
         children = start(server, tmp_path, **{f"rank{dead}": {"die_in": die_in}})
         ended = ends_with(children[1 - dead], f"rank {dead} is gone")
@@ -237,8 +242,7 @@ class TestRuns:
         changes = {"budget__epochs": 1}
         rank0 = {"waits_in": "end", "patience_s": 1.0}
         children = start(server, tmp_path, changes=changes, rank0=rank0, rank1={"waits_in": "end"})
-        while not (tmp_path / "at the end 1").exists():
-            time.sleep(0.02)
+        until(tmp_path / "at the end 1")
         children[1].kill()
         ended = ends_with(children[0], "TrainingError: rank 0: rank 1 is gone")  # it went on to where they meet
         assert "Traceback" in ended.output, "it was ended from outside"

@@ -92,12 +92,9 @@ def _join(device: torch.device, rank: int, size: int, timeout_s: float, meeting_
         if device.type == "cuda":
             torch.cuda.set_device(device)
         _init_group(device, rank, size, timeout_s, store=store)
-    except BaseException as error:
-        lost = lost_rank(error, World(rank, size, 0, device))
+    except BaseException:
         stop()
-        if lost is None:
-            raise
-        raise lost from error
+        raise
     _watch.formed()
 
 
@@ -120,18 +117,23 @@ def start_alone(world: World) -> None:
 
 
 def stop() -> None:
-    """Leave the group. Safe to call twice, and without a group. What is raised while it is called the others are told."""
+    """Leave the group. Safe to call twice, and without a group.
+
+    Called while an error is on its way out (in a finally), it tells the others why this rank leaves; where the error is that
+    of a message whose other end is gone, TrainingError naming that rank is raised in its place.
+    """
     global _control_group, _watch
-    error, watch, _watch = sys.exc_info()[1], _watch, None
-    if watch is not None and error is not None and error is not _handled:
-        if not watch.told and watch.loss is None:
-            watch.tell(_words(error), getattr(error, "code", None))
-        watch.hurry()  # NCCL may wait for the dead when its group is taken down
-    _control_group = None
+    error, lost = sys.exc_info()[1], None
+    if _watch is not None and error is not None and error is not _handled:
+        lost = lost_rank(error, _here())
+        _watch.hurry()  # NCCL may wait for the dead when its group is taken down
+    watch, _watch, _control_group = _watch, None, None
     if dist.is_initialized():
         dist.destroy_process_group()
     if watch is not None:
         watch.leave()
+    if lost is not None:
+        raise lost from error
 
 
 def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -237,7 +239,8 @@ def at_ease() -> None:
 
 
 def _here() -> World:
-    return World(dist.get_rank() if dist.is_initialized() else 0, _ranks(), 0, torch.device("cpu"))
+    rank, size = (_watch.rank, _watch.size) if _watch is not None else (dist.get_rank() if _ranks() > 1 else 0, _ranks())
+    return World(rank, size, 0, torch.device("cpu"))
 
 
 def _words(error: BaseException) -> str:

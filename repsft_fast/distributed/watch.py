@@ -99,7 +99,9 @@ class Watch:
         self._last_words = callback
 
     def tell(self, words: str, code: str | None = None) -> None:
-        """This rank will leave: the others hear why, and wait for it no longer."""
+        """This rank will leave: the others hear why, and wait for it no longer. The first reason counts."""
+        if self.told:
+            return
         self.told = True
         self._say_that(Loss(self.rank, words[:_WORDS], code))
 
