@@ -79,6 +79,7 @@ class Line:
 @dataclass(frozen=True)
 class Outcome:
     lines: tuple[Line, ...]
+    sample: str = ""  # how much data the laws were checked on
 
     @property
     def exit_code(self) -> int:
@@ -96,8 +97,9 @@ def selftest(config: Config | None = None) -> Outcome:
         folder = Path(name)
         settings = settings_of(config, folder, notes)
         try:
-            checked, state_bytes = _in_this_process(settings, config, console)
+            checked, sample, state_bytes = _in_this_process(settings, config, console)
         except ModelError as error:  # the start-up check of packing is one of them
+            sample = "no sample of the data was reached"
             lines = [Line(1, CHECKS[0][1], str(error), False, 0.0)]
         else:
             _free_memory()
@@ -107,13 +109,13 @@ def selftest(config: Config | None = None) -> Outcome:
             lines = [*checked, crash]
         finally:
             distributed.stop()
-    outcome = Outcome(tuple(sorted(lines, key=lambda line: line.law)))
+    outcome = Outcome(tuple(sorted(lines, key=lambda line: line.law)), sample)
     show(outcome, [*notes, LEFT_OUT], console)
     return outcome
 
 
-def _in_this_process(settings: dict[str, Any], config: Config | None, console: Console) -> tuple[list[Line], int]:
-    """(the rows of every law but the sixth, bytes of the run's state)."""
+def _in_this_process(settings: dict[str, Any], config: Config | None, console: Console) -> tuple[list[Line], str, int]:
+    """(the rows of every law but the sixth, how large the sample of the data was, bytes of the run's state)."""
     with console.status("loading"):
         parts = build(Config.of(settings))
     console.print(_heading(parts, config), style="dim")
@@ -121,7 +123,8 @@ def _in_this_process(settings: dict[str, Any], config: Config | None, console: C
     for law, what, check in CHECKS:
         with console.status(f"law {law}: {what}"):
             lines.append(_line(law, what, partial(check, parts)))
-    return lines, sum(t.numel() * t.element_size() for t in closed_list(parts).tensors().values())
+    state_bytes = sum(t.numel() * t.element_size() for t in closed_list(parts).tensors().values())
+    return lines, _sample(parts, settings, config), state_bytes
 
 
 def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -143,7 +146,8 @@ def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[s
     if config is None:
         samples = _drawn()
     else:
-        samples = _first_samples(config)
+        tokenizer = build_tokenizer(config)
+        samples = _first_samples(config, tokenizer)
         model = config.model.model_dump()
         if model["compile"]:
             notes.append("model.compile is off here: the laws are about what is computed, and compiling takes minutes.")
@@ -151,6 +155,9 @@ def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[s
             notes.append("loss.skip_below is 0 here: what it leaves out is not rounding.")
         made["model"] = {**model, "compile": False}
         made["tokenizer"] = config.tokenizer.model_dump()
+        if tokenizer is not None:  # read once: out of a GGUF file it takes seconds
+            tokenizer.save_pretrained(folder / "tokenizer")
+            made["tokenizer"]["path"] = str(folder / "tokenizer")
         made["loss"] = {"average": config.loss.average}
         made["batch"]["bucket_tokens"] = config.batch.bucket_tokens
         made["optim"] |= {"name": config.optim.name, "lr": config.optim.lr, "max_norm": config.optim.max_norm}
@@ -172,7 +179,8 @@ def shortened(sample: Sample, positions: int) -> Sample:
 
 def show(outcome: Outcome, notes: Iterable[str], console: Console) -> None:
     """The table, what was left out, and the verdict in words."""
-    table = Table("law", "checked", "found", "", "seconds", box=None, header_style="dim")
+    table = Table("law", "checked", "found", "", "seconds", box=None, header_style="dim", title_justify="left")
+    table.title, table.title_style = outcome.sample, "dim"
     for line in outcome.lines:
         sign = {True: Text("✓", "green"), False: Text("✗", "bold red"), None: Text("–", "yellow")}[line.holds]
         table.add_row(str(line.law), line.what, line.figure, sign, f"{line.seconds:.1f}")
@@ -210,9 +218,19 @@ def _heading(parts: Parts, config: Config | None) -> str:
     device = torch.cuda.get_device_name(parts.world.device) if parts.world.device.type == "cuda" else "CPU"
     whose = "a built-in model" if config is None else type(parts.model).__name__
     computed = str(parts.model.compute_dtype).removeprefix("torch.")
-    data = "generated samples" if config is None else "samples of the data"
-    whose += f", {count(parameters)} parameters, {computed}, on {device}"
-    return f"{whose}; {SAMPLES} {data} of at most {_longest(config)} positions"
+    return f"{whose}, {count(parameters)} parameters, {computed}, on {device}"
+
+
+def _sample(parts: Parts, settings: Mapping[str, Any], config: Config | None) -> str:
+    """How large the sample is that the laws were checked on. Rows repeated to fill it are said."""
+    index = parts.data.train.index
+    different = len(set(Path(settings["data"]["train"]).read_text(encoding="utf-8").splitlines()))
+    whose = "generated samples" if config is None else f"samples from the first {ROWS} rows of each source"
+    repeated = "" if different == len(index) else f", {different} of them different"
+    return (
+        f"Checked on {len(index)} {whose}{repeated}: {index.lengths.sum()} positions, {index.trained.sum()} trained, "
+        f"at most {_longest(config)} a sample."
+    )
 
 
 def _small_enough(settings: dict[str, Any], state_bytes: int, folder: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -225,14 +243,13 @@ def _small_enough(settings: dict[str, Any], state_bytes: int, folder: Path, note
     return settings_of(None, folder, notes)
 
 
-def _first_samples(config: Config) -> list[Sample]:
+def _first_samples(config: Config, tokenizer: Any) -> list[Sample]:
     """The first usable rows of the training data, task after task in turn, shortened; repeated where there are too few."""
     data = config.data
     reading = DataSettings(
         format=data.format, train_on=data.train_on, task_column=data.task_column, weight_column=data.weight_column,
         split=data.split,
     )  # fmt: skip
-    tokenizer = build_tokenizer(config)
     vocabulary = vocabulary_of(config, tokenizer)
     loaded = load(written_out(data.train, config), tokenizer, reading, vocab_size=vocabulary, first_rows=ROWS)
     by_task: dict[str, list[Sample]] = {}

@@ -17,6 +17,7 @@ from repsft_fast.snapshot import SnapshotPool
 from repsft_fast.training import crashed, laws, selftest
 from repsft_fast.training.parts import build
 from tests import runs
+from tests.chat_tokenizers import byte_level
 
 
 @pytest.fixture
@@ -198,6 +199,9 @@ class TestCommand:
         assert main(["selftest"]) == 0
         printed = capsys.readouterr().out
         assert printed.count("✓") == 10
+        drawn = selftest._drawn()
+        sizes = f"{sum(s.positions for s in drawn)} positions, {sum(map(sum, (s.trained for s in drawn)))} trained"
+        assert f"Checked on 16 generated samples: {sizes}, at most 32 a sample." in " ".join(printed.split())
         assert "All 10 checked laws hold here." in printed
         assert "✗" not in printed
 
@@ -208,8 +212,9 @@ class TestCommand:
         file = tmp_path / "run.yaml"
         file.write_text(json.dumps(settings))
         assert main(["selftest", "--config", str(file)]) == 0
-        printed = capsys.readouterr().out
+        printed = " ".join(capsys.readouterr().out.split())
         assert "LlamaForCausalLM" in printed
+        assert "16 samples from the first 64 rows of each source, 5 of them different:" in printed
         assert "loss.skip_below is 0 here" in printed
         assert not (tmp_path / "run").exists(), "the run's own folder is left alone"
         broken = (8, "broken", lambda parts: 1 / 0)
@@ -251,6 +256,28 @@ class TestCommand:
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ConfigError, match="one process"):
             selftest.selftest()
+
+
+def test_the_tokenizer_is_read_once_and_stays_the_same(tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    settings = runs.settings(tmp_path / "user", samples=5)
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path / "user" / "tokenizer")
+    settings["tokenizer"] = {"path": str(tmp_path / "user" / "tokenizer")}
+    made = selftest.settings_of(Config.of(settings), tmp_path, [])
+    shutil.rmtree(tmp_path / "user" / "tokenizer")
+    again = selftest.build_tokenizer(Config.of(made))
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_gradients_of_one_cut_are_not_those_of_the_next(parts):
+    """They are adopted, not copied: what is kept must not be written to by the backward pass after it."""
+    update = laws._updates(parts, 1)[0]
+    first = laws._gradients(parts, update, [list(update.samples)])
+    before = {name: g.clone() for name, g in first.items()}
+    laws._gradients(parts, update, [list(update.samples)[:1]])
+    assert all(torch.equal(first[name], g) for name, g in before.items())
 
 
 @pytest.mark.parametrize(("length", "first"), [(100, 70), (100, 2), (100, 99), (10, 5)])
