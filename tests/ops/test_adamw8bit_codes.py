@@ -197,17 +197,25 @@ def test_random_bits_look_random():
 
 
 def test_the_three_roundings_of_an_element_are_independent():
-    """Weight, m and √v take their remainders from one word; no pair is correlated beyond 5 standard deviations."""
+    """Weight, m and √v take their remainders from one word; that one goes up says nothing of another, to 5 deviations."""
     n = 1 << 18
-    word = reference.random_bits(reference.update_key((11, 12), torch.tensor(3)), 0, n).numpy().view(np.uint32)
-    weight = (word >> 16) / 2.0**16
-    first = ((word * np.uint32(0x9E3779B9)) >> 12) / 2.0**20
-    second = (word & 0x7FFFF) / 2.0**19
-    for a, b in ((weight, first), (weight, second), (first, second)):
-        assert abs(((a - 0.5) * (b - 0.5)).mean()) < 5 / 12 / math.sqrt(n)
-        for threshold in (0.1, 0.5, 0.9):
-            both = ((a < threshold) & (b < threshold)).mean()
-            assert abs(both - threshold**2) < 5 * math.sqrt(threshold**2 / n)
+    word = reference.random_bits(reference.update_key((11, 12), torch.tensor(3)), 0, n)
+
+    def goes_up(fraction: float) -> tuple[torch.Tensor, ...]:
+        """[n] bool each: whether 1 and this fraction of the next step was rounded up."""
+        between = [torch.full((n,), 1 + fraction * 2.0**-bits).view(-1, BLOCK) for bits in (7, 3, 4)]
+        rounded = (
+            reference.round_to_bf16(between[0].view(-1), word),
+            reference.decode_first(*reference.encode_first(between[1], word.view(-1, BLOCK))).view(-1),
+            reference.decode_second(*reference.encode_second(between[2], word.view(-1, BLOCK))).view(-1),
+        )
+        return tuple(value > 1 for value in rounded)
+
+    for one in (0.1, 0.5, 0.9):
+        for other in (0.1, 0.5, 0.9):
+            for a, b in ((0, 1), (0, 2), (1, 2)):
+                both = (goes_up(one)[a] & goes_up(other)[b]).double().mean().item()
+                assert abs(both - one * other) < 5 * math.sqrt(one * other / n)
 
 
 def test_bits_are_32_bit_words():
