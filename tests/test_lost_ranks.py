@@ -270,7 +270,8 @@ class TestRuns:
         changes = {"numbers__on_out_of_memory": "retry"}
         children = start(server, tmp_path, changes=changes, rank1={"full_in": "forward"})
         for child in children:
-            ends_with(child, "a retry works on one rank alone", 45)
+            ended = ends_with(child, "a retry works on one rank alone", 45)
+            assert "lower batch.row_tokens from 64 to 32" in ended.output, "it was tried"
 
 
 def test_after_the_loss_the_run_goes_on_bit_for_bit(server, tmp_path):
