@@ -158,7 +158,6 @@ class Conductor:
         line["exact_match"] = float(scores.stats.all_correct.double().mean())
         seconds = time.perf_counter() - started
         self.reporter.evaluation(line, seconds)
-        self.parts.progress.validated = self.parts.progress.updates
         for answer in answer_examples(self.parts):
             self.reporter.event("answer", answer)
         if self._remember_best(line) and self.parts.config.evaluate.keep == "best":
@@ -374,11 +373,6 @@ class Conductor:
         self.parts.progress.looked.add(work_of(found))
         self.reporter.apart(time.perf_counter() - started)
         return found
-
-    def validate_end(self) -> None:
-        """What is saved has been validated, also where the end falls between two validations."""
-        if self.parts.progress.validated != self.parts.progress.updates:
-            self.validate()
 
     def put_back_result(self) -> str | None:
         """The policy's result into the model, at the end: the moment's name, or None when the last state is the result."""

@@ -33,7 +33,8 @@ PICTURE = "run.png"  # its module imports matplotlib, which takes half a second
 def finish(parts: Parts, reporter: Reporter, conductor: Conductor) -> RunResult:
     """Save the model, write result.json and run.png, say goodbye. All ranks call it; the main one writes."""
     conductor.read_ledger()
-    conductor.validate_end()
+    if not parts.progress.ended_on(parts.config.evaluate.every_epochs):
+        conductor.validate()
     seconds, kept = time.perf_counter() - reporter.started, parts.progress.work.copy()
     moment = conductor.put_back_result()
     tested = evaluate_test(parts)

@@ -13,6 +13,12 @@ from repsft_fast.throughput import Work
 GUESSES = 16  # values that kept_guess takes
 
 
+def crosses(before: Fraction, after: Fraction, every: float) -> bool:
+    """Whether a multiple of `every` lies after `before` and not after `after`. Exact: no float adds up."""
+    step = Fraction(str(every))
+    return after // step > before // step
+
+
 @dataclass
 class Progress:
     """The cursor (stage, epoch, update) names the *next* update. Counters are of the kept branch unless they say otherwise."""
@@ -39,7 +45,6 @@ class Progress:
     row_tokens: int | None = None  # shorter rows than the settings', after memory ran out
     token_accuracy: float | None = None  # of the last judged epoch or probe
     best: dict[str, Any] | None = None  # best validation so far
-    validated: int | None = None  # `updates` at the last validation
     reason: str | None = None  # set when the run has ended
 
     @property
@@ -51,6 +56,11 @@ class Progress:
     def epochs(self) -> float:
         """Epochs of the kept branch, all stages."""
         return self.past_epochs + float(self.stage_epochs)
+
+    def ended_on(self, every_epochs: float) -> bool:
+        """Whether the last update crossed a multiple of `every_epochs`, counted within the stage."""
+        done = self.epoch + Fraction(self.update, self.updates_in_epoch)
+        return crosses(done - Fraction(1, self.updates_in_epoch), done, every_epochs)
 
     def step_done(self, work: Work, updates_in_epoch: int) -> None:
         self.update += 1

@@ -25,6 +25,7 @@ from repsft_fast.training.moments import Moments, closed_list
 from repsft_fast.training.nonfinite import Refused
 from repsft_fast.training.parts import Parts, build
 from repsft_fast.training.policy import build_policy, moments_needed, weights_are_enough
+from repsft_fast.training.progress import crosses
 from repsft_fast.training.recovery import Recovery, use_row_tokens
 from repsft_fast.training.reporter import Reporter
 from repsft_fast.training.rundir import RunFolder
@@ -173,8 +174,6 @@ def run_epoch(parts: Parts, reporter: Reporter, conductor: Conductor, saver: Sav
 
 
 def evaluation_due(update: Update, updates_in_epoch: int, every_epochs: float) -> bool:
-    """True when this update crosses a multiple of `every_epochs`, counted within the stage. Exact: no float adds up."""
-    every = Fraction(str(every_epochs))
-    done = update.cursor.epoch + Fraction(update.cursor.update + 1, updates_in_epoch)
+    """True when this update crosses a multiple of `every_epochs`, counted within the stage."""
     before = update.cursor.epoch + Fraction(update.cursor.update, updates_in_epoch)
-    return done // every > before // every
+    return crosses(before, before + Fraction(1, updates_in_epoch), every_epochs)

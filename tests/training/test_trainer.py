@@ -148,6 +148,18 @@ def test_validation_every_n_epochs_and_once_at_the_end(tmp_path, every, updates)
     assert [line["update"] for line in runs.metrics(tmp_path, "evaluation")] == updates
 
 
+@pytest.mark.parametrize(
+    ("every", "budget", "updates"), [(2, 15, [12, 15]), (2, 12, [12]), (0.5, 15, [3, 6, 9, 12, 15]), (1, 1, [1])]
+)
+def test_validation_at_an_end_amid_an_epoch(tmp_path, every, budget, updates):
+    settings = runs.settings(
+        tmp_path, samples=30, data__validation_fraction=0.2, evaluate__every_epochs=every, budget__epochs=None,
+        budget__updates=budget, stop__token_accuracy=None,
+    )  # fmt: skip
+    train(settings)
+    assert [line["update"] for line in runs.metrics(tmp_path, "evaluation")] == updates
+
+
 def test_one_sample_at_256_epochs_is_memorised(tmp_path):
     result = train(runs.settings(tmp_path, samples=1, budget__epochs=256, stop__token_accuracy=None))
     assert (result.updates, result.epochs) == (256, 256)
