@@ -64,6 +64,7 @@ PEERS = [name for name, module in (("bnb_adamw8bit", "bitsandbytes"), ("torchao_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lr", [3e-3, 1e-4])
 def test_beside_the_packages_by_name(lr):
     """300 updates, three seeds: ours, bitsandbytes' and torchao's optimizers against torch's fused AdamW in fp32.
