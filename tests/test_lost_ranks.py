@@ -64,10 +64,11 @@ def until(path, seconds=30):
 
 
 class TestMeeting:
-    def test_all_come_and_leave_and_nobody_is_lost(self, server):
+    @pytest.mark.parametrize("stays", [0, 1])
+    def test_all_come_and_leave_and_nobody_is_lost(self, stays, server):
         """One of them stays longer than the others, one calls from where another error is handled."""
         job = Job(server, 3)
-        children = [job.rank(0, stay_s=1.0), job.rank(1), job.rank(2, raises_first=True)]
+        children = [job.rank(rank, stay_s=1.5 * (rank == stays), raises_first=rank == 2) for rank in range(3)]
         found = [child.wait(30) for child in children]
         assert [o.result for o in found] == [{"rank": rank, "loss": None, "facts": 3} for rank in range(3)], found
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from repsft_fast.distributed.ranks import World, all_sum, from_main, naming_the_lost, same_everywhere, start_alone
+from repsft_fast.distributed.ranks import World, all_sum, from_main, same_everywhere, start_alone
 from repsft_fast.errors import ConfigError, ModelError, describe
 
 
@@ -127,8 +127,7 @@ def _arrive(module: nn.Module, world: World) -> None:
             value = tensor.detach().to(world.device) if world.is_main else torch.empty_like(tensor, device=world.device)
             value = value.contiguous()
             if value.numel():
-                with naming_the_lost():
-                    dist.broadcast(value.view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every type
+                dist.broadcast(value.view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every type
             made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         holder[name] = made[id(tensor)]
 
