@@ -278,6 +278,8 @@ def test_tables_are_reused_while_addresses_stay():
         tables.append([id(plan.table) for plan in groups[0].launcher._plans.values()])
     assert len(tables[0]) == 2
     assert tables[0] == tables[1]
+    for plan in groups[0].launcher._plans.values():  # as the kernels compiled ahead of time take them
+        assert (plan.table.dtype, plan.tiles.dtype) == (torch.int64, torch.int32)
 
 
 def test_misaligned_and_strided_tensors():
@@ -288,6 +290,20 @@ def test_misaligned_and_strided_tensors():
     gradient = torch.randn(256, 16).t()  # not contiguous
     both.update(1, [gradient])
     both.check()
+
+
+@pytest.mark.parametrize("shifted", ["weight", "gradient", "exp_avg", "exp_avg_sq", None])
+def test_16_byte_accesses_are_only_for_addresses_that_take_them(shifted):
+    """The interpreter cannot see what the promise is for: a GPU would fault."""
+    tensors = {"weight": torch.zeros(16, 256), "gradient": torch.zeros(16, 256)} | moments((16, 256))
+    if shifted:
+        there = tensors[shifted]
+        tensors[shifted] = torch.zeros(there.numel() + 1, dtype=there.dtype)[1:].view(16, 256)
+    state = {name: tensors[name] for name in moments((16, 256))}
+    kind = adamw8bit._kind((tensors["weight"], tensors["gradient"], state, (0, 0), 0))
+    assert kind == (True, False, False, shifted is None)
+    odd = torch.zeros(33, 65)
+    assert adamw8bit._kind((odd, odd, moments((33, 65)), (0, 0), 0)) == (False, False, False, False)
 
 
 def test_contracts_are_checked():

@@ -1,10 +1,12 @@
 """8-bit AdamW in plain torch: the update by its formula, resume and shards bit for bit."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import tensor
 
 from repsft_fast.errors import ConfigError
 from repsft_fast.ops import adamw8bit_reference as reference
@@ -245,6 +247,48 @@ def test_shards_compute_the_bits_of_the_whole(dtype, parts, columns):
     assert torch.equal(whole.w, torch.cat([p.detach() for p in pieces]))
     for key, value in optimizer.inner.state[whole.w].items():
         assert torch.equal(value, torch.cat([split.state[p][key] for p in pieces])), key
+
+
+class Split(SimpleNamespace):
+    """What `Shard.of` reads of a DTensor, on one rank of a mesh of any size, without a process group."""
+
+    def __init__(self, shape, placements, sizes, ranks):
+        mesh = SimpleNamespace(size=lambda dimension: sizes[dimension], get_local_rank=lambda dimension: ranks[dimension])
+        super().__init__(shape=torch.Size(shape), placements=placements, device_mesh=mesh)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17])
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+@pytest.mark.parametrize("replicated", [None, 0, 1], ids=["FSDP", "HSDP", "HSDP, the other way round"])
+def test_a_shard_begins_where_torch_cuts(rows, world, replicated):
+    """Of 5 rows over 4 ranks the third holds one and the last none: as torch.chunk, whatever copies there are."""
+    starts = [0, *torch.tensor([len(part) for part in torch.arange(rows).chunk(world)]).cumsum(0).tolist()]
+    for rank in range(world):
+        placements, sizes, ranks = [tensor.Shard(0)], [world], [rank]
+        if replicated is not None:
+            placements.insert(replicated, tensor.Replicate())
+            sizes.insert(replicated, 3)
+            ranks.insert(replicated, 2)
+        shard = Shard.of("w", Split((rows, 3, 256), placements, sizes, ranks))
+        assert shard == Shard("w", (rows, 3, 256), starts[min(rank, len(starts) - 1)] * 3 * 256)
+        assert type(shard.shape) is tuple
+
+
+def test_what_is_not_split_is_whole():
+    assert Shard.of("w", torch.zeros(4, 256)) == Shard("w", (4, 256), 0)
+    assert Shard.of("w", Split((4, 256), [tensor.Replicate()], [2], [1])) == Shard("w", (4, 256), 0)
+    assert Shard.of("w", Split((), [tensor.Replicate()], [2], [1])) == Shard("w", (), 0)
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "placements",
+    [(tensor.Shard(1),), (tensor.Partial(),), (tensor.Shard(0), tensor.Shard(0)), (tensor.Replicate(), tensor.Shard(1))],
+    ids=str,
+)
+def test_other_splits_are_refused_by_name(placements, ranks):
+    with pytest.raises(ConfigError, match=r"^optim.name: .* split of model.w, expected Shard\(0\) .*got \(.*use adamw$"):
+        Shard.of("model.w", Split((8, 256), placements, (2, 2), ranks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
