@@ -223,7 +223,7 @@ def test_the_moments_of_tiny_and_huge_gradients():
         both.check()
 
 
-def test_the_optimizer_launches_what_it_computes_on_a_cpu():
+def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
     """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the device."""
     torch.manual_seed(0)
     named = [
@@ -238,7 +238,7 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu():
         def __call__(self, parts, scalars, step):
             launches.append((len(parts), super().__call__(parts, scalars, step)))
 
-    ours.inner._launcher = Counting()
+    monkeypatch.setattr(adamw8bit, "Launcher", Counting)
     ours.inner._update_plain = ours.inner._launch
     for update in range(4):
         for (_, p), (_, q) in zip(named[:-1], other):
@@ -248,6 +248,7 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu():
             ours.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
         assert update == 0 or syncs.found == {}  # the first builds its table, on the host
         plain.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
+    assert len(ours.inner._launcher._plans) == 2  # one launcher for the optimizer's life, and one table a group
     assert launches == [(2, 1), (2, 1)] * 4  # matrices, which decay, in one group, vectors in the other
     theirs = state_tensors(plain)
     for name, value in state_tensors(ours).items():
