@@ -119,13 +119,16 @@ def train(
     if patience_s is not None:
         watch.END_S = patience_s
     load, shard, plain, finish = parts.load_model, parts.distributed.shard, trainer.train_step, trainer.finish
-    wait = threading.Event()  # its wait holds no lock and looks at nothing
+
+    def wait_in_vain() -> None:
+        Path(settings["run"]["folder"]).parent.joinpath("waits").touch()
+        threading.Event().wait(300)  # holds no lock and looks at nothing
 
     def planted_load(*arguments: Any, **options: Any) -> Any:
         if die_in == "load":
             die()
         if waits_in == "load":
-            wait.wait(300)
+            wait_in_vain()
         return load(*arguments, **options)
 
     def planted_shard(*arguments: Any, **options: Any) -> Any:
@@ -135,7 +138,7 @@ def train(
     def planted_step(made: Any, update: Any) -> None:
         here = made.progress.updates == at_update
         if here and waits_in == "update":
-            wait.wait(300)
+            wait_in_vain()
         if not (here and full_in):
             plain(made, update)
             return

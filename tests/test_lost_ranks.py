@@ -226,9 +226,10 @@ class TestRuns:
     @pytest.mark.parametrize("waits_in", ["load", "update"])
     def test_a_rank_that_waits_where_nothing_fails_is_ended_with_the_name(self, waits_in, server, tmp_path):
         """As NCCL does; and rank 0 may read a model for minutes."""
-        dies = {"die_in": "load"} if waits_in == "load" else {"kill_after": 5}  # the save after 4 has waited for that after 2
-        waits = {"waits_in": waits_in, "patience_s": 2.0, "at_update": 5}
-        children = start(server, tmp_path, rank0=waits, rank1=dies)
+        waits = {"waits_in": waits_in, "patience_s": 2.0, "at_update": 5}  # the save after 4 has waited for that after 2
+        children = start(server, tmp_path, rank0=waits)
+        until(tmp_path / "waits")
+        children[1].kill()
         assert children[1].wait(30).killed
         began = time.monotonic()
         ended = ends_with(children[0], "error (rank 0)\n  rank 1 is gone; go on with --resume")
