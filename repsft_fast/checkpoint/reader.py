@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from repsft_fast.checkpoint.manifest import (
     values_file,
 )
 from repsft_fast.checkpoint.pieces import Piece, piece_of
-from repsft_fast.checkpoint.shards import DTYPE_NAMES, DTYPES, Stretch, host_memory, read_header, read_summed
+from repsft_fast.checkpoint.shards import DTYPE_NAMES, DTYPES, Stretch, read_header, read_summed
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON
 
@@ -79,6 +79,12 @@ class _Shards:
                 raise CheckpointError(describe(where, "is not what the manifest says", expected=expected, got=stretch))
             if read_summed(fd, stretch, where, into) != shard.hash:
                 raise CheckpointError(describe(where, "is damaged: its contents do not match their hash"))
+
+    def check(self, name: str, start: int, rows: int) -> None:
+        """That every shard these rows lie in is whole; nothing is kept."""
+        for shard in self._tensors[name].shards:
+            if max(start, shard.start) < min(start + rows, shard.start + shard.rows):
+                self.read(name, shard)
 
     def rows(self, name: str, start: int, into: Tensor) -> None:
         """Rows start … of a tensor into host memory [rows, ...], put together from the shards they lie in."""
@@ -237,9 +243,9 @@ def load(
     prefix    what the saved names have in front of the live ones
     ignore    beginnings of saved names that are not asked for here (kept moments, beside the live state)
 
-    Everything is read into host memory and verified before the first live byte changes: needs this rank's state once on the
-    host. Raises CheckpointError naming file and tensor on any damage, ForeignCheckpoint when names, shapes, dtypes or
-    `identity` are another run's.
+    Every byte is read and verified before the first live one changes, and then read again, verified again, into its place: no
+    second state stands on the host. Raises CheckpointError naming file and tensor on any damage (live tensors are changed only
+    by damage that was done between the two), ForeignCheckpoint when names, shapes, dtypes or `identity` are another run's.
     """
     path = generation.path if isinstance(generation, Generation) else Path(generation)
     manifest = read_manifest(path)
@@ -253,19 +259,35 @@ def load(
     values = _read_values(path, manifest, table)
     shards = _Shards(path, manifest.tensors)
     wanted = {name: piece for name, piece in pieces.items() if piece.local.numel()}
-    staged = host_memory({name: piece.local for name, piece in wanted.items()})
     with ThreadPoolExecutor(READERS) as pool:
-        coming = [pool.submit(shards.rows, name, piece.start, staged[name]) for name, piece in wanted.items()]
-        try:
-            for future in coming:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for name, tensor in staged.items():
-        pieces[name].local.copy_(tensor)
+        _all(pool, (partial(shards.check, name, *_span(piece)) for name, piece in wanted.items()))
+        _all(pool, (partial(_fill, shards, name, piece) for name, piece in wanted.items()))
     found = generation if isinstance(generation, Generation) else Generation(path, manifest)
     return Resumed(values, found, manifest.world_size != world_size)
+
+
+def _span(piece: Piece) -> tuple[int, int]:
+    return piece.start, piece.local.shape[0] if piece.local.dim() else 1
+
+
+def _fill(shards: _Shards, name: str, piece: Piece) -> None:
+    """Read a tensor where it lies; by way of the host where it lies on a device, or in pieces."""
+    local = piece.local.detach()
+    direct = local.device.type == "cpu" and local.is_contiguous()
+    room = local if direct else torch.empty(local.shape, dtype=local.dtype)
+    shards.rows(name, piece.start, room)
+    if not direct:
+        local.copy_(room)
+
+
+def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]]) -> None:
+    coming = [pool.submit(task) for task in tasks]
+    try:
+        for future in coming:
+            future.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _read_values(path: Path, manifest: Manifest, table: str) -> dict[str, JSON]:

@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +132,6 @@ def read_summed(fd: int, stretch: Stretch, where: str, into: Tensor | None = Non
         read_exactly(fd, block.data, stretch.start + start, where)
         summed.update(block)
     return summed.hexdigest()
-
-
-def host_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # -> {name: [..] on the host, not yet written to}
-    """Room for copies of these tensors, in one piece.
-
-    Not by numpy, which asks for huge pages: they halve a resume that is repeated in one process, and make the first one, the
-    one that counts, 2.5 times as dear (1.4 to 1.7 s of CPU time for 591 MB against 0.6, three fresh processes each).
-    """
-    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-    starts = dict(zip(sizes, accumulate((-(-n // 64) * 64 for n in sizes.values()), initial=0)))
-    memory = torch.empty(sum(-(-n // 64) * 64 for n in sizes.values()), dtype=torch.uint8)
-    return {n: memory[starts[n] : starts[n] + sizes[n]].view(t.dtype).view(t.shape) for n, t in tensors.items()}
 
 
 def read_file_header(folder: Path, relative: str) -> dict[str, Stretch]:

@@ -1,6 +1,5 @@
 """The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is what is summed."""
 
-import itertools
 import os
 import shutil
 import threading
@@ -11,7 +10,7 @@ import torch
 
 from csrc_triton.state_hash import GOLDEN, SALT, checksum, mix_int
 from repsft_fast import checkpoint
-from repsft_fast.checkpoint import hostsum, shards
+from repsft_fast.checkpoint import hostsum, reader, shards
 from repsft_fast.checkpoint.hostsum import HostChecksum, host_checksums
 from repsft_fast.checkpoint.shards import READ_BLOCK_BYTES
 from repsft_fast.errors import CheckpointError
@@ -186,15 +185,47 @@ class TestBytesOfAFileLargerThanABlock:
         assert checkpoint.verify(path, deep=False) == []
 
 
-def test_room_on_the_host_is_apart_and_of_the_same_kind():
-    kinds = {str(d): torch.zeros(n, 3, dtype=d) for n, d in enumerate(DTYPES, 1)} | {"scalar": torch.tensor(1.5)}
-    room = shards.host_memory(kinds)
-    assert {n: (t.shape, t.dtype) for n, t in room.items()} == {n: (t.shape, t.dtype) for n, t in kinds.items()}
-    places = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in room.values())
-    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(places))
-    for value, tensor in enumerate(room.values()):
-        tensor.copy_(torch.full_like(tensor, value % 2, dtype=torch.float32))
-    assert [t.float().mean().item() for t in room.values()] == [n % 2 for n in range(len(room))]
+def test_damage_between_the_look_and_the_load_is_an_error(tmp_path, monkeypatch):
+    live = {"w": torch.ones(4, 3), "v": torch.ones(2)}
+    checkpoint.save(tmp_path, 0, live, {})
+    (path,) = (tmp_path / "gen-00000000").glob("*.safetensors")
+    check = reader._Shards.check
+
+    def checked_then_damaged(self, name, *span):
+        check(self, name, *span)
+        if name == "w":
+            with path.open("r+b") as file:
+                file.seek(-1, 2)
+                last = file.read(1)[0]
+                file.seek(-1, 2)
+                file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(reader._Shards, "check", checked_then_damaged)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(tmp_path / "gen-00000000", live)
+
+
+def test_damage_that_is_there_changes_no_live_tensor(tmp_path):
+    saved = {str(n): torch.full((50,), float(n)) for n in range(8)}
+    checkpoint.save(tmp_path, 0, saved, {})
+    (path,) = (tmp_path / "gen-00000000").glob("*.safetensors")
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    live = {name: torch.zeros(50) for name in saved}
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(tmp_path / "gen-00000000", live)
+    assert not any(tensor.any() for tensor in live.values())
+
+
+def test_tensors_in_pieces_are_loaded_too(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    checkpoint.save(tmp_path, 0, {"w": whole, "scalar": torch.tensor(7.0)}, {})
+    live = {"w": torch.zeros(4, 3).T, "scalar": torch.tensor(0.0)}
+    assert not live["w"].is_contiguous()
+    checkpoint.load(tmp_path / "gen-00000000", live)
+    assert torch.equal(live["w"], whole)
+    assert live["scalar"] == 7.0
 
 
 def test_memory_that_is_no_stretch_is_refused(tmp_path):
