@@ -205,15 +205,16 @@ def test_damage_between_the_look_and_the_load_is_an_error(tmp_path, monkeypatch)
         checkpoint.load(tmp_path / "gen-00000000", live)
 
 
-def test_damage_that_is_there_changes_no_live_tensor(tmp_path):
-    saved = {str(n): torch.full((50,), float(n)) for n in range(8)}
+@pytest.mark.parametrize("last", [torch.ones(50), torch.tensor(1.0)], ids=["rows", "scalar"])
+def test_damage_that_is_there_changes_no_live_tensor(last, tmp_path):
+    saved = {str(n): torch.full((50,), float(n)) for n in range(8)} | {"last": last}
     checkpoint.save(tmp_path, 0, saved, {})
     (path,) = (tmp_path / "gen-00000000").glob("*.safetensors")
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    live = {name: torch.zeros(50) for name in saved}
-    with pytest.raises(CheckpointError, match="is damaged"):
+    live = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    with pytest.raises(CheckpointError, match="last.*is damaged"):
         checkpoint.load(tmp_path / "gen-00000000", live)
     assert not any(tensor.any() for tensor in live.values())
 
