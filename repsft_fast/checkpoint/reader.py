@@ -29,7 +29,7 @@ from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON
 
 VALUES_LIMIT_BYTES = 1 << 30
-READERS = 2  # each reads and sums; a third gained nothing on two cores
+READERS = 2  # each reads and sums
 
 
 class ForeignCheckpoint(CheckpointError):
@@ -237,11 +237,13 @@ def load(
     prefix: str = "",
     ignore: Collection[str] = (),
     allow_nonfinite: bool = False,
+    looked_at: bool = False,
 ) -> Resumed:
     """Copies a generation into live tensors, written on any number of ranks, and returns this rank's values.
 
     prefix    what the saved names have in front of the live ones
     ignore    beginnings of saved names that are not asked for here (kept moments, beside the live state)
+    looked_at `newest` has just verified this generation, and an error ends the run: it is not looked at a second time
 
     Every byte is read and verified before the first live one changes, and then read again, verified again, into its place: no
     second state stands on the host. Raises CheckpointError naming file and tensor on any damage (live tensors are changed only
@@ -260,7 +262,8 @@ def load(
     shards = _Shards(path, manifest.tensors)
     wanted = {name: piece for name, piece in pieces.items() if piece.local.numel()}
     with ThreadPoolExecutor(READERS) as pool:
-        _all(pool, (partial(shards.check, name, *_span(piece)) for name, piece in wanted.items()))
+        if not looked_at:
+            _all(pool, (partial(shards.check, name, *_span(piece)) for name, piece in wanted.items()))
         _all(pool, (partial(_fill, shards, name, piece) for name, piece in wanted.items()))
     found = generation if isinstance(generation, Generation) else Generation(path, manifest)
     return Resumed(values, found, manifest.world_size != world_size)

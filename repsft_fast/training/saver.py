@@ -282,7 +282,7 @@ class Saver:
     def _load(self, path: Path) -> tuple[dict[str, Any], bool]:
         """Everything of a generation into the run: kept moments first pass through the live tensors into their pools."""
         parts = self.parts
-        place: dict[str, Any] = {"rank": parts.world.rank, "world_size": parts.world.size}
+        place: dict[str, Any] = {"rank": parts.world.rank, "world_size": parts.world.size, "looked_at": True}
 
         def fill(tensors: Mapping[str, Tensor], prefix: str = "") -> checkpoint.Resumed:
             ignore = () if prefix else (MOMENT, f"{BEST}/")

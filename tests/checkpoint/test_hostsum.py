@@ -214,9 +214,11 @@ def test_damage_that_is_there_changes_no_live_tensor(last, tmp_path):
         file.seek(-1, 2)
         file.write(b"\xff")
     live = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
-    with pytest.raises(CheckpointError, match="last.*is damaged"):
+    with pytest.raises(CheckpointError, match=r"last.*is damaged"):
         checkpoint.load(tmp_path / "gen-00000000", live)
     assert not any(tensor.any() for tensor in live.values())
+    with pytest.raises(CheckpointError, match=r"last.*is damaged"):
+        checkpoint.load(tmp_path / "gen-00000000", live, looked_at=True)
 
 
 def test_tensors_in_pieces_are_loaded_too(tmp_path):
