@@ -3,11 +3,10 @@
     h(x) = M2 · Σ_i half(w_i + i·GOLDEN)  +  mix(nbytes ^ SALT)      (mod 2^64),   mix(w) = M2 · half(w)
 
 The same number, since a product is distributive: one multiplication for the whole sum instead of one a word. numpy and not
-torch, because its unsigned words shift logically without a mask and its calls cost less: 6 GB/s on one core, where torch's
-operations give 1.9.
+torch, because its unsigned words shift logically without a mask and its calls cost less.
 
-A chunk is as large as this for two threads' sake. Every operation gives the interpreter's lock back and asks for it again, and
-at a quarter of the size (2 µs each) two threads took as long as one; at this size they take little more than half.
+A chunk is as large as this for two threads' sake: every operation gives the interpreter's lock back and asks for it again,
+and threads with small operations wait for it most of the time.
 """
 
 from __future__ import annotations
