@@ -408,9 +408,12 @@ class TestCompilation:
     def operator_arguments(self, case, need_hidden=True, need_head=True):
         return (case.hidden, case.head, case.targets, case.weights, case.rows, need_hidden, need_head, None, 0.0, None, 1.0)
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     @pytest.mark.parametrize(("need_hidden", "need_head"), [(True, True), (True, False), (False, True), (False, False)])
-    def test_the_operator_is_well_formed(self, need_hidden, need_head):
-        case = Case()
+    def test_the_operator_is_well_formed(self, need_hidden, need_head, dtype):
+        case = Case(dtype=dtype)
+        if dtype == torch.bfloat16:
+            case.weights = case.weights.float()  # as the trainer has them
         case.hidden.requires_grad_(need_hidden)
         case.head.requires_grad_(need_head)
         opcheck(torch.ops.repsft.linear_cross_entropy, self.operator_arguments(case, need_hidden, need_head))
