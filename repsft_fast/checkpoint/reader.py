@@ -211,8 +211,8 @@ def resume(
     """Loads the newest whole generation, verifying while it reads, and falls back along the branch on damage.
 
     `problems` of the answer names the damage. Raises ForeignCheckpoint at once for a generation of another model, and
-    CheckpointError when none can be loaded; the tensors are untouched then. On several ranks, agree on `newest` first and
-    `load` that: ranks deciding alone could differ.
+    CheckpointError when none can be loaded; the tensors are as `load` leaves them then. On several ranks, agree on `newest`
+    first and `load` that: ranks deciding alone could differ.
     """
     order, problems = candidates(folder)
     for path in order:

@@ -19,6 +19,7 @@ from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_r
 from repsft_fast.row import IGNORE_INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+FP32_ROUNDING = 3e-7  # of a whole gradient, as a norm: 1e-7 to 2e-7 over seeds
 ORDER = ("loss", "entropy", "top1_probability", "margin", "log10_miss")
 
 
@@ -336,8 +337,8 @@ class TestFinishedInBackward:
         _, _, grad_hidden, grad_head = linear_cross_entropy_reference(hidden.double(), head.double(), targets)
         waited = self.gradients(1 / 3)
         assert finished
-        torch.testing.assert_close(waited[0].double(), grad_hidden / 3, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(waited[1].double(), grad_head / 3, rtol=1e-5, atol=1e-6)
+        for ours, exact in zip(waited, (grad_hidden / 3, grad_head / 3)):
+            assert (ours - exact).norm() < FP32_ROUNDING * exact.norm()
 
     def test_two_calls_that_wait_do_not_share_a_chunk(self, finished):
         first, second = self.operands(1), self.operands(2)
@@ -346,7 +347,7 @@ class TestFinishedInBackward:
         assert len(finished) == 2
         for (hidden, head, targets), scale in ((first, 1.0), (second, 3.0)):
             _, _, _, grad_head = linear_cross_entropy_reference(hidden.double(), head.double(), targets)
-            torch.testing.assert_close(head.grad.double(), scale * grad_head, rtol=1e-5, atol=1e-5)
+            assert (head.grad - scale * grad_head).norm() < FP32_ROUNDING * (scale * grad_head).norm()
 
     def test_the_forward_pass_makes_no_head_gradient_and_backward_no_pass_over_it(self):
         hidden, head, targets = self.operands()
@@ -396,8 +397,9 @@ class TestFinishedInBackward:
         )
         assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
         exact = gradient.double().T @ hidden.double() * (scale or 1.0)
-        assert (wide - exact).norm() < 2.0**-9 * exact.norm()  # hidden · scale is rounded to bf16, nothing else
-        torch.testing.assert_close(narrow.float(), wide, rtol=2.0**-8, atol=1e-5)
+        allowed = FP32_ROUNDING if scale is None else 2.0**-9  # hidden · scale is rounded to bf16, nothing else
+        assert (wide - exact).norm() < allowed * exact.norm()
+        assert (narrow - wide).norm() < 2.0**-9 * wide.norm()  # one rounding to bf16 is 0.8 of this, two are 1.1
 
     def test_the_gradient_arrives_as_the_parameter_takes_it(self):
         head = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
