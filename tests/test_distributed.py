@@ -351,32 +351,6 @@ class TestArriving:
         assert ranks.run_ranks(differ) == [True, True]
 
 
-def given_up(world):
-    """Gradients of an update of two rows between copies, and again after one that was given up after its first row."""
-    model = build()
-    shard(model, world, mesh=distributed.mesh_of(world, 1))
-    mine = rows()[2 * world.rank :][:2]
-    found = []
-    for broken in (False, True):
-        if broken:
-            distributed.sum_between_copies(model, False)
-            model.loss(mine[0])[0].backward()
-            model.loss(mine[1])
-            model.zero_grad()
-            distributed.give_up(model)
-        for number, row in enumerate(mine):
-            distributed.sum_between_copies(model, number == 1)
-            model.loss(row)[0].backward()
-        found.append([p.grad.full_tensor().tolist() for p in model.parameters()])
-        model.zero_grad()
-    return found
-
-
-def test_an_update_given_up_leaves_no_gradient_waiting():
-    first, second = ranks.run_ranks(given_up)
-    assert first[0] == first[1] == second[0] == second[1]
-
-
 def die(world):
     if world.rank == 1:
         os._exit(1)

@@ -20,6 +20,7 @@ from repsft_fast.distributed.ranks import (
     together,
     when_dead,
 )
+from repsft_fast.distributed.reset import unfinished
 from repsft_fast.distributed.sharding import (
     copies,
     decoder_layers,
@@ -29,9 +30,9 @@ from repsft_fast.distributed.sharding import (
     grad_norm,
     local,
     mesh_of,
+    next_row,
     reshard,
     shard,
-    sum_between_copies,
 )
 from repsft_fast.distributed.watch import Loss
 
@@ -56,6 +57,7 @@ __all__ = [
     "lost_error",
     "lost_rank",
     "mesh_of",
+    "next_row",
     "place",
     "refuse",
     "reshard",
@@ -63,7 +65,7 @@ __all__ = [
     "shard",
     "start",
     "stop",
-    "sum_between_copies",
     "together",
+    "unfinished",
     "when_dead",
 ]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repsft_fast.distributed.interfaces import talking
 from repsft_fast.distributed.meeting import MEETING_TIMEOUT_S, meet
 from repsft_fast.distributed.watch import Loss, Watch
 from repsft_fast.errors import ConfigError, DataError, ModelError, RepsftError, TrainingError, describe
@@ -171,8 +172,9 @@ def _init_group(device: torch.device, rank: int, size: int, timeout_s: float, st
     global _control_group
     timeout = timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
-    _control_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
+    with talking():
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
+        _control_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
 
 
 def lost_rank(error: BaseException, world: World) -> TrainingError | None:

@@ -3,6 +3,13 @@
 Sums, not means: FSDP2 averages gradients over ranks by default, but the weights of a row already hold the one
 denominator of the whole update over all ranks, so gradients are *added* (sum reduction, divide factor 1). The trainer
 scales nothing by the world size.
+
+One rank is a group of its own, for the sake of its two types: weights in fp32, computing in bf16. Nothing travels there, so
+the copies in the compute type are made once an update and not twice a row, and gradients of the rows are added in fp32
+where they were made; FSDP2 sees them on the last row (`next_row`). Bytes that FSDP2 reads and writes for a parameter of a
+layer in an update of R rows: 10 (a copy) + 22 (the first gradient, and what is left of a reduction) + 10 (R - 1), or 24
+where R = 1; as several ranks do it, it were 20 R + 22 R + 12 (R - 1). The price is memory: 2 B a parameter for the copies,
+from the first row to the last.
 """
 
 import functools
@@ -18,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from repsft_fast.distributed.ranks import World, all_sum, from_main, same_everywhere, start_alone
+from repsft_fast.distributed.reset import reset
 from repsft_fast.errors import ConfigError, ModelError, describe
 
 
@@ -62,7 +70,7 @@ def shard(
     world: World,
     *,
     compute_dtype: torch.dtype | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | None = None,
     mesh: DeviceMesh | None = None,
     arriving: bool = False,
 ) -> bool:
@@ -71,11 +79,13 @@ def shard(
     mesh: of `mesh_of`; None = one copy of the weights over all ranks.
     compute_dtype: None = `model.compute_dtype` where set, else the type the weights are held in. Where it differs
         from that, weights are cast on gather and gradients are reduced and kept in fp32; this is how one GPU computes
-        in bf16 too (a group of one rank is made for it).
+        in bf16 too (a group of one rank is made for it; frozen weights that are held in it are left as they are there).
     arriving: the weights are rank 0's, on its CPU, and the other ranks' models are on meta: they are sent group by group (a
         layer, then the rest), so that a device never holds more than its shards and one group, and the host of one rank the
         whole. ConfigError where the ranks' models differ.
-    reshard_after_forward: False keeps gathered layers for the backward pass: more memory, half the gathers.
+    reshard_after_forward: False keeps gathered layers for the backward pass: more memory (the whole model in the compute
+        type), half the gathers. None = True on several ranks, False on one, where a gather is a cast and brings no room back:
+        `next_row` keeps it from row to row.
     Returns whether the model was sharded; one rank with equal types is left as it is.
     """
     held = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -88,20 +98,26 @@ def shard(
     mesh = mesh or mesh_of(world)
     reduced = torch.promote_types(torch.float32, computed)
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
+    alone = mesh.size() == 1
+    frees = not alone if reshard_after_forward is None else reshard_after_forward
+    # A frozen weight in the compute type needs neither cast nor gradient; gathering would only hold it twice.
+    apart = {p for p in model.parameters() if not p.requires_grad and p.dtype == computed} if alone else None
     if arriving:
         same_everywhere("model", " ".join(f"{name} {tuple(t.shape)} {t.dtype}" for _, name, t in _tensors(model)))
     for layer in decoder_layers(model):
         if arriving:
             _arrive(layer, world)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=apart)
     if arriving:
         _arrive(model, world)
         torch.set_rng_state(from_main(torch.get_rng_state()))  # random weights were drawn where they were made
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if not alone:  # on one rank a factor, even 1, is a division of every gradient
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; NCCL is as fast
+    model.sharded_over = mesh
     register_fsdp_forward_method(model, "loss")
     _forget_gathered_after_evaluation(model)
     return True
@@ -143,38 +159,50 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def sum_between_copies(model: nn.Module, now: bool) -> None:
-    """HSDP: whether the next backward pass sums gradients between the copies (an update's last row) or only inside each, where
-    they wait for that row. Nothing where there is one copy.
+def next_row(model: nn.Module, *, last: bool) -> None:
+    """Say whether the next forward and backward pass is of its update's last row. Unsaid, every row is.
 
-    An update that is given up must be told by `give_up`; a torch without `reset_iter_state` (2.13 has it) cannot forget
-    what waits, and sums every row.
+    Before the last row nothing is done that the last would do again. On one rank gathered parameters stay and gradients add up
+    beside them, in the reduction's type, so that `p.grad` is None until the last row's backward pass. Between copies of the
+    weights (HSDP) gradients are summed inside each copy and wait there for the last row. Otherwise nothing: parameters of
+    several ranks are dropped after every backward pass, for their memory. The same numbers are added in the same order, bit
+    for bit. An update that is given up must be told by `give_up`.
     """
-    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state") and copies(model.parameters()) > 1:
-        model.set_requires_all_reduce(now)
+    if not isinstance(model, FSDPModule):
+        return
+    mesh: DeviceMesh = model.sharded_over  # type: ignore[assignment]
+    if mesh.size() == 1:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    elif mesh.ndim == 2:
+        model.set_requires_all_reduce(last)
 
 
-def give_up(model: nn.Module) -> None:
-    """Forget an update that raised on the way: gathered parameters, and gradients that wait for its last row."""
-    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
-    reshard(model)
+def give_up(model: nn.Module) -> bool:
+    """Forget an update that raised on the way: gathered parameters, gradients that wait for its last row.
+
+    Gradients of the sharded parameters are the caller's. Returns whether the model stands where it stood before the update;
+    if not (`reset`), nothing may be trained on it any more.
+    """
+    whole = reset(model)
+    next_row(model, last=True)
+    return whole
 
 
 def _forget_gathered_after_evaluation(model: Any) -> None:
-    """The root keeps its gathered parameters after a forward pass until the backward pass; under no_grad there is none,
-    so an update or a revert between two evaluations would go unseen by the embedding and the head."""
+    """The root keeps its gathered parameters after a forward pass until the backward pass, and the layers do on one rank;
+    under no_grad there is none, so an update or a revert between two evaluations would go unseen."""
     train_loss = model.loss
 
     @functools.wraps(train_loss)
     def loss(*args: Any, **kwargs: Any) -> Any:
         output = train_loss(*args, **kwargs)
         if not torch.is_grad_enabled():
-            model.reshard()
+            reshard(model)
         return output
 
     model.loss = loss
-    model.register_forward_hook(lambda module, *_: None if torch.is_grad_enabled() else module.reshard())
+    model.register_forward_hook(lambda module, *_: None if torch.is_grad_enabled() else reshard(module))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from repsft_fast.stats import TokenStats
 from repsft_fast.training.account import Spans
 from repsft_fast.training.examples import answer_examples
 from repsft_fast.training.moments import Moments
+from repsft_fast.training.no_gradient import ZeroGradients
 from repsft_fast.training.nonfinite import Refused, name_culprits
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
@@ -59,6 +60,7 @@ class Conductor:
         self.last_epoch: dict[str, Any] = {}
         self.words = ""
         self.spans = Spans()
+        self.zero_gradients = ZeroGradients(parts.config.loss.skip_below, reporter)
         self.scorer = (
             TaskScorer(parts, parts.data.validation) if policy.evaluations_per_epoch and parts.data.validation else None
         )
@@ -133,6 +135,7 @@ class Conductor:
         records = self.parts.ledger.read()  # what the device still has to do is training
         with self.spans("records"):
             self.reporter.updates(records)
+            self.zero_gradients.look(records)
         vetoed = [record for record in records if record.vetoed]
         self.parts.progress.vetoed += len(vetoed)
         if self.parts.config.loss.skip_below:

@@ -90,7 +90,12 @@ class Recovery:
                 "lower data.max_tokens, or use optim.name: adamw8bit"
             )
         state = "nothing was changed"
-        if problem.torn:
+        if problem.stuck:
+            state = (
+                f"no weight was changed, but FSDP2 of torch {torch.__version__} cannot be put back after an error inside an "
+                "update (torch 2.13 can): start again, with --resume where there is a checkpoint"
+            )
+        elif problem.torn:
             state = "the state may be half an update ahead: resume from the last checkpoint"
         if self.parts.config.numbers.on_out_of_memory == "retry" and self.parts.world.size > 1:
             state += "; a retry works on one rank alone: the others wait inside a message of the old rows"

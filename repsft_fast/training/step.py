@@ -12,28 +12,35 @@ import torch
 from torch import Tensor
 
 from repsft_fast.data.plan import Update
-from repsft_fast.distributed import all_max, give_up, grad_norm, sum_between_copies
+from repsft_fast.distributed import all_max, give_up, grad_norm, next_row
 from repsft_fast.ops.products import needed_share
+from repsft_fast.training.no_gradient import check_arrived
 from repsft_fast.training.parts import Parts
 
 
 class OutOfMemory(Exception):
-    """The device's memory ran out in an update. torn: the optimizer had begun, so the state may be half changed."""
+    """The device's memory ran out in an update.
 
-    def __init__(self, error: torch.OutOfMemoryError, *, torn: bool):
+    torn: the run cannot go on from where it is: the optimizer had begun, so the state may be half changed; or (stuck) it had
+    not, but FSDP2 is in the middle of a pass that this torch offers no way out of.
+    """
+
+    def __init__(self, error: torch.OutOfMemoryError, *, torn: bool, stuck: bool = False):
         super().__init__(str(error).split(". ")[0].strip() or "no words")
-        self.torn = torn
+        self.torn, self.stuck = torn or stuck, stuck and not torn
 
 
 def train_step(parts: Parts, update: Update) -> None:
-    """Forward, backward and optimizer step over the samples of one update. OutOfMemory leaves the state as it was."""
+    """Forward, backward and optimizer step over the samples of one update. OutOfMemory that is not torn leaves the state as it
+    was. TrainingError when gradients are missing."""
     streams = _streams(parts)
     try:
         measure(parts, update)
+        check_arrived(parts, update)
         norm, clip, veto = clip_and_veto(parts)  # device scalars, the same on every rank
     except torch.OutOfMemoryError as error:
-        forget(parts, streams)
-        raise OutOfMemory(error, torn=False) from None  # its traceback holds the activations
+        whole = forget(parts, streams)
+        raise OutOfMemory(error, torn=False, stuck=not whole) from None  # its traceback holds the activations
     lr = parts.schedule.lr(parts.progress.updates)
     try:
         parts.optimizer.step(lr, found_inf=veto, clip=clip)
@@ -50,7 +57,8 @@ def measure(parts: Parts, update: Update) -> None:
     skip_below = parts.config.loss.skip_below
     last = len(update.ranks[parts.world.rank])  # every rank has as many rows
     for number, row in enumerate(parts.rows(update), 1):  # weights already hold 1 / the update's one denominator
-        sum_between_copies(parts.model, number == last)
+        if number in (1, last):
+            next_row(parts.model, last=number == last)
         loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
         loss.backward()
         kept = needed_share(stats.log10_miss, skip_below) if skip_below > 0.0 else None
@@ -62,14 +70,15 @@ def measure(parts: Parts, update: Update) -> None:
             parts.sample_stats.add(row, stats)
 
 
-def forget(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> None:
-    """Undo a half made update: gradients, counts, gathered weights, random streams."""
+def forget(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> bool:
+    """Undo a half made update: gradients, counts, gathered weights, random streams. Returns whether that was possible."""
     parts.optimizer.zero_grad()
     parts.ledger.drop_open()
-    give_up(parts.model)
+    whole = give_up(parts.model)
     torch.set_rng_state(streams[0])
     if streams[1] is not None:
         torch.cuda.set_rng_state(streams[1], parts.world.device)
+    return whole
 
 
 def _streams(parts: Parts) -> tuple[Tensor, Tensor | None]:
