@@ -88,12 +88,13 @@ def planted(point: Point) -> Iterator[None]:
         with patch.object(self.store, "row", made_one):
             return score(self, model)
 
-    def half_written(self: Tiers, stored: Stored, shards: list[torch.Tensor]) -> None:
+    def half_written(self: Tiers, stored: Stored, live: list[list[torch.Tensor]]) -> None:
         if inside:
-            half = len(shards) // 2
-            torch._foreach_copy_(list(stored.slot.views[:half]), shards[:half])
+            for kept, now in zip(stored.slot.bits, live, strict=True):
+                half = -(-len(now) // 2)
+                torch._foreach_copy_(kept[:half], now[:half])
             point(f"{inside[-1]}: half copied")
-        write(self, stored, shards)
+        write(self, stored, live)
         if inside == ["snapshot"]:
             point("snapshot: copied")
 

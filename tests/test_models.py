@@ -1,7 +1,9 @@
 """Loading, the loss method, the checks at start, LoRA, checkpointing, compilation."""
 
 import dataclasses
+import sys
 from collections import Counter
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from repsft_fast.errors import ModelError
 from repsft_fast.evaluate.generate import generate
 from repsft_fast.models import LoraSettings, check_no_leak, config_of, hidden_states, load_model
 from repsft_fast.models import layers as layers_module
+from repsft_fast.models import load as load_module
 from repsft_fast.models.checks import check_head
 from repsft_fast.models.load import load_tokenizer
 from repsft_fast.models.loss import Head
@@ -328,15 +331,46 @@ class TestKernels:
         with pytest.raises(ModelError, match=r"expected auto, liger or none, got fast"):
             build(layer_kernels="fast")
 
-    def test_auto_leaves_a_cpu_model_alone_and_liger_takes_everything_but_the_loss(self, monkeypatch):
-        transformers_liger = pytest.importorskip("liger_kernel.transformers")
+    @pytest.fixture
+    def liger(self, monkeypatch):
+        """What liger is asked to do to a model; the package need not be there."""
         calls = []
-        monkeypatch.setattr(transformers_liger, "_apply_liger_kernel_to_instance", lambda model, **o: calls.append(o))
-        model = build()
-        assert calls == []
+        package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
+        package._apply_liger_kernel_to_instance = lambda model, **options: calls.append(options)
+        patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+        for module in (ModuleType("liger_kernel"), package, patches):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        return calls
 
+    def test_auto_leaves_a_cpu_model_alone_and_liger_takes_everything_but_the_loss(self, liger):
+        model = build()
+        assert liger == []
         layers_module.apply_layer_kernels(model, "auto", torch.device("cuda"))
-        assert calls == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+        assert liger == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+
+    def test_an_architecture_it_does_not_know(self, liger):
+        layers_module.apply_layer_kernels(build("olmo2"), "auto", torch.device("cuda"))
+        assert liger == []
+        with pytest.raises(ModelError, match=r"no kernels for this architecture, got olmo2"):
+            layers_module.apply_layer_kernels(build("olmo2"), "liger", torch.device("cuda"))
+
+    @pytest.mark.parametrize(
+        ("which", "compile", "applied"), [("auto", False, 1), ("auto", True, 0), ("none", True, 0), ("liger", False, 1)]
+    )
+    def test_compiled_layers_have_no_liger(self, which, compile, applied, liger, monkeypatch):
+        """Through load_model, which says that the device is a GPU; nothing here needs one."""
+        plain = layers_module.apply_layer_kernels
+        monkeypatch.setattr(load_module, "apply_layer_kernels", lambda model, which, device, **o: plain(model, which, torch.device("cuda"), **o))  # noqa: E501  # fmt: skip
+        build(layer_kernels=which, compile=compile)
+        assert len(liger) == applied
+
+    def test_both_by_name_are_refused_before_anything_is_read(self, liger):
+        wrong = r"model\.layer_kernels: .*wrong numbers.*; set model.layer_kernels to auto or none to compile, or"
+        with pytest.raises(ModelError, match=wrong):
+            load_model("no/such/folder", layer_kernels="liger", compile=True, device="cuda")
+        with pytest.raises(ModelError, match=wrong):
+            layers_module.apply_layer_kernels(build(), "liger", torch.device("cuda"), compile=True)
+        assert liger == []
 
 
 class TestLoading:

@@ -82,6 +82,16 @@ def _model(config: Settings) -> Iterator[Finding]:
             ("model.gguf_file", "model.path"),
             describe("model.gguf_file", "needs the folder it lies in", todo="set model.path"),
         )
+    if model.layer_kernels == "liger" and model.compile:
+        yield (
+            ("model.layer_kernels", "model.compile"),
+            describe(
+                "model.layer_kernels",
+                "liger's kernels inside compiled layers have given wrong numbers without a word",
+                got="liger with model.compile: true",
+                todo="set model.layer_kernels to auto or none to compile, or model.compile to false for liger",
+            ),
+        )
     if (
         model.path is None
         and model.config is not None

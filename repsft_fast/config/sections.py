@@ -71,7 +71,7 @@ class Run(Section):
     seed: Whole = 42
     """Seed of data order, subsets, initial weights and dropout."""
     deterministic: bool = False
-    """Bit-equal reruns on the same kind of machine; some kernels are slower."""
+    """Bit-equal reruns and resumes on the same kind of machine; a GPU has them only so, by some slower kernels."""
 
 
 class Lora(Section):
@@ -107,7 +107,7 @@ class Model(Section):
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "sdpa"] = "auto"
     """Attention over packed rows; auto: the fastest one that can be imported."""
     layer_kernels: Literal["auto", "liger", "none"] = "auto"
-    """Fused norms, rotary embeddings and MLPs; auto: liger on CUDA when installed."""
+    """Fused norms, rotary embeddings and MLPs; auto: liger on CUDA when installed, unless the layers are compiled."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
@@ -188,7 +188,7 @@ class Loss(Section):
     skip_below: Part = 0.0
     """Drop tokens whose 1 - p(target) is below this from the gradient; 0: exact."""
     chunk_bytes: SomeBytes | None = None
-    """Memory for one chunk of logits (256MiB …); null: chosen from the shapes."""
+    """Memory for one chunk of logits (256MiB …); null: from the shapes and, on a GPU, what is free when the run begins."""
 
 
 class Optim(Section):
@@ -353,7 +353,7 @@ class Snapshot(Section):
     device_bytes: Bytes | None = None
     """Device memory for snapshots (8GiB …); null: what the run leaves free."""
     pinned_bytes: Bytes | None = None
-    """Pinned host memory for them; null: a quarter of what is free."""
+    """Pinned host memory for them; null: half of what is free."""
     disk_bytes: Bytes = ByteSize(0)
     """Disk for them, when memory is not enough."""
 

@@ -50,16 +50,31 @@ def compile_layers(model: PreTrainedModel, enabled: bool) -> None:
             layer.compile(dynamic=False)
 
 
-def apply_layer_kernels(model: PreTrainedModel, which: str, device: torch.device) -> None:
-    """Liger's norms, rotary embedding and gated MLP for the architectures it knows; never its loss. device: of the training.
+def check_layer_kernels(which: str, compile: bool) -> None:
+    """ModelError for an unknown name, and for liger's kernels inside compiled layers.
 
-    `auto`: on CUDA, when liger-kernel is installed and knows the model. Liger replaces functions of transformers'
-    modules for the whole process, so a CPU copy of the same architecture in this process would use them too.
+    Each is fast alone; together they have been seen to compute something else without a word (LayerNorm, RMSNorm), to raise,
+    and to be three times slower than compiling alone (SwiGLU). Source: github.com/linkedin/Liger-Kernel, issues 174, 871, 1330;
+    github.com/huggingface/kernels-community, pull request 948.
     """
     if which not in ("auto", "liger", "none"):
         raise ModelError(describe("model.layer_kernels", "is not known", expected="auto, liger or none", got=which))
+    if which == "liger" and compile:
+        wrong = "liger's kernels inside compiled layers have given wrong numbers without a word"
+        todo = "set model.layer_kernels to auto or none to compile, or model.compile to false for liger"
+        raise ModelError(describe("model.layer_kernels", wrong, got="liger with model.compile: true", todo=todo))
+
+
+def apply_layer_kernels(model: PreTrainedModel, which: str, device: torch.device, *, compile: bool = False) -> None:
+    """Liger's norms, rotary embedding and gated MLP for the architectures it knows; never its loss. device: of the training.
+
+    `auto`: on CUDA, when liger-kernel is installed and knows the model, and the layers will not be compiled: the compiler fuses
+    the same operations (see `check_layer_kernels`). Liger replaces functions of transformers' modules for the whole process,
+    so a CPU copy of the same architecture in this process would use them too.
+    """
+    check_layer_kernels(which, compile)
     on_cuda = device.type == "cuda"
-    if which == "none" or (which == "auto" and not on_cuda):
+    if which == "none" or (which == "auto" and (compile or not on_cuda)):
         return
     if not on_cuda:
         raise ModelError(describe("model.layer_kernels", "liger needs a CUDA device", todo="set it to auto"))

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from repsft_fast.errors import ModelError, describe, did_you_mean
 from repsft_fast.models.checks import check_head
 from repsft_fast.models.gguf import correct, declared
-from repsft_fast.models.layers import apply_layer_kernels, checkpoint_activations, compile_layers
+from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.loss import Head, LossSettings, attach_loss, supported_dtype
 from repsft_fast.ops.attention import check_backend, register
@@ -55,7 +56,8 @@ def load_model(
     """A causal LM in training mode on `device`, with `model.loss(row)`.
 
     path_or_config: folder or hub id; a `.gguf` file; `package:NAME/FILE` for a file inside an installed package; a
-        configuration (object or mapping with `model_type`) for random weights, drawn from torch's default generator.
+        configuration (object or mapping with `model_type`) for random weights, drawn by torch's default generator of the device
+        they are made on (`weights_on`; with lora the CPU): the same seed gives the same on the same kind of device.
     compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere. Takes effect in `distributed.shard` where it
         differs from param_dtype.
     attention, activation_checkpointing, layer_kernels: see `ops.attention`, `models.layers`.
@@ -75,6 +77,7 @@ def load_model(
         computed = supported_dtype(compute_dtype, "model.compute_dtype")
     options = {"dtype": computed if lora is not None else held, "attn_implementation": register()}
     check_backend(attention)
+    check_layer_kernels(layer_kernels, compile)
     model: Any
     if place.type == "meta":
         config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
@@ -83,14 +86,16 @@ def load_model(
         model.tie_weights()  # transformers 5.0 does not, on meta
         if place != device and isinstance(path_or_config, str | Path) and not random_weights:
             _generate_as_saved(model, locate(str(path_or_config), gguf_file)[0])
-    elif isinstance(path_or_config, str | Path):
-        model = _from_path(str(path_or_config), gguf_file, trust_remote_code, random_weights, options)
+    elif isinstance(path_or_config, str | Path) and not random_weights:
+        model = _from_path(str(path_or_config), gguf_file, trust_remote_code, options)
     else:
-        model = _from_config(config_of(path_or_config), trust_remote_code, options)
+        config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        # Frozen weights are in no checkpoint: a resumption draws them again, and on another device would draw others.
+        model = _drawn(config, place if lora is None else torch.device("cpu"), trust_remote_code, options)
     _refuse_what_loss_leaves_out(model)
     head = Head.of(model)
     model.to(place)
-    apply_layer_kernels(model, layer_kernels, device)
+    apply_layer_kernels(model, layer_kernels, device, compile=compile)
     if place == device and device.type != "meta":
         check_head(model, head)
     attach_loss(model, LossSettings(head, attention, skip_below, chunk_bytes))
@@ -192,12 +197,7 @@ def _unreadable(
     return ModelError(describe(setting, wrong, got=str(path), todo=f"give a folder or hub id of {what}"))
 
 
-def _from_path(
-    path: str, gguf_file: str | None, trust_remote_code: bool, random_weights: bool, options: dict[str, Any]
-) -> PreTrainedModel:
-    if random_weights:
-        config = config_of(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-        return _from_config(config, trust_remote_code, options)
+def _from_path(path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
     folder, gguf = _located(path, gguf_file)
     try:
         # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
@@ -208,6 +208,28 @@ def _from_path(
     if gguf:
         _forget_quantisation(model)
     return model
+
+
+def _drawn(config: PreTrainedConfig, place: torch.device, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
+    """Random weights, drawn where they will be: a GPU draws a billion in a blink and a CPU in seven seconds."""
+    if place.type == "cpu":
+        return _from_config(config, trust_remote_code, options)
+    with place:
+        model = _from_config(config, trust_remote_code, options)
+    _compute_tables_on_the_host(model, model)
+    return model
+
+
+def _compute_tables_on_the_host(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Rotary tables, last bit and all, as they are where the saved model is loaded again: pow is another function on a GPU.
+
+    What `_init_weights` fills in modules without parameters; nothing is drawn.
+    """
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for child in module.children():
+        _compute_tables_on_the_host(child, owner)
+    if next(module.buffers(recurse=False), None) is not None and next(module.parameters(), None) is None:
+        owner._init_weights(module)
 
 
 def _from_config(config: PreTrainedConfig, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:

@@ -20,6 +20,8 @@ from repsft_fast.stats import RowStats
 
 MAXIMA_BLOCK = 128  # columns per block maximum: the arg-max and runner-up are then searched in V/128 numbers
 SMALL_CHUNK_BYTES = 8 << 20  # logits of a chunk where a quarter of all of them would be less
+ONE_CHUNK_SHARE = 16  # on a GPU all logits are one chunk where they take at most this part of the memory,
+CHUNK_SHARE = 64  # else a chunk takes this part
 CACHE_BLOCK_BYTES = 1 << 21  # logits handled at once on the torch path, so that they and their softmax stay in cache
 
 
@@ -48,15 +50,41 @@ class RowPass(Protocol):
 
 
 def default_chunk_bytes(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Bytes of logits held at once, the row pass's own block included. CUDA: 1/64 of the device's memory, few and large chunks.
-    CPU: a quarter of the full logits up to 64 MiB, but at least 128 rows; where the full logits stay below 32 MiB, 8 MiB beside
-    the block: smaller chunks cost the GEMMs 5 to 10 % and save next to nothing."""
+    """Bytes of logits held at once, the row pass's own block included. A function of the shapes and the device's size alone:
+    what happens to be free at a call must not decide how sums are rounded, and asking costs more than the answer is worth.
+
+    CUDA: `gpu_chunk_bytes` of the whole memory. CPU: a quarter of the full logits up to 64 MiB, but at least 128 rows; where
+    the full logits stay below 32 MiB, 8 MiB beside the block: smaller chunks cost the GEMMs 5 to 10 % and save next to nothing.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 64
+        total = torch.cuda.get_device_properties(device).total_memory
+        return gpu_chunk_bytes(rows, vocabulary, itemsize, total_bytes=total, room_bytes=total)
     row_bytes = vocabulary * itemsize
     full = rows * row_bytes
     least = SMALL_CHUNK_BYTES + CACHE_BLOCK_BYTES if full < 4 * SMALL_CHUNK_BYTES else 0
     return max(min(full // 4, 64 << 20), 128 * row_bytes, least)
+
+
+def gpu_chunk_bytes(rows: int, vocabulary: int, itemsize: int, *, total_bytes: int, room_bytes: int) -> int:
+    """What one chunk of all rows takes, where that is at most 1/16 of the room; else 1/64 of the total: few and large chunks.
+
+    One chunk depends on the shapes alone, so that two rooms which both allow it give the same value and the same rounding.
+    """
+    one = one_chunk_bytes(rows, vocabulary, itemsize)
+    return one if one <= room_bytes // ONE_CHUNK_SHARE else max(1, total_bytes // CHUNK_SHARE)
+
+
+def one_chunk_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes that let `chunk_ranges` put all of up to so many rows into one chunk."""
+    row_bytes = vocabulary * itemsize
+    return (rows + max(1, CACHE_BLOCK_BYTES // row_bytes)) * row_bytes
+
+
+def logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of the logits that hidden states of this dtype give: theirs before the kernel, fp32 or fp64 on the torch path."""
+    if kernel_runs(device, dtype):
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk_ranges(rows: int, vocabulary: int, itemsize: int, budget_bytes: int) -> list[tuple[int, int]]:

@@ -27,10 +27,13 @@ def linear_cross_entropy(
     *,
     skip_below: float = 0.0,  # τ: rows with 1 − p(target) < τ send no gradient
     softcap: float | None = None,  # final-logit soft-cap (Gemma): logits become softcap · tanh(logits / softcap)
-    chunk_bytes: int | None = None,  # bytes of logits held at once; None = by device (functional.default_chunk_bytes)
+    chunk_bytes: int | None = None,  # of logits held at once; None = by shape and device (functional.default_chunk_bytes)
     kept_share: float = 1.0,  # on a GPU: guessed share of rows that skip_below keeps, from an earlier update; any is exact
 ) -> tuple[Tensor, RowStats]:  # [] weighted SUM (never a mean), fp32 (fp64 for fp64 inputs); statistics of the N' rows
     """Cross entropy of hidden @ lm_head.T and the statistics of its rows, without keeping [N, V] logits.
+
+    How many chunks the logits come in decides the last bits of the head's gradient. None gives the same number wherever shapes
+    and device are the same, on CUDA one where all logits take at most 1/16 of the device's memory, and never asks what is free.
 
     Peak extra memory: chunk_bytes + one [V, H] fp32 head gradient + [N', H]; on a GPU a call of one chunk keeps it until its
     backward, which makes the head gradient then. Work: 6·N'·H·V FLOPs for N' trained rows,
@@ -61,9 +64,10 @@ def linear_cross_entropy(
         softcap, skip_below, chunk_bytes, kept_share,
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        loss, _, _, *columns = torch.ops.repsft.linear_cross_entropy(*arguments)
-    else:
-        loss, *columns = _LinearCrossEntropy.apply(*arguments)
+        loss, _, _, table, correct = torch.ops.repsft.linear_cross_entropy(*arguments)
+        row_loss, *others = table.unbind()
+        return loss, RowStats(row_loss, correct, *others)
+    loss, *columns = _LinearCrossEntropy.apply(*arguments)
     return loss, RowStats(*columns)
 
 
@@ -85,7 +89,7 @@ def head_pass(
     """Everything at once, without autograd: [] loss, [N, H] and [V, H] gradients (empty where not needed), statistics."""
     vocabulary, device = lm_head.shape[0], hidden.device
     sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    dtype = hidden.dtype if functional.kernel_runs(device, hidden.dtype) else sums  # of logits and GEMMs
+    dtype = functional.logits_dtype(device, hidden.dtype)  # of the GEMMs too
     chosen = hidden.detach().index_select(0, rows).to(dtype)
     head = lm_head.detach().to(dtype)
     total = rows.numel()
@@ -138,7 +142,7 @@ def head_pass(
         grad_head.zero_()
     stats = passes.stats()
     loss = (stats.loss * row_weights).sum()
-    grad_hidden = chosen.new_empty(0)
+    grad_hidden = hidden.new_empty(0)
     if grad_chosen is not None:
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_chosen.to(hidden.dtype))
     if unfinished is not None:
@@ -274,22 +278,23 @@ def _operator(
     skip_below: float,
     chunk_bytes: int | None,
     kept_share: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [] loss, [N, H], [V, H], [5, N'] statistics, [N'] bool correct
     loss, grad_hidden, grad_head, stats = head_pass(
         hidden, lm_head, targets, weights, rows, need_hidden, need_head, softcap, skip_below, chunk_bytes, kept_share
     )
     assert isinstance(grad_head, Tensor)
-    loss_rows, correct, entropy, top1_probability, margin, log10_miss = _columns(stats)
-    return loss, grad_hidden, grad_head, loss_rows, correct, entropy, top1_probability, margin, log10_miss
+    # Outputs of an operator may not share memory, and the kernel's five statistics are lines of one table.
+    row_loss, correct, *others = _columns(stats)
+    return loss, grad_hidden, grad_head, torch.stack([row_loss, *others]), correct
 
 
 @_operator.register_fake
 def _(hidden, lm_head, targets, weights, rows, need_hidden, need_head, softcap, skip_below, chunk_bytes, kept_share):
     dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-    per_row = [hidden.new_empty(rows.shape[0], dtype=torch.bool if i == 1 else dtype) for i in range(6)]
-    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, dtype=dtype)
+    table, correct = hidden.new_empty(5, rows.shape[0], dtype=dtype), rows.new_empty(rows.shape[0], dtype=torch.bool)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_head = lm_head.new_empty(lm_head.shape if need_head else (0,), dtype=dtype)
-    return hidden.new_empty((), dtype=dtype), grad_hidden, grad_head, *per_row
+    return hidden.new_empty((), dtype=dtype), grad_hidden, grad_head, table, correct
 
 
 def _save_gradients(ctx, inputs, output) -> None:

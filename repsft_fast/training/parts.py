@@ -36,6 +36,7 @@ from repsft_fast.optim import Optimizer, build_optimizer
 from repsft_fast.row import Row
 from repsft_fast.schedule import Schedule
 from repsft_fast.throughput import ModelShape, Work, peak_flops
+from repsft_fast.training import chunks
 from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.progress import Progress
 
@@ -168,6 +169,7 @@ def resident(
     stores = {
         split: TokenStore(samples, device, limit, task_names=names) for split, samples in {"train": train, **held}.items()
     }
+    warnings = [*warnings, *dict.fromkeys(note for store in stores.values() for note in store.notes)]
     digest = hashlib.blake2b(digest_size=16)
     for split, samples in (("train", train), *sorted(held.items())):
         for sample in samples:
@@ -219,6 +221,7 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
         check_head(model, model.loss_settings.head)
     check_no_leak(model)
     optimizer = optimizer_of(config, model)
+    chunks.use(model, chunks.decide(config, world, model))
     parts = Parts(
         config=config,
         world=world,

@@ -24,18 +24,20 @@ from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.models import write_state
 from repsft_fast.report.result import FILE as RESULT
 from repsft_fast.state import RunState
+from repsft_fast.training import chunks
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.finish import interrupted
 from repsft_fast.training.moments import BEST, MOMENT, Moments
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.recovery import Recovery
 from repsft_fast.training.reporter import Reporter
+from repsft_fast.training.rundir import chunk_bytes_before
 from repsft_fast.training.signals import Signals
 from repsft_fast.training.step import OutOfMemory
 
 FOLDER = "checkpoints"
 _LOOK_EVERY_S = 1.0  # ranks ask each other for signals and clocks about this often
-# Settings that say how fast or where, not what: a resumed run may have others.
+# Settings that say how fast or where, not what: a resumed run may have others. `chunks` says it where loss.chunk_bytes differs.
 _FREE = (
     "run.folder", "model.attention", "model.layer_kernels", "model.activation_checkpointing", "model.compile",
     "model.trust_remote_code", "tokenizer", "data", "batch.row_tokens", "batch.bucket_tokens", "loss.chunk_bytes", "numbers",
@@ -116,11 +118,15 @@ class Saver:
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, why: str, *, wait: bool = False) -> None:
-        """Freeze the state and have it written. A save that fails is told and the run goes on: what was whole stays whole."""
-        started = time.perf_counter()
+        """Freeze the state and have it written. A save that fails is told and the run goes on: what was whole stays whole.
+
+        stall_seconds is what the save costs training, its copy; waited_seconds goes to writers, the one before it as a rule.
+        """
         parts, progress = self.parts, self.parts.progress
-        self.conductor.read_ledger()  # no checkpoint of a state that an unread veto would end
+        self.conductor.read_ledger()  # no checkpoint of a state that an unread veto would end; what the device does is training
+        started = time.perf_counter()
         self.wait()
+        waited = time.perf_counter() - started
         writer = self._writer or self._start_writer()
         self._next_number = max(self._next_number, *largest(checkpoint.next_generation(self.folder)))
         number, self._next_number = self._next_number, self._next_number + 1
@@ -139,11 +145,14 @@ class Saver:
         self._saved_at, self._clock = progress.all_work.updates, time.monotonic()
         self._best_at = progress.updates if best is not None else self._best_at
         if wait or not self.moments.freezes:
+            submitted = time.perf_counter()
             self.wait()
             barrier(f"checkpoint {number}")
+            waited += time.perf_counter() - submitted
         seconds = time.perf_counter() - started
         self.reporter.apart(seconds)
-        self.reporter.event("checkpoint", {"generation": number, "why": why, "stall_seconds": seconds})
+        facts = {"generation": number, "why": why, "stall_seconds": seconds - waited, "waited_seconds": waited}
+        self.reporter.event("checkpoint", facts)
 
     def save_what_is_whole(self, problem: OutOfMemory) -> None:
         """A checkpoint before the run ends for want of memory, where checkpoints are asked for and the state is whole."""
@@ -157,6 +166,7 @@ class Saver:
             "conductor": self.conductor.values(),
             "moments": moments,
             "best": best,
+            "decided": {"chunk_bytes": chunks.decided(self.parts)},
             "metrics_bytes": self._metrics().stat().st_size if self.parts.world.is_main else 0,
             "seconds": time.perf_counter() - self.reporter.started,
         }
@@ -213,7 +223,7 @@ class Saver:
             if outcome.path is not None:
                 self.last = outcome.path
                 facts = {"generation": outcome.generation, "seconds": outcome.seconds, "deleted": list(outcome.deleted)}
-                self.reporter.event("checkpoint_written", facts)
+                self.reporter.event("checkpoint_written", facts | outcome.spent.named())
 
     def _whole_shares(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Counters of which every rank holds a share, summed; all else as it is."""
@@ -255,6 +265,9 @@ class Saver:
         if answer == 2:
             self._truncate_metrics(0)
             self.reporter.note("--resume: the run ended before its first checkpoint, so it begins anew")
+            (before,) = largest(chunk_bytes_before(parts.config) or 0 if parts.world.is_main else 0)
+            if before:  # what killed runs began with is in run.yaml, so that any number of beginnings make one run
+                self._say(chunks.resume(parts, before))
             return
         path = self.folder / f"gen-{answer - 3:08d}"
         values, resharded = self._load(path)
@@ -268,9 +281,17 @@ class Saver:
         problems = list(found.problems) if found is not None else []
         for text in problems:
             self.reporter.note(f"--resume: {text}")
+        if "decided" in values:
+            self._say(chunks.resume(parts, values["decided"]["chunk_bytes"]))
+        elif (now := chunks.decided(parts)) is not None:
+            self._say(f"an older version wrote the checkpoint, which names no loss.chunk_bytes: {now:,} bytes from here on")
         which = "the newest whole checkpoint" if problems else "the newest checkpoint"
         self.reporter.note(f"--resume: goes on after update {parts.progress.updates} from {path.name}, {which}")
         self.reporter.event("resume", {"generation": answer - 3, "problems": problems, "resharded": resharded})
+
+    def _say(self, text: str | None) -> None:
+        if text is not None:
+            self.reporter.note(f"--resume: {text}")
 
     def _newest(self) -> tuple[checkpoint.Generation | None, CheckpointError | None]:
         checkpoint.clean(self.folder)

@@ -9,11 +9,12 @@ from typing import Any
 from repsft_fast.errors import ConfigError, describe, did_you_mean
 from repsft_fast.models.layers import CHECKPOINT_EVERY
 from repsft_fast.models.load import config_of, load_model
+from repsft_fast.ops.functional import CHUNK_SHARE, ONE_CHUNK_SHARE
 from repsft_fast.optim import NAMES
 from repsft_fast.report.words import count, size
 from repsft_fast.training.known_models import MODELS
 from repsft_fast.training.rehearsal import Saved, saved_per_token
-from repsft_fast.training.sizing import LOGITS_SHARE, RESERVED, UNSHARDABLE, ModelSize
+from repsft_fast.training.sizing import RESERVED, UNSHARDABLE, ModelSize
 
 GPU_COUNTS = (1, 8, 64)
 WAYS = {"adamw": "float32", "adamw8bit": "bfloat16"}  # optimizer and how its weights are held, for the rows
@@ -25,8 +26,10 @@ and beside adamw in the second; beside adamw8bit they and the gradients are bf16
 ⌈rows / GPUs⌉ rows of every parameter. A snapshot is weights, moments and counts, as many bytes on the device as in pinned host
 memory; a checkpoint is one generation on disk over all GPUs, the state to resume from and the model folder (both: adamw).
 
-Gathered: c · (root + 3 layers); in flight: (c + 4) · max(root, 2 layers), with c = 2 bytes and parameters counted.
-Head: 4 · H · V for its gradient; one chunk of logits, 1/{LOGITS_SHARE} of the GPU's memory, comes beside it.
+Gathered: c · (root + 3 layers), on one GPU c · all; in flight: (c + 4) · max(root, 2 layers), with c = 2 bytes and parameters
+counted. One GPU that computes in the type the weights are held in (adamw8bit) gathers nothing.
+Head: 4 · H · V for its gradient; beside it come the row's logits, c · V a token, where they are at most 1/{ONE_CHUNK_SHARE} of
+what the state leaves free, else a chunk of 1/{CHUNK_SHARE} of the GPU's memory.
 A token of a row: S for every layer that keeps its activations, c · H for one that is recomputed (full: all of them; selective:
 every second), S once more while it is, the rest of the model, and 3 · c · H in the head. S is counted on the real module. For
 Llama's plain layers it is 16 H + 4 A·D + 4 A_kv·D + 8 I + 4 A + 8 bytes; Liger's layers keep less, and longer rows fit.
@@ -100,7 +103,7 @@ def _row_line(model: Sized, ranks: int, optimizer: str) -> list[str]:
         for choice in CHECKPOINTING
     ]
     shown = [f"{tokens:,}" if tokens else "–" for tokens in longest]
-    return [model.name, str(ranks), optimizer, size(shape.passing()), size(shape.head(0)), *token, *shown]
+    return [model.name, str(ranks), optimizer, size(shape.passing(ranks)), size(shape.head(0)), *token, *shown]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

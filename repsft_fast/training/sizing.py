@@ -5,9 +5,11 @@ Per rank, R ranks share one copy of the parameters (FSDP2: rows ⌈d0 / R⌉ of 
     weights    Σ ⌈d0 / R⌉ · rest · bytes held        gradients: the same for what is trained
     moments    adamw 2 × weights; sgd 1 ×; the 8-bit ones 2 bytes an element and a scale for every 256
     gathered   in the compute type: the root (embedding, final norm, head) for the whole row, three layers beside it
-               (this one, the next one and the flat buffer it arrives in)
+               (this one, the next one and the flat buffer it arrives in); on one rank all that is held in another type, for the
+               whole update
     in flight  full gradients of one group, in the compute type and again in the reduction's fp32: the root or two layers
-    head       the head's gradient [V, H] fp32, one chunk of logits, and three [N', H] of the trained positions
+    head       the head's gradient [V, H] fp32, one chunk of logits (of all of them where `training.chunks` decides so), and
+               three [N', H] of the trained positions
 
     row of T   T · (S · kept layers + H · c · checkpointed layers + rest), S = bytes one layer saves for a token
                (`rehearsal.saved_bytes` counts them on the real module), c = bytes of the compute type; one layer more
@@ -26,13 +28,13 @@ import torch
 from repsft_fast.distributed import decoder_layers
 from repsft_fast.models.layers import CHECKPOINT_EVERY
 from repsft_fast.ops.adamw8bit_reference import has_8bit_moments, scale_shape
+from repsft_fast.ops.functional import CACHE_BLOCK_BYTES, ONE_CHUNK_SHARE, gpu_chunk_bytes
 from repsft_fast.optim import NAMES
 from repsft_fast.snapshot.slots import ALIGN_BYTES
 from repsft_fast.stats import K
 
 REDUCED_BYTES = 4  # gradients are reduced over ranks in fp32
 PACKAGE_BLOCK, PACKAGE_LEAST = 256, 4096  # of bitsandbytes and torchao: elements per scale; smaller tensors stay 32-bit
-LOGITS_SHARE = 64  # one chunk of logits takes 1 / 64 of a GPU's memory: ops.functional.default_chunk_bytes
 RESERVED = 0.08  # of a GPU's memory, assumed taken by the CUDA context, NCCL's buffers and fragmentation
 UNSHARDABLE = ("bnb_adamw8bit", "torchao_adamw8bit")
 
@@ -156,12 +158,24 @@ class ModelSize:
         layers = [sum(p.elements for p in self.parameters if p.layer == n) for n in range(self.layers)]
         return sum(p.elements for p in self.parameters if p.layer is None), max(layers)
 
-    def passing(self) -> int:
-        """Bytes gathered and in flight inside a row, beside activations and head."""
+    def passing(self, ranks: int = 1) -> int:
+        """Bytes gathered and in flight inside a row, beside activations and head. One rank that computes in the type in which
+        its trained weights are held gathers nothing (`distributed.shard`)."""
+        if ranks == 1 and all(p.held_bytes == self.compute_bytes for p in self.trained):
+            return 0
         root, layer = self.groups()
         share = max((p.trained for p in self.parameters if p.layer is None), default=False)
         in_flight = (self.compute_bytes + REDUCED_BYTES) * max(root * share, 2 * layer)
-        return self.compute_bytes * (root + 3 * layer) + in_flight
+        gathered = root + 3 * layer
+        if ranks == 1:
+            gathered = sum(p.elements for p in self.parameters if p.trained or p.held_bytes != self.compute_bytes)
+        return self.compute_bytes * gathered + in_flight
+
+    def chunk(self, tokens: int, memory_bytes: int, free_bytes: int) -> int:
+        """Bytes of one chunk of logits of a row that is trained whole, on a device of which the state leaves so much free."""
+        row_bytes = self.vocabulary * self.compute_bytes
+        limits = {"total_bytes": memory_bytes, "room_bytes": free_bytes}
+        return min(tokens * row_bytes, gpu_chunk_bytes(tokens, self.vocabulary, self.compute_bytes, **limits))
 
     def head(self, chunk_bytes: int) -> int:
         """Bytes the head holds whatever the row: its gradient and one chunk of logits."""
@@ -181,9 +195,14 @@ class ModelSize:
         self, memory_bytes: int, optimizer: str, ranks: int, saved: Activations, checkpointing: str = "none", bucket: int = 128
     ) -> int:
         """Tokens of the longest row that fits beside the state on a device of this size, a multiple of `bucket`; 0: none."""
-        taken = self.held(optimizer, ranks).state + self.passing() + self.head(memory_bytes // LOGITS_SHARE)
-        room = memory_bytes * (1 - RESERVED) - taken
-        return max(0, int(room / self.row(saved, checkpointing)) // bucket * bucket)
+        free = int(memory_bytes * (1 - RESERVED)) - self.held(optimizer, ranks).state
+        room = free - self.passing(ranks) - self.head(0)
+        token, logits = self.row(saved, checkpointing), self.vocabulary * self.compute_bytes
+        # Logits in chunks of a fixed size, or at once: which of the two it is changes with the row, and with it what is left.
+        chunked = (room - self.chunk(2**40, memory_bytes, free)) / token
+        at_once = min(room / (token + logits), free / ONE_CHUNK_SHARE / logits - max(1, CACHE_BLOCK_BYTES // logits))
+        lengths = [max(0, int(tokens) // bucket * bucket) for tokens in (chunked, at_once)]
+        return max((n for n in lengths if n * token + self.chunk(n, memory_bytes, free) <= room), default=0)
 
 
 def kept_layers(layers: int, checkpointing: str) -> Sequence[bool]:

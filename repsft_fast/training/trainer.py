@@ -28,7 +28,7 @@ from repsft_fast.training.policy import build_policy, moments_needed, weights_ar
 from repsft_fast.training.progress import crosses
 from repsft_fast.training.recovery import Recovery, use_row_tokens
 from repsft_fast.training.reporter import Reporter
-from repsft_fast.training.rundir import RunFolder
+from repsft_fast.training.rundir import RunFolder, settle
 from repsft_fast.training.saver import Saver, saves_on_the_way
 from repsft_fast.training.signals import Signals
 from repsft_fast.training.step import OutOfMemory, train_step
@@ -99,6 +99,7 @@ def run(parts: Parts, *, resume: bool = False) -> RunResult:
         try:
             if resume:
                 saver.resume()
+            settle(parts)
             reporter.start()
             conductor.begin()
             for text in moments.messages:

@@ -159,6 +159,7 @@ class TestContradictions:
             ({"model.path": None, "model.config": {"model_type": "llama"}, "model.init": "pretrained"}, "model.init"),
             ({"model.path": None, "model.config": {"model_type": "llama"}, "data.format": "messages"}, "tokenizer.path"),
             ({"model.path": None, "model.config": {"a": 1}, "model.gguf_file": "x"}, "model.gguf_file"),
+            ({"model.layer_kernels": "liger", "model.compile": True}, "model.layer_kernels"),
             ({"batch.samples": 4, "batch.tokens": 100}, "batch.tokens"),
             ({"batch.samples": None}, "batch"),
             ({"batch.row_tokens": 100, "batch.bucket_tokens": 64}, "batch.row_tokens"),
@@ -201,6 +202,8 @@ class TestContradictions:
         "overrides",
         [
             {"data.max_tokens": 4097, "batch.row_tokens": 4096},
+            {"model.layer_kernels": "liger"},
+            {"model.layer_kernels": "none", "model.compile": True},
             {"batch.row_tokens": 128, "batch.bucket_tokens": 64},
             {"optim.warmup_updates": 9, "budget.updates": 10},
             {**TASKS, "mixture.policy": "msft", "mixture.compute_budget": 0.25},

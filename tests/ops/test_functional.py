@@ -47,6 +47,54 @@ def test_default_budget_on_a_cpu():
     assert functional.default_chunk_bytes(1024, 8192, 4, cpu) == 8 << 20  # from 32 MiB on a quarter of the full logits
 
 
+@pytest.fixture
+def h100(monkeypatch):
+    """80 GB by its properties; nobody may ask what is free."""
+    properties = type("Properties", (), {"total_memory": 85_017_755_648})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: pytest.fail("what is free must not decide the rounding"))
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "chunks"), [(8_192, 128_256, 1), (32_768, 128_256, 7), (16_384, 151_936, 1), (20_000, 128_256, 1)]
+)
+def test_chunks_on_an_h100(rows, vocabulary, chunks, h100):
+    """bf16: 2.1 GB, 8.4 GB, 5.0 GB and 5.1 GB of logits; 1/16 of the memory is 5.3 GB, 1/64 is 1.3."""
+    budget = functional.default_chunk_bytes(rows, vocabulary, 2, h100)
+    assert len(functional.chunk_ranges(rows, vocabulary, 2, budget)) == chunks
+    if chunks > 1:
+        assert budget == 85_017_755_648 // 64
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8_192])
+@pytest.mark.parametrize("vocabulary", [2, 300, 151_936, 3_000_000])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_one_chunk_is_enough_for_its_rows_and_all_fewer_ones(rows, vocabulary, itemsize):
+    budget = functional.one_chunk_bytes(rows, vocabulary, itemsize)
+    for fewer in {0, 1, rows // 2, rows}:
+        assert len(functional.chunk_ranges(min(fewer, rows), vocabulary, itemsize, budget)) == min(fewer, rows, 1)
+    assert budget <= (rows + 1) * vocabulary * itemsize + functional.CACHE_BLOCK_BYTES
+
+
+def test_two_rooms_that_allow_one_chunk_give_one_value():
+    one = functional.one_chunk_bytes(100, 50, 2)
+    sizes = {"total_bytes": 64 * 777, "rows": 100, "vocabulary": 50, "itemsize": 2}
+    assert {functional.gpu_chunk_bytes(room_bytes=room, **sizes) for room in (16 * one, 16 * one + 99, 10**12)} == {one}
+    assert functional.gpu_chunk_bytes(room_bytes=16 * one - 1, **sizes) == 777
+    assert functional.gpu_chunk_bytes(room_bytes=0, **{**sizes, "total_bytes": 3}) == 1, "at least a byte: a row at a time"
+
+
+def test_logits_are_held_in_the_dtype_of_the_path(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for device, dtype, expected in (
+        (cuda, torch.bfloat16, torch.bfloat16), (cuda, torch.float32, torch.float32), (cuda, torch.float64, torch.float64),
+        (cpu, torch.bfloat16, torch.float32), (cpu, torch.float64, torch.float64),
+    ):  # fmt: skip
+        assert functional.logits_dtype(device, dtype) == expected
+
+
 @pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (256, 1), (257, 2), (512, 2), (1023, 4), (1024, 5)])
 def test_small_heads_go_in_few_chunks_on_a_cpu(rows, chunks):
     """8,192 columns: 8 MiB of logits hold 256 rows, and the row pass's own 2 MiB do not shrink them."""

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from peak import peak_bytes
-from torch._dynamo.testing import CompileCounter
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -402,52 +400,6 @@ class TestRefusals:
         case.rows = torch.tensor([0, N])
         with pytest.raises((IndexError, RuntimeError), match=r"(?i)index"):
             case.call()
-
-
-class TestCompilation:
-    def operator_arguments(self, case, need_hidden=True, need_head=True):
-        return (case.hidden, case.head, case.targets, case.weights, case.rows, need_hidden, need_head, None, 0.0, None, 1.0)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize(("need_hidden", "need_head"), [(True, True), (True, False), (False, True), (False, False)])
-    def test_the_operator_is_well_formed(self, need_hidden, need_head, dtype):
-        case = Case(dtype=dtype)
-        if dtype == torch.bfloat16:
-            case.weights = case.weights.float()  # as the trainer has them
-        case.hidden.requires_grad_(need_hidden)
-        case.head.requires_grad_(need_head)
-        opcheck(torch.ops.repsft.linear_cross_entropy, self.operator_arguments(case, need_hidden, need_head))
-
-    @pytest.mark.parametrize("frozen_head", [False, True])
-    def test_one_graph_and_the_same_numbers(self, frozen_head):
-        eager, compiled = Case(), Case()
-        for case in (eager, compiled):
-            case.head.requires_grad_(not frozen_head)
-
-        def step(hidden, head, targets, weights, rows):
-            loss, stats = linear_cross_entropy(torch.tanh(hidden), head, targets, weights, rows)
-            return loss * 2.0, stats.correct.sum(), stats.entropy.sum()
-
-        graph = torch.compile(step, backend="aot_eager", fullgraph=True)
-        results = []
-        for call, case in ((step, eager), (graph, compiled)):
-            loss, correct, entropy = call(case.hidden, case.head, case.targets, case.weights, case.rows)
-            loss.backward()
-            results.append((loss.detach(), correct, entropy, case.hidden.grad))
-        for a, b in zip(*results):
-            close(a, b)
-        if frozen_head:
-            assert compiled.head.grad is None
-        else:
-            close(compiled.head.grad, eager.head.grad)
-
-    def test_other_numbers_of_rows_do_not_recompile(self):
-        counter = CompileCounter()
-        step = torch.compile(lambda *a: linear_cross_entropy(*a)[0], backend=counter, fullgraph=True, dynamic=True)
-        for n in (37, 21, 50, 64):
-            case = Case(n=n)
-            step(case.hidden, case.head, case.targets, case.weights, case.rows)
-        assert counter.frame_count == 1
 
 
 class TestCounts:

@@ -9,14 +9,12 @@ import pytest
 import ranks
 import runs
 import tiny
-import torch
 
 from repsft_fast import checkpoint
 from repsft_fast.cli import main
 from repsft_fast.config import Config
 from repsft_fast.distributed import shard
 from repsft_fast.models.load import config_of, load_model
-from repsft_fast.ops.functional import default_chunk_bytes
 from repsft_fast.optim import build_optimizer, state_bytes
 from repsft_fast.snapshot.slots import Layout
 from repsft_fast.state import local
@@ -24,7 +22,7 @@ from repsft_fast.training import size_page
 from repsft_fast.training.known_models import MODELS
 from repsft_fast.training.moments import closed_list
 from repsft_fast.training.parts import build
-from repsft_fast.training.rehearsal import fake_row, rehearsed, saved_bytes, saved_per_token
+from repsft_fast.training.rehearsal import Saved, fake_row, rehearsed, saved_bytes, saved_per_token
 from repsft_fast.training.sizing import ModelSize, kept_layers
 from repsft_fast.training.trainer import train
 
@@ -185,14 +183,32 @@ class TestRows:
         memory = 8 * 10**9
         for mode in ("none", "selective", "full"):
             longest = one.fp32.longest_row(memory, "adamw", 8, one.saved, mode)
-            fixed = one.fp32.held("adamw", 8).state + one.fp32.passing() + one.fp32.head(memory // 64)
+            fixed = one.fp32.held("adamw", 8).state + one.fp32.passing(8) + one.fp32.head(memory // 64)
             used = [fixed + tokens * one.fp32.row(one.saved, mode) for tokens in (longest, longest + 128)]
             assert used[0] <= 0.92 * memory < used[1]
         assert one.fp32.longest_row(10**9, "adamw", 1, one.saved) == 0
 
-    def test_the_logits_share_is_the_heads(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": 6400}))
-        assert default_chunk_bytes(1, 1, 1, torch.device("cuda")) == 6400 // 64
+    @pytest.mark.parametrize("gigabytes", [4, 8, 24, 80])
+    @pytest.mark.parametrize("mode", ["none", "full"])
+    @pytest.mark.parametrize(("vocabulary", "layer"), [(1_000, 300_000), (150_000, 300_000), (150_000, 4_000_000)])
+    def test_it_is_the_longest_of_all_lengths(self, gigabytes, mode, vocabulary, layer):
+        """Logits at once or in chunks: with the row changes which of them, and the search knows both."""
+        model = load_model(tiny.config("llama", vocab_size=vocabulary, hidden_size=64), device="meta", compute_dtype="bfloat16")
+        size, saved = ModelSize.of(model), Saved(layer=float(layer), rest=60_000.0)
+        memory = gigabytes * 10**9
+        free = int(0.92 * memory) - size.held("adamw").state
+        room = free - size.passing(1) - size.head(0)
+        token = size.row(saved, mode)
+        fitting = [n for n in range(0, int(room / token) + 128, 128) if n * token + size.chunk(n, memory, free) <= room]
+        assert size.longest_row(memory, "adamw", 1, saved, mode) == fitting[-1]
+
+    def test_a_chunk_is_what_a_run_would_decide(self, monkeypatch):
+        """All of a row's logits up to 1/16 of what the state leaves; past it, 1/64 of the memory."""
+        size = ModelSize((), 1, 64, 1_000_000, 2)
+        at_once = size.chunk(2_000, 80 * 10**9, 70 * 10**9)
+        assert at_once == 2_000 * 2_000_000
+        assert size.chunk(2_000, 80 * 10**9, 60 * 10**9) == 80 * 10**9 // 64
+        assert size.chunk(300, 80 * 10**9, 10**9) == 300 * 2_000_000, "a chunk holds no more than there is"
 
 
 class TestPage:
