@@ -275,7 +275,8 @@ class Launcher:
         if known is not None and known.lines == lines:
             return known
         device = members[0][0].device
-        line_of_tile = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles))
+        numbers = torch.arange(len(tiles), dtype=torch.int32)
+        line_of_tile = torch.repeat_interleave(numbers, torch.tensor(tiles), output_size=sum(tiles))
         plan = _Plan(lines, _upload(torch.tensor(lines, dtype=torch.int64), device), _upload(line_of_tile, device))
         self._plans[(kind, lines[WEIGHT])] = plan
         return plan

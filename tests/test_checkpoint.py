@@ -316,7 +316,7 @@ class TestBackground:
         other = Toy(seed=3)
         other.state.load_values(resume(tmp_path, other.state.tensors()).values)
         assert other.state.hash() == hashes[3]
-        assert writer.stall_seconds > 0
+        assert writer.waited_seconds > 0
 
     def test_a_failed_save_is_an_outcome_and_the_next_one_goes_on(self, tmp_path):
         writer = BackgroundWriter(tmp_path)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repsft_fast.checkpoint.pieces import Piece
 from repsft_fast.checkpoint.retention import prune
+from repsft_fast.checkpoint.seconds import SaveSeconds
 from repsft_fast.checkpoint.writer import leave_word, next_generation, save, writing_folder
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON, decode_values, encode_values
@@ -24,17 +25,18 @@ class Outcome:
     """How one save ended."""
 
     generation: int
-    seconds: float  # in the background
+    seconds: float  # in the background, all told
     path: Path | None = None
     error: CheckpointError | None = None
     deleted: tuple[int, ...] = ()
+    spent: SaveSeconds = field(default_factory=SaveSeconds)  # what they went into
 
 
 class BackgroundWriter:
     """Writes generations one at a time, follows the branch, and deletes old ones after each success.
 
     parent          the generation the run comes from now: set it after a resume or a revert
-    stall_seconds   time the training loop has waited here for an earlier save
+    waited_seconds  of the training loop, here, for saves to end. No part of what a save itself costs it: the copy it is of
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class BackgroundWriter:
         identity: Mapping[str, JSON] | None = None,
     ):
         self.folder, self.parent = Path(folder), parent
-        self.stall_seconds = 0.0
+        self.waited_seconds = 0.0
         self._keep = {"keep_last": keep_last, "keep_best": keep_best}
         self._ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "attempt": attempt}
         self._identity = identity
@@ -91,11 +93,12 @@ class BackgroundWriter:
         protect: tuple,
         more: dict,
     ) -> Outcome:
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), SaveSeconds()
+        more = {"parent": parent, "identity": self._identity, "seconds": spent, **self._ranks, **more}
         try:
-            path = save(self.folder, generation, tensors, values, parent=parent, identity=self._identity, **self._ranks, **more)
+            path = save(self.folder, generation, tensors, values, **more)
         except CheckpointError as error:
-            return Outcome(generation, time.perf_counter() - start, error=error)
+            return Outcome(generation, time.perf_counter() - start, error=error, spent=spent)
         deleted: list[int] = []
         problem = None
         if self._ranks["rank"] == 0:
@@ -105,7 +108,7 @@ class BackgroundWriter:
                 problem = CheckpointError(
                     describe(str(self.folder), "old generations could not be deleted", got=error, todo="delete them by hand")
                 )
-        return Outcome(generation, time.perf_counter() - start, path, problem, tuple(deleted))
+        return Outcome(generation, time.perf_counter() - start, path, problem, tuple(deleted), spent)
 
     def poll(self) -> list[Outcome]:
         """Saves that ended since the last call. An Outcome with a path was written whole, whatever its error says."""
@@ -115,11 +118,11 @@ class BackgroundWriter:
         return ended
 
     def wait(self) -> None:
-        """Waits for the save under way, if any; the time is counted as a stall."""
+        """Waits for the save under way, if any; the time is counted in `waited_seconds`."""
         if self._running is not None:
             start = time.perf_counter()
             self._running[0].exception()
-            self.stall_seconds += time.perf_counter() - start
+            self.waited_seconds += time.perf_counter() - start
             self._finish()
 
     def _finish(self) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from repsft_fast.checkpoint.seconds import SaveSeconds
 from repsft_fast.errors import CheckpointError, describe
 
 READ_CHUNK_BYTES = 1 << 22
@@ -32,8 +33,9 @@ def crash_point(name: str) -> None:
         _hook(name)
 
 
-def write_file(path: Path, chunks: Iterable[Any], what: str) -> int:
+def write_file(path: Path, chunks: Iterable[Any], what: str, seconds: SaveSeconds | None = None) -> int:
     """Writes a new file and syncs it; returns its bytes. Raises OSError, also where a file is: nothing is written over."""
+    seconds = seconds or SaveSeconds()
     crash_point(f"{what}: before open")
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
@@ -41,12 +43,14 @@ def write_file(path: Path, chunks: Iterable[Any], what: str) -> int:
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
             at = 0
-            while at < len(data):
-                at += os.write(fd, data[at:])
+            with seconds.of("write"):
+                while at < len(data):
+                    at += os.write(fd, data[at:])
             total += len(data)
             crash_point(f"{what}: mid-write")
         crash_point(f"{what}: before fsync")
-        os.fsync(fd)
+        with seconds.of("fsync"):
+            os.fsync(fd)
         crash_point(f"{what}: after fsync")
         return total
     finally:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from repsft_fast.checkpoint.files import open_inside, parse_json, read_exactly, write_file
 from repsft_fast.checkpoint.hostsum import HostChecksum
+from repsft_fast.checkpoint.seconds import SaveSeconds
 from repsft_fast.errors import CheckpointError, describe
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
@@ -49,8 +50,9 @@ def _raw(tensor: Tensor) -> Tensor:  # any -> [bytes] uint8
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], what: str) -> int:
+def write_shard(path: Path, tensors: Mapping[str, Tensor], what: str, seconds: SaveSeconds | None = None) -> int:
     """Writes and syncs one file; returns its bytes. Needs host memory for one chunk. Raises OSError, CheckpointError."""
+    seconds = seconds or SaveSeconds()
     header, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
@@ -68,11 +70,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], what: str) -> int:
     def chunks() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little") + text
         for tensor in tensors.values():
-            raw = _raw(tensor)
+            with seconds.of("copy"):
+                raw = _raw(tensor)
             for start in range(0, raw.numel(), CHUNK_BYTES):
-                yield raw[start : start + CHUNK_BYTES].cpu().numpy().data
+                with seconds.of("copy"):
+                    data = raw[start : start + CHUNK_BYTES].cpu().numpy().data
+                yield data
 
-    return write_file(path, chunks(), what)
+    return write_file(path, chunks(), what, seconds)
 
 
 def read_header(fd: int, where: str) -> dict[str, Stretch]:

@@ -49,6 +49,7 @@ from repsft_fast.checkpoint.manifest import (
     values_file,
 )
 from repsft_fast.checkpoint.pieces import Piece, piece_of
+from repsft_fast.checkpoint.seconds import SaveSeconds
 from repsft_fast.checkpoint.shards import CHUNK_BYTES, DTYPE_NAMES, write_shard
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON, encode_values
@@ -77,6 +78,7 @@ def save(
     world_size: int = 1,
     attempt: str = "",
     timeout_s: float = 1800.0,
+    seconds: SaveSeconds | None = None,
 ) -> Path:
     """Writes one generation and points LATEST at it; returns its folder. On ranks above 0 it returns with their part written.
 
@@ -86,11 +88,13 @@ def save(
     score         higher is better, for keep-best
     identity      what a later run must share to resume from it (model, vocabulary …)
     attempt       the same fresh text on every rank, needed with several: parts of an earlier, dead attempt must not be taken
+    seconds       where the time goes is added up here, up to the failure of a save that fails
 
     Raises CheckpointError when anything fails, the disk being full among it: nothing temporary is left and what was whole
     before still is.
     """
     folder = Path(folder)
+    seconds = seconds or SaveSeconds()
     target = folder / folder_name(generation)
     if world_size > 1 and not attempt:
         raise CheckpointError(describe(f"save of {target.name}", "needs an attempt name that all ranks share"))
@@ -101,11 +105,12 @@ def save(
     temporary = writing_folder(folder, generation, attempt or uuid.uuid4().hex)
     try:
         temporary.mkdir(parents=True, exist_ok=world_size > 1)
-        _write_part(temporary, tensors, values, rank, world_size)
+        _write_part(temporary, tensors, values, rank, world_size, seconds)
         if rank == 0:
             facts = {"generation": generation, "parent": parent, "world_size": world_size, "score": score}
-            _write_rest(temporary, facts, dict(identity or {}), write_model, timeout_s)
-            _publish(temporary, target, generation)
+            _write_rest(temporary, facts, dict(identity or {}), write_model, timeout_s, seconds)
+            with seconds.of("fsync"):
+                _publish(temporary, target, generation)
     except BaseException as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -120,27 +125,30 @@ def save(
     return target
 
 
-def _write_part(folder: Path, tensors: Mapping[str, Any], values: Mapping[str, JSON], rank: int, world_size: int) -> None:
+def _write_part(
+    folder: Path, tensors: Mapping[str, Any], values: Mapping[str, JSON], rank: int, world_size: int, seconds: SaveSeconds
+) -> None:
     pieces = {name: piece_of(name, t, rank) for name, t in tensors.items()}
     mine = {name: p for name, p in pieces.items() if p.writes and p.local.numel()}
     shard, table = shard_file(rank, world_size), values_file(rank, world_size)
-    hashes = dict(zip(mine, host_checksums([p.local for p in mine.values()])))
+    with seconds.of("hash"):
+        hashes = dict(zip(mine, host_checksums([p.local for p in mine.values()])))
     text = encode_values(values).encode()
     files = {
-        shard: FileEntry(write_shard(folder / shard, {name: p.local for name, p in mine.items()}, "shard")),
-        table: FileEntry(write_file(folder / table, [text], "values"), hash_bytes(text)),
+        shard: FileEntry(write_shard(folder / shard, {name: p.local for name, p in mine.items()}, "shard", seconds)),
+        table: FileEntry(write_file(folder / table, [text], "values", seconds), hash_bytes(text)),
     }
     part = {}
     for name, piece in pieces.items():
         shards = []
         if name in mine:
             shards = [ShardEntry(shard, piece.start, piece.rows, f"{hashes[name]:016x}")]
-        entry = TensorEntry(
-            DTYPE_NAMES[piece.local.dtype], piece.shape, tuple(shards), _nonfinite(piece.local) if shards else 0
-        )
+        with seconds.of("look"):
+            nonfinite = _nonfinite(piece.local) if shards else 0
+        entry = TensorEntry(DTYPE_NAMES[piece.local.dtype], piece.shape, tuple(shards), nonfinite)
         part[name] = asdict(entry)
     listed = json.dumps({"tensors": part, "files": {name: asdict(entry) for name, entry in files.items()}}).encode()
-    write_file(folder / f"_part-{rank:05d}.tmp", [listed], "part")
+    write_file(folder / f"_part-{rank:05d}.tmp", [listed], "part", seconds)
     os.replace(folder / f"_part-{rank:05d}.tmp", folder / f"part-{rank:05d}.json")
 
 
@@ -183,9 +191,15 @@ def _parts(temporary: Path, world_size: int, timeout_s: float) -> list[dict[str,
 
 
 def _write_rest(
-    temporary: Path, facts: dict[str, Any], identity: dict, write_model: WriteModel | None, timeout_s: float
+    temporary: Path,
+    facts: dict[str, Any],
+    identity: dict,
+    write_model: WriteModel | None,
+    timeout_s: float,
+    seconds: SaveSeconds,
 ) -> None:
-    parts = _parts(temporary, facts["world_size"], timeout_s)
+    with seconds.of("wait"):
+        parts = _parts(temporary, facts["world_size"], timeout_s)
     tensors = _merge([part["tensors"] for part in parts])
     files = {name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()}
     if write_model is not None:
@@ -193,18 +207,22 @@ def _write_rest(
 
         model = temporary / "hf"
         model.mkdir()
-        write_model(model, WholeTensors(temporary, tensors))
+        with seconds.of("model"):
+            write_model(model, WholeTensors(temporary, tensors))
         crash_point("model: before fsync")
-        sync_tree(model)
+        with seconds.of("fsync"):
+            sync_tree(model)
         for path in sorted(p for p in model.rglob("*") if p.is_file()):
             name = path.relative_to(temporary).as_posix()
-            files[name] = FileEntry(path.stat().st_size, hash_file(temporary, name))
+            with seconds.of("hash"):
+                files[name] = FileEntry(path.stat().st_size, hash_file(temporary, name))
     for r in range(facts["world_size"]):
         (temporary / f"part-{r:05d}.json").unlink()
     versions = {"repsft_fast": _version(), "torch": str(torch.__version__), "python": platform.python_version()}
     manifest = Manifest(**facts, tensors=tensors, files=files, identity=identity, versions=versions)
-    write_file(temporary / MANIFEST, [manifest.encode()], "manifest")
-    sync_folder(temporary)
+    write_file(temporary / MANIFEST, [manifest.encode()], "manifest", seconds)
+    with seconds.of("fsync"):
+        sync_folder(temporary)
 
 
 def _version() -> str:

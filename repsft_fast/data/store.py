@@ -31,7 +31,7 @@ NUMPY_DTYPES = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.
 class TokenStore:
     """Tokens of all samples, in device memory, or in host memory where they would exceed `device_limit_bytes`.
 
-    Past the limit each row travels from pinned host memory; where pinning is refused, from plain host memory (`notes` says so).
+    What a row needs of the host travels from pinned memory; where pinning is refused, from plain memory (`notes` says so).
     On the CPU there is one memory and nothing to pin. Never written after construction, so threads may share it.
     """
 
@@ -131,7 +131,9 @@ class TokenStore:
         return weights / np.maximum(self.index.trained[samples], 1) if average == "sample" else weights
 
     def row(self, planned: PlannedRow, *, denominator: float, average: str, scale: float = 1.0) -> Row:
-        """The planned row on the device. No host sync; one host-to-device copy, and two gathers where the tokens are resident.
+        """The planned row on the device: one host-to-device copy, and two gathers where the tokens are resident.
+
+        No host sync from pinned memory. Where pinning is refused the copy may wait for what is queued on the device.
 
         denominator: of the whole update (`Update.denominator`). scale: factor on every weight, e.g. the world size where
         gradients are averaged over ranks. A row without samples is padding only: no trained rows, exactly zero contribution.
@@ -204,14 +206,15 @@ class TokenStore:
         return tokens, targets
 
     def _can_pin(self) -> bool:
-        """Whether rows can travel from pinned memory. A refusal costs overlap, not correctness."""
+        """Whether rows can travel from pinned memory. A refusal costs a wait a row, not correctness."""
         if self.device.type != "cuda":
             return False
         try:
             torch.empty(1, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             self.notes.append(
-                f"pinned host memory was refused ({str(error).splitlines()[0]}): rows are copied from plain memory"
+                f"pinned host memory was refused ({str(error).splitlines()[0]}): "
+                "rows are copied from plain memory, and each may wait for the device"
             )
             return False
         return True

@@ -66,7 +66,9 @@ class TeacherForced:
         self.samples = np.asarray(samples, dtype=np.int64)
         lengths = store.index.lengths[self.samples]
         bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size)[world.rank]
-        self._lines = bins  # per row: indices into self.samples
+        # Per row the indices into self.samples, on the device once and for all: in every pass they would be a wait a row.
+        lines = torch.from_numpy(np.concatenate([*bins, []]).astype(np.int64)).to(store.device)
+        self._lines = lines.split([len(line) for line in bins])
         self._rows = [_planned(self.samples[line], lengths[line], row_tokens, bucket_tokens) for line in bins]
         self._sum_squared = int((lengths.astype(np.int64) ** 2).sum())
 
@@ -82,8 +84,7 @@ class TeacherForced:
                 row = self.store.row(planned, denominator=1.0, average="token")
                 _, stats = model.loss(row)  # type: ignore[operator]
                 if row.num_segments:
-                    ids = torch.as_tensor(line, dtype=torch.int64, device=device)
-                    table.index_add_(0, ids, stats.by(row.row_segments, row.num_segments).table)
+                    table.index_add_(0, line, stats.by(row.row_segments, row.num_segments).table)
         finally:
             model.train(was_training)
         index = self.store.index

@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -43,7 +45,9 @@ BACKENDS = ("auto", "varlen", "flash2", "flash3", "flash4", "sdpa", "segments", 
 _FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_FLASH_HEAD_DIM = 256
-_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch ≥ 2.12; before, heads are expanded
+# From 2.12 on torch refuses fewer key and value heads unless it is told; 2.11 hands them to the same kernels unasked.
+_VARLEN_ASKS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_grouped: dict[int | None, bool] = {}  # by the index of the GPU: what `takes_grouped_heads` found, once a process
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,13 @@ class Packed:
     segment_lengths: tuple[int, ...]  # host; sums to T
     max_seqlen: int  # host; bound on the longest segment
     backend: str = "auto"  # one of BACKENDS
+    grouped: bool = True  # of varlen: it is given the key and value heads there are; False = one for every query head
 
     @staticmethod
     def of(row: Row, backend: str = "auto") -> Packed:
-        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend)
+        """Called once a forward pass, outside the layers and their graphs: what has to be tried is tried here."""
+        grouped = backend not in ("auto", "varlen") or takes_grouped_heads(row.cu_seqlens.device)
+        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped)
 
 
 @dataclass(frozen=True)
@@ -195,14 +202,82 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tens
     _refuse("varlen", dropout=rule.dropout, softcap=rule.softcap)
     options: dict[str, Any] = {"scale": rule.scale, "window_size": _left_right(rule.window)}
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and _VARLEN_TAKES_GQA:
-        options["enable_gqa"] = True
-    elif groups > 1:
+    if groups > 1 and not packed.grouped:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    elif groups > 1 and _VARLEN_ASKS:
+        options["enable_gqa"] = True
     borders, longest = packed.cu_seqlens, packed.max_seqlen
     output = varlen_attn(_flat(q), _flat(k), _flat(v), borders, borders, longest, longest, **options)
     assert isinstance(output, Tensor)  # a tuple only when auxiliary outputs are asked for
     return output.unsqueeze(0)
+
+
+def takes_grouped_heads(device: torch.device) -> bool:
+    """Whether torch's varlen kernels on this GPU take fewer key and value heads than query heads and mean the right ones.
+
+    Tried once a process and GPU by a call of 64 tokens, forward and backward, beside the same call with repeated heads; a
+    dictionary afterwards, which a trace reads as a constant. Repeating costs 7 kernels and, at 8,192 tokens of a Qwen3-0.6B,
+    370 MB a layer. True on other devices, whose backends all take grouped heads.
+
+    The two ways may round the sums over a group's gradients differently, so a run must not change between them (DESIGN law
+    12). It does not: the answer depends on torch's version and the kind of GPU alone, for nothing is timed and no free memory
+    is asked, and want of memory is an error and no answer. Every rank and every resume on the same kind of machine, which is
+    what law 6 promises for, finds the same.
+    Raises ModelError while a CUDA graph is captured, where nothing can be tried.
+    """
+    if device.type != "cuda":
+        return True
+    known = _grouped.get(device.index)
+    return known if known is not None else _try_grouped_heads(device)
+
+
+@torch.compiler.disable
+def _try_grouped_heads(device: torch.device) -> bool:
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v, up = (_waves(heads, step, device) for heads, step in ((4, 0.7), (2, 1.1), (2, 1.9), (4, 2.3)))
+        if isinstance(q, FakeTensor):
+            return True  # a rehearsal has shapes and no values: nothing was tried, so nothing is remembered
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            wrong = "cannot be tried while a CUDA graph is captured"
+            raise ModelError(describe("attention: grouped heads", wrong, todo="run one forward pass before the capture"))
+        why = _difference([x.requires_grad_() for x in (q, k, v)], up)
+    if why:
+        wrong = f"torch {torch.__version__} is given repeated key and value heads on {device}, because {why}"
+        warnings.warn(describe("attention", wrong), stacklevel=2)
+    _grouped[device.index] = not why
+    return not why
+
+
+def _difference(inputs: list[Tensor], up: Tensor) -> str:
+    """What is wrong with the results of grouped heads beside those of repeated ones; nothing where varlen itself does not run.
+
+    Two documents and a tail of empty ones, 5 keys seen: borders, window and the tail all matter.
+    """
+    borders = torch.tensor([0, 40, 64, 64, 64], dtype=torch.int32, device=up.device)
+    found: list[list[Tensor]] = []
+    q, k, v = inputs
+    for grouped in (False, True):
+        try:
+            output = _varlen(q, k, v, Packed(borders, (40, 24), 64, "varlen", grouped), Rule(0.125, window=5))
+            found.append([output.detach(), *torch.autograd.grad(output, inputs, up.transpose(1, 2))])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            # Without grouped heads it is no matter of groups: the first layer that needs varlen will say so itself.
+            first_line = str(error).partition("\n")[0] or type(error).__name__
+            return f"grouped ones fail: {first_line}" if grouped else ""
+    return "" if all(map(_alike, *found)) else "grouped ones give other results"
+
+
+def _waves(heads: int, step: float, device: torch.device) -> Tensor:  # [1, heads, 64, 64] bf16
+    """Numbers that differ from head to head, without drawing any: the random streams are state."""
+    return torch.arange(heads * 64 * 64, device=device).mul(step).sin().view(1, heads, 64, 64).to(torch.bfloat16)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal within bf16, whose step is 2⁻⁸: a head too many or the wrong one differs by about its own size. NaN never is."""
+    a, b = a.float(), b.float()
+    return a.shape == b.shape and bool((a - b).abs().max() <= b.abs().max() * 2**-6)
 
 
 def _flash(name: str) -> Callable[..., Tensor]:

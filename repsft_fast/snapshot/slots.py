@@ -1,7 +1,7 @@
-"""One slot: room for one snapshot, as flat buffers with a view per tensor, or as a file.
+"""One slot: room for one snapshot, as a few flat buffers with a view per tensor, or as a file.
 
-Every tier lays a slot out alike, so that a move between tiers is one copy per device. Slots are allocated and their pages
-touched at the start: a copy into fresh memory costs many times a copy into memory that was written before.
+Every tier lays a slot out alike, so that a move between tiers is one copy per buffer (`buffers`). Slots are allocated and their
+pages touched at the start: a copy into fresh memory costs many times a copy into memory that was written before.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from csrc_triton.state_hash import checksums
 from repsft_fast.errors import SnapshotError, describe
+from repsft_fast.snapshot.buffers import rounded, share_out
+from repsft_fast.snapshot.copies import alike, dense, in_groups
 
 ALIGN_BYTES = 64  # of every tensor in a slot: whole cache lines
 DISK_CHUNK_BYTES = 1 << 25  # a multiple of 8; one checksum each
@@ -36,17 +38,24 @@ class SlotPlan:
     disk: int
 
 
-def plan_slots(bytes_each: int, keep: int, *, device_bytes: int, pinned_bytes: int, disk_bytes: int = 0) -> SlotPlan:
-    """Fills the fastest tier first. Raises SnapshotError with the numbers when `keep` snapshots do not fit."""
+def plan_slots(
+    bytes_each: int, keep: int, *, device_bytes: int, pinned_bytes: int, disk_bytes: int = 0, pinned_each: int | None = None
+) -> SlotPlan:
+    """Fills the fastest tier first. pinned_each: what one takes of pinned memory, where that is more than bytes_each.
+
+    Raises SnapshotError with the numbers when `keep` snapshots do not fit.
+    """
+    pinned_each = bytes_each if pinned_each is None else pinned_each
     counts, left = [], keep
-    for budget in (device_bytes, pinned_bytes, disk_bytes):
-        counts.append(min(left, budget // bytes_each))
+    for budget, each in ((device_bytes, bytes_each), (pinned_bytes, pinned_each), (disk_bytes, bytes_each)):
+        counts.append(min(left, budget // each))
         left -= counts[-1]
     if left:
+        more = f" ({pinned_each:,} of pinned memory)" if pinned_each != bytes_each else ""
         raise SnapshotError(
             describe(
                 "snapshot budgets",
-                f"hold {sum(counts)} of {keep} snapshots of {bytes_each:,} bytes",
+                f"hold {sum(counts)} of {keep} snapshots of {bytes_each:,} bytes{more}",
                 expected=f"{keep * bytes_each:,} bytes over the tiers",
                 got=f"device {device_bytes:,}, pinned {pinned_bytes:,}, disk {disk_bytes:,} bytes",
                 todo="raise a budget, keep fewer, or keep weights only",
@@ -59,7 +68,7 @@ def plan_slots(bytes_each: int, keep: int, *, device_bytes: int, pinned_bytes: i
 class _Part:
     """Where one tensor lies in a slot, with the strides of the live tensor where those are dense."""
 
-    group: int  # index of its device's buffer
+    buffer: int  # index
     start: int  # byte offset in that buffer
     stop: int
     dtype: torch.dtype
@@ -67,15 +76,31 @@ class _Part:
     stride: tuple[int, ...]
 
     def view(self, buffers: Sequence[Tensor]) -> Tensor:
-        flat = buffers[self.group][self.start : self.stop].view(self.dtype)
+        flat = buffers[self.buffer][self.start : self.stop].view(self.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
 
-class Slot:
-    """Buffers in memory, one per device of the state, with their views; or an unlinked file with its checksums."""
+def _part(tensor: Tensor, buffer: int, start: int) -> _Part:
+    stride = tensor.stride() if dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+    stop = start + tensor.numel() * tensor.element_size()
+    return _Part(buffer, start, stop, tensor.dtype, tuple(tensor.shape), tuple(stride))
 
-    def __init__(self, level: int, buffers: Sequence[Tensor] = (), views: Sequence[Tensor] = (), fd: int = -1):
-        self.level, self.buffers, self.views, self.fd = level, list(buffers), list(views), fd
+
+class Slot:
+    """Buffers in memory with their views; or an unlinked file with its checksums.
+
+    bits    the views in the groups they are copied in
+    """
+
+    def __init__(
+        self,
+        level: int,
+        buffers: Sequence[Tensor] = (),
+        views: Sequence[Tensor] = (),
+        bits: Sequence[list[Tensor]] = (),
+        fd: int = -1,
+    ):
+        self.level, self.buffers, self.views, self.bits, self.fd = level, list(buffers), list(views), list(bits), fd
         self.sums: list[int] = []  # of a file: the checksum of every chunk
 
     def close(self) -> None:
@@ -85,30 +110,39 @@ class Slot:
 
 
 class Layout:
-    """The common layout of all slots, and how to make one."""
+    """The common layout of all slots, and how to make one.
+
+    bytes_each     of a slot, its tensors aligned to ALIGN_BYTES
+    pinned_each    what a slot in pinned memory takes, as its allocator rounds
+    groups         of the tensors, as `copies.alike` found them
+    """
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.devices: list[torch.device] = []
-        self._sizes: list[int] = []
-        self._parts: list[_Part] = []
-        for tensor in tensors:
-            if tensor.device not in self.devices:
-                self.devices.append(tensor.device)
-                self._sizes.append(0)
-            group = self.devices.index(tensor.device)
-            start, size = self._sizes[group], tensor.numel() * tensor.element_size()
-            stride = tensor.stride() if _dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-            self._parts.append(_Part(group, start, start + size, tensor.dtype, tuple(tensor.shape), tuple(stride)))
-            self._sizes[group] = -(-(start + size) // ALIGN_BYTES) * ALIGN_BYTES
-        self.bytes_each = sum(self._sizes)
+        self.devices: list[torch.device] = list(dict.fromkeys(t.device for t in tensors))
+        self.groups = alike(tensors)
+        self._buffers: list[tuple[torch.device, int]] = []
+        placed: dict[int, tuple[int, int]] = {}  # tensor -> (buffer, start)
+        taken = [-(-t.numel() * t.element_size() // ALIGN_BYTES) * ALIGN_BYTES for t in tensors]
+        for device in self.devices:
+            mine = [i for i, t in enumerate(tensors) if t.device == device]
+            for inside in share_out([taken[i] for i in mine]):
+                size = 0
+                for i in (mine[n] for n in inside):
+                    placed[i] = (len(self._buffers), size)
+                    size += taken[i]
+                self._buffers.append((device, size))
+        self._parts = [_part(t, *placed[i]) for i, t in enumerate(tensors)]
+        self.bytes_each = sum(taken)
+        self.pinned_each = sum(rounded(n) if device.type == "cuda" else n for device, n in self._buffers)
 
     def in_memory(self, level: int, *, pin: bool = False) -> Slot:
         """A slot on the state's own devices (DEVICE) or on the host. Zeroed, which touches its pages."""
         buffers = [
             torch.zeros(n, dtype=torch.uint8, device=d if level == DEVICE else "cpu", pin_memory=pin and d.type == "cuda")
-            for d, n in zip(self.devices, self._sizes)
+            for d, n in self._buffers
         ]
-        return Slot(level, buffers, [part.view(buffers) for part in self._parts])
+        views = [part.view(buffers) for part in self._parts]
+        return Slot(level, buffers, views, in_groups(views, self.groups))
 
     def on_disk(self, folder: str | os.PathLike) -> Slot:
         """A file with its space reserved, without a name: it is gone with the process, however that ends. Raises OSError."""
@@ -165,13 +199,3 @@ def _chunks(buffers: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
             chunk = buffer[start : start + DISK_CHUNK_BYTES]
             yield offset, chunk
             offset += chunk.numel()
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without holes or overlaps, in some order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape) if n > 1):
-        if stride != expected:
-            return False
-        expected = stride * size
-    return True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repsft_fast.errors import SnapshotError, describe
+from repsft_fast.snapshot.copies import copy
 from repsft_fast.snapshot.slots import DEVICE, DISK, PINNED, TIER_NAMES, Layout, Slot, plan_slots, read_file, write_file
 
 
@@ -58,7 +59,14 @@ class Tiers:
         while True:
             try:
                 device, pinned, disk = budgets
-                self.plan = plan_slots(self.layout.bytes_each, keep, device_bytes=device, pinned_bytes=pinned, disk_bytes=disk)
+                self.plan = plan_slots(
+                    self.layout.bytes_each,
+                    keep,
+                    device_bytes=device,
+                    pinned_bytes=pinned,
+                    disk_bytes=disk,
+                    pinned_each=self.layout.pinned_each,
+                )
             except SnapshotError as error:
                 self.close()
                 raise SnapshotError("; ".join([str(error), *self.messages])) from None
@@ -77,7 +85,7 @@ class Tiers:
                     slot = self.layout.in_memory(level, pin=level == PINNED)
             except (RuntimeError, MemoryError, OSError) as error:  # torch's out-of-memory error is a RuntimeError
                 got = len(self._free[level])
-                budgets[level] = got * self.layout.bytes_each
+                budgets[level] = got * (self.layout.pinned_each if level == PINNED else self.layout.bytes_each)
                 self.messages.append(
                     f"snapshot tier {TIER_NAMES[level]} keeps {got} instead of {count}: {str(error).splitlines()[0]}"
                 )
@@ -121,10 +129,13 @@ class Tiers:
         if stored.ready is not None:
             torch.cuda.current_stream(self.cuda).wait_event(stored.ready)
 
-    def write(self, stored: Stored, shards: list[Tensor]) -> None:
-        """Copies the state into the snapshot's slot; straight to disk only where no memory tier exists. Raises OSError."""
+    def write(self, stored: Stored, live: list[list[Tensor]]) -> None:
+        """Copies the state into the snapshot's slot; straight to disk only where no memory tier exists. Raises OSError.
+
+        live: the bits of the live tensors in the groups of the layout.
+        """
         slot = stored.slot if stored.slot.level != DISK else self.layout.in_memory(PINNED)
-        torch._foreach_copy_(slot.views, shards, non_blocking=slot is stored.slot)
+        copy(slot.bits, live, non_blocking=slot is stored.slot)
         if slot is not stored.slot:
             write_file(stored.slot, slot.buffers)
         elif self.cuda:

@@ -6,13 +6,16 @@ table (it remembers what was tried), the work done, the best validation so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from repsft_fast.distributed import World
 from repsft_fast.errors import SnapshotError, describe
 from repsft_fast.optim import state_tensors
 from repsft_fast.snapshot import SnapshotPool
@@ -74,13 +77,13 @@ class Moments:
         """
         self.parts, self.state = parts, state
         self.make_room: Callable[[], None] = lambda: None
+        self.messages: list[str] = []  # what the user should know of the room for them
         self._names: list[str] = []  # ours; the pool may know more while a reader holds one that was released
         wanted = {n: t for n, t in state.tensors().items() if not weights_only or n.startswith("model/")}
         self._policy = self._pool(wanted, keep) if keep else None
         weights = {n: t for n, t in state.tensors().items() if n.startswith("model/")}
         best_is_kept = parts.config.evaluate.keep == "best" and parts.config.mixture.policy is None  # else the policy's
         self._best = self._pool(weights, 1) if best_is_kept else None
-        self.messages: list[str] = []
         self._whole = self._room_for_whole(whole) if whole else None
 
     def take(self, name: str) -> None:
@@ -206,14 +209,16 @@ class Moments:
     def _pool(self, tensors: dict[str, Tensor], keep: int, *, device_bytes: int | None = None) -> SnapshotPool:
         settings, device = self.parts.config.snapshot, self.parts.world.device
         each = sum(local(t).numel() * t.element_size() for t in tensors.values())
-        return SnapshotPool(
+        pool = SnapshotPool(
             tensors,
             device_bytes=device_budget(settings.device_bytes, each * keep, device) if device_bytes is None else device_bytes,
-            pinned_bytes=int(settings.pinned_bytes) if settings.pinned_bytes is not None else free_host_bytes() // 4,
+            pinned_bytes=pinned_budget(settings.pinned_bytes, self.parts.world),
             disk_bytes=int(settings.disk_bytes),
             disk_folder=self.parts.folder,
             keep=keep,
         )
+        self.messages += [text for text in pool.messages if text not in self.messages]
+        return pool
 
     @staticmethod
     def _checked(pool: SnapshotPool | None) -> SnapshotPool:
@@ -230,13 +235,45 @@ def device_budget(given: int | None, wanted: int, device: torch.device) -> int:
     return min(wanted + wanted // 64 + 2**20, free // 2)
 
 
-def free_host_bytes() -> int:
-    """Memory the host can still give, in bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 * 2**30
+def pinned_budget(given: int | None, world: World) -> int:
+    """Bytes of pinned host memory that snapshots may take on this rank: as set, else the rank's share of half of what is free.
+
+    A pool takes of it what its snapshots need, and the next pool finds less free. Without a GPU host memory is the device's.
+    """
+    if given is not None:
+        return int(given)
+    if world.device.type != "cuda":
+        return 0
+    return free_host_bytes() // 2 // min(world.size, torch.cuda.device_count())
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still be given, in bytes: of the machine, or of the control group a container or job is in.
+
+    Pinned memory cannot be swapped, so who takes more than the group's limit is killed. root: of the files that are asked.
+    """
+    free = [4 * 2**30]
+    with suppress(OSError):
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or free
+    return max(0, min(free + list(_left_in_groups(root))))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Bytes left of every limit there is on this process: its group's and those around it. Unused file pages count as free."""
+    places = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                places.append(("sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"))
+            elif controllers == "memory":
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                places.append(("sys/fs/cgroup/memory", path, *names))
+    for top, path, limit, used, unused in places:
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max", or seen from inside a container, whose group is the top
+                most, taken = (int((root / top / folder / name).read_text()) for name in (limit, used))
+                stat = dict(line.split() for line in (root / top / folder / "memory.stat").read_text().splitlines())
+                yield most - taken + int(stat.get(unused, 0))

@@ -1,7 +1,9 @@
-"""Count what would make the host wait for the device: numbers read, sizes that depend on data, copies to the host.
+"""Count what would make the host wait for the device: numbers read, sizes that depend on data, copies that block.
 
-Counted at dispatch, so the count means the same on a CPU, where nothing waits, as on a GPU, where everything does. Two reads
-are invisible on a CPU and copies to the host on a GPU: tolist() and numpy().
+Counted at dispatch, so what is read back counts the same on a CPU, where nothing waits, as on a GPU, where everything does. Two
+reads are invisible on a CPU and copies to the host on a GPU: tolist() and numpy(). Copies to the device are there only where
+there is one; a fake one is enough. Those that torch makes below dispatch, of Python's numbers and numpy's, are seen where they
+are asked for: torch.tensor([…], device=…), x[[0, 2]].
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {
@@ -23,6 +28,9 @@ READS = {
     "aten::_unique2",
     "aten::unique_consecutive",
 }
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_MADE = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+_SUBSCRIPTS = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 class SyncCounter(TorchDispatchMode):
@@ -31,29 +39,88 @@ class SyncCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: collections.Counter[str] = collections.Counter()
+        self._pins = torch.cuda.is_available()  # where no memory can be pinned, none can be asked for
+        self._asked = _Asked(self)
 
     @property
     def total(self) -> int:
         return sum(self.found.values())
+
+    def __enter__(self) -> SyncCounter:
+        self._asked.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self._asked.__exit__(*reason)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
         if name in READS:
             self.found[name] += 1
-        elif name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
-            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-                self.found[f"{name} by a mask"] += 1
+        elif name in _INDEXED:
+            self._index(name, args)
         elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
             self.found[name] += 1
-        elif name in ("aten::_to_copy", "aten::copy_", "aten::_copy_from"):
-            self._copy(name, args, kwargs)
+        elif name.startswith("aten::masked_fill") and isinstance(args[2], Tensor) and not _on_host(args[2].device):
+            self.found[f"{name} by a number on the device"] += 1
+        elif name == "aten::_to_copy":
+            target = torch.device(kwargs.get("device") or args[0].device)
+            self._copy(name, target, args[0], kwargs.get("non_blocking"))
+        elif name in ("aten::copy_", "aten::_foreach_copy_"):
+            asked = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            for target, source in [args[:2]] if name == "aten::copy_" else zip(*args[:2], strict=True):
+                self._copy(name, target.device, source, asked)
         return func(*args, **kwargs)
 
-    def _copy(self, name: str, args: Any, kwargs: Any) -> None:
-        if name == "aten::_to_copy":
-            source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
-        else:
-            source, target = args[1].device, args[0].device
-        if source.type not in ("cpu", "meta") and target.type == "cpu" and not kwargs.get("non_blocking"):
-            self.found[f"{name} to the host"] += 1
+    def _index(self, name: str, args: Any) -> None:
+        indices = [i for i in args[1] if i is not None]
+        if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            self.found[f"{name} by a mask"] += 1
+        if not _on_host(args[0].device) and any(_on_host(t.device) for t in [*indices, *args[2:3]]):
+            self.found[f"{name} of host numbers"] += 1
+
+    def _copy(self, name: str, target: torch.device, source: Tensor, non_blocking: Any) -> None:
+        if not _on_host(source.device) and source.device.type != "meta" and _on_host(target):
+            if not non_blocking:
+                self.found[f"{name} to the host"] += 1
+        elif _on_host(source.device) and not _on_host(target) and not self._asked.making:
+            if not non_blocking:
+                self.found[f"{name} to the device, blocking"] += 1
+            elif self._pins and not source.is_pinned():
+                self.found[f"{name} to the device, of pageable memory"] += 1
+
+
+class _Asked(TorchFunctionMode):
+    """Tensors made on a device from numbers of Python or numpy. `making`: what is dispatched meanwhile is that."""
+
+    def __init__(self, counter: SyncCounter):
+        super().__init__()
+        self.counter, self.making = counter, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MADE and not isinstance(_data(func, args, kwargs), Tensor):
+            self.making = True
+            try:
+                made = func(*args, **kwargs)
+            finally:
+                self.making = False
+            if not _on_host(made.device):
+                self.counter.found[f"{func.__name__} on the device"] += 1
+            return made
+        if func in _SUBSCRIPTS and not _on_host(args[0].device):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(place, list | np.ndarray) for place in places):
+                self.counter.found["subscripts of host numbers"] += 1
+        return func(*args, **kwargs)
+
+
+def _data(func: Any, args: Any, kwargs: Any) -> Any:
+    given = args[1:] if func is Tensor.new_tensor else args
+    return given[0] if given else kwargs.get("data", kwargs.get("obj"))
+
+
+def _on_host(device: torch.device) -> bool:
+    return device.type == "cpu"

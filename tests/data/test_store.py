@@ -250,7 +250,8 @@ class TestTiers:
         monkeypatch.setattr(torch, "empty", refuse)
         assert store._can_pin() is False
         (note,) = store.notes
-        assert note == "pinned host memory was refused (cannot pin): rows are copied from plain memory"
+        expected = "rows are copied from plain memory, and each may wait for the device"
+        assert note == f"pinned host memory was refused (cannot pin): {expected}"
 
     def test_a_row_costs_one_copy_and_two_gathers_and_no_host_read(self):
         store = TokenStore(SAMPLES, "meta")

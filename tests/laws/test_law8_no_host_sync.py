@@ -24,6 +24,15 @@ def test_an_update_reads_nothing_back(tmp_path):
     assert syncs.total == 0, syncs.found
 
 
+def test_an_evaluation_reads_nothing_row_by_row(tmp_path):
+    """On a GPU it waits once, for its table (tests/training/test_fake_cuda.py)."""
+    parts = build(Config.of(runs.settings(tmp_path, data__validation_fraction=0.5)))
+    assert len(parts.validation._rows) > 1
+    with SyncCounter() as syncs:
+        parts.validation(parts.model)
+    assert syncs.total == 0, syncs.found
+
+
 def test_reading_the_ledger_is_what_waits(tmp_path):
     parts = build(Config.of(runs.settings(tmp_path)))
     steps(parts, 1)

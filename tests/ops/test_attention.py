@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -136,20 +137,22 @@ class TestFlashKernels:
         window = None if window_left < 0 else window_left + 1
         return by_hand(*(x.transpose(0, 1)[None] for x in (q, k, v)), scale, window)[0]
 
-    @pytest.mark.parametrize("takes_gqa", [True, False])
+    @pytest.mark.parametrize("asks", [True, False], ids=["torch 2.12", "torch 2.11"])
+    @pytest.mark.parametrize("grouped", [True, False])
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("window", [None, 5])
-    def test_varlen(self, monkeypatch, takes_gqa, window):
-        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-            assert enable_gqa == takes_gqa
-            assert k.shape[1] == (2 if takes_gqa else HEADS)
+    def test_varlen(self, monkeypatch, asks, grouped, kv_heads, window):
+        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), **more):
+            assert more == ({"enable_gqa": True} if asks and grouped and kv_heads < HEADS else {})
+            assert k.shape[1] == v.shape[1] == (kv_heads if grouped else HEADS)
             assert max_q == max_k == max(LENGTHS) + 3
             assert window_size[1] == 0, "not causal"
             return self.kernel(q, k, v, cu_q, window_size[0], scale)
 
         monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-        monkeypatch.setattr(attention, "_VARLEN_TAKES_GQA", takes_gqa)
-        tensors = inputs()
-        output = call(tensors, packed("varlen"), sliding_window=window)
+        monkeypatch.setattr(attention, "_VARLEN_ASKS", asks)
+        tensors = inputs(kv_heads)
+        output = call(tensors, replace(packed("varlen"), grouped=grouped), sliding_window=window)
         torch.testing.assert_close(output, by_hand(*tensors, DIM**-0.5, window), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("window", [None, 5])
