@@ -1,5 +1,7 @@
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
@@ -12,11 +14,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `gpu` are deselected, and counted as such, on a machine without a CUDA device."""
-    if not any(item.get_closest_marker("gpu") for item in items):
+    """Tests marked `gpu` are skipped, by name and with the reason, on a machine without a CUDA device."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
         return
     import torch
 
     if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        built = f"is built for CUDA {torch.version.cuda} and sees none" if torch.version.cuda else "is built without CUDA"
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: torch {torch.__version__} {built}"))
