@@ -2,7 +2,7 @@
 
 Same tiny Llama, same samples, one process each, taken in turns (A B C A B C …); the medians of tokens/s and their ratios
 are printed and appended to records/end_to_end.jsonl. TRL's rows are first checked for leaks, with the collator and the
-`use_cache=False` that its trainer uses.
+`use_cache=False` that its trainer uses. The trainers are those of `gpu/loops.py`; on a GPU part E of the session runs them.
 
     python benchmarks/end_to_end.py                 all of them, 5 rounds
     python benchmarks/end_to_end.py --worker trl    one process's work (what the first form starts)
@@ -16,15 +16,17 @@ and `single` (one sample an update for ours and the paper's loop: identical upda
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-SAMPLES, SEED, VOCABULARY, ROW = 512, 7, 8192, 1024
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu.loops import SEED, Given, Window, build_model, memory, run_ours, run_paper_style, run_trl
+
+SAMPLES, VOCABULARY, ROW = 512, 8192, 1024
 
 
 def samples() -> list[dict]:
@@ -47,125 +49,8 @@ def model_config() -> dict:
     }  # fmt: skip
 
 
-def build_model():
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(SEED)
-    settings = dict(model_config())
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
-
-
-def run_ours(updates: int, warmup: int, per_update: int) -> dict:
-    from repsft_fast import train
-
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in samples()))
-        stamps: list[tuple[float, int]] = []
-        train(
-            {
-                "run": {"folder": f"{folder}/run", "seed": SEED},
-                "model": {"config": model_config()},
-                "data": {"train": str(data), "cache_folder": f"{folder}/cache"},
-                "batch": {"samples": per_update, "row_tokens": ROW},
-                "optim": {"lr": 1e-4},
-                "budget": {"updates": updates + warmup},
-                "stop": {"token_accuracy": None},
-                "log": {"every_updates": 10},
-            },
-            on_update=lambda work: stamps.append((time.perf_counter(), work.tokens)),
-        )
-    (start, before), (end, after) = stamps[warmup - 1], stamps[-1]
-    return {"seconds": end - start, "tokens": after - before, "updates": updates, "samples_per_update": per_update}
-
-
-def run_trl(updates: int, warmup: int) -> dict:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.stamps = []
-
-        def on_step_end(self, args, state, control, **_):
-            self.stamps.append(time.perf_counter())
-
-    rows = samples()
-    data = Dataset.from_list(
-        [{"input_ids": r["input_ids"], "completion_mask": [int(x != -100) for x in r["labels"]]} for r in rows]
-    )
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model=build_model(),
-            args=SFTConfig(
-                output_dir=folder, max_steps=updates + warmup, per_device_train_batch_size=1, packing=True,
-                max_length=ROW,
-                learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=10, save_strategy="no",
-                report_to="none",
-                use_cpu=True, bf16=False, gradient_checkpointing=False, seed=SEED, disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=data,
-            processing_class=_tokenizer(PreTrainedTokenizerFast),
-            callbacks=[clock],
-        )  # fmt: skip
-        lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
-        trainer.train()
-    return {
-        "seconds": clock.stamps[-1] - clock.stamps[warmup - 1],
-        "tokens": updates * statistics.mean(lengths),  # packed rows are nearly full; their mean is what an update holds
-        "updates": updates,
-        "samples_per_update": SAMPLES / len(lengths),
-    }
-
-
-def run_paper_style(updates: int, warmup: int) -> dict:
-    """One sample an update, full logits, fp32 copies for the metrics, a host read of every one of them."""
-    import torch
-
-    model = build_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    rows = samples()
-    tokens = 0
-    for step in range(updates + warmup):
-        if step == warmup:
-            start, tokens = time.perf_counter(), 0
-        row = rows[step % len(rows)]
-        ids = torch.tensor([row["input_ids"]])
-        labels = torch.tensor([row["labels"]])
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        shifted, targets = logits[:, :-1].float(), labels[:, 1:]
-        mask = targets != -100
-        token_loss = torch.nn.functional.cross_entropy(shifted.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-        loss = token_loss.sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            logprobs = shifted.log_softmax(-1)
-            probabilities = logprobs.exp()
-            entropy = -(probabilities * logprobs).sum(-1)[mask]
-            top2 = shifted.topk(2, dim=-1).values
-            figures = [
-                loss.item(), token_loss[mask].std().item(),
-                (shifted.argmax(-1) == targets)[mask].float().mean().item(),
-                entropy.mean().item(), probabilities.max(-1).values[mask].mean().item(),
-                (top2[..., 0] - top2[..., 1])[mask].mean().item(),
-            ]  # fmt: skip
-        tokens += len(row["input_ids"])
-        del figures
-    return {"seconds": time.perf_counter() - start, "tokens": tokens, "updates": updates, "samples_per_update": 1}
-
-
-def _tokenizer(kind):
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    return kind(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), pad_token="t0", eos_token="t2")
+def given() -> Given:
+    return Given(model_config(), samples(), ROW)
 
 
 PAIRS = {
@@ -173,11 +58,11 @@ PAIRS = {
     "batched / paper": ("ours_batched", "paper"),
     "single / paper": ("ours_single", "paper"),
 }
-WORKERS = {
-    "ours_batched": lambda: run_ours(24, 4, 16),
-    "trl": lambda: run_trl(24, 4),
-    "paper": lambda: run_paper_style(200, 20),
-    "ours_single": lambda: run_ours(200, 20, 1),
+WORKERS: dict[str, tuple[int, int, Callable[[Given, Window], object]]] = {  # warm-up and measured updates, and the work
+    "ours_batched": (4, 24, lambda given, window: run_ours(given, window, {"samples": 16})),
+    "trl": (4, 24, run_trl),
+    "paper": (20, 200, run_paper_style),
+    "ours_single": (20, 200, lambda given, window: run_ours(given, window, {"samples": 1})),
 }
 
 
@@ -186,7 +71,7 @@ def leak_of_trl() -> float:
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    model = build_model().eval()
+    model = build_model(given()).eval()
     rows = samples()[:2]
     lengths = [len(r["input_ids"]) for r in rows]
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -214,9 +99,10 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-        line = WORKERS[arguments.worker]()
-        line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(line))
+        warmup, updates, work = WORKERS[arguments.worker]
+        window = Window("cpu", warmup, updates)
+        work(given(), window)
+        print(json.dumps(window.figures() | memory("cpu")))
         return
     lines: dict[str, list[dict]] = {name: [] for name in WORKERS}
     for round_ in range(arguments.rounds):
@@ -237,7 +123,6 @@ def _worker(name: str, threads: int) -> dict:
 
 
 def _report(lines: dict[str, list[dict]], leak: float) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from benchmarks import records
     from benchmarks.harness import environment
 

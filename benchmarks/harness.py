@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
+import os
 import platform
 import subprocess
 import time
@@ -24,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_MS = 100.0  # where time is short, a call above this gets fewer rounds
 COLD_BYTES_CPU = 32 << 20  # beyond the second-level cache of one core, and most third-level shares
 NOISE_NAME = "A/A"
 
@@ -41,11 +44,13 @@ def interleave(
     warmup: int = 2,
     cold: bool = True,
     budget_s: float | None = None,
+    slow_rounds: int | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds per call of each variant, one number per round; equal indices belong together.
 
     A round runs the variants in order and then backwards, the next the other way round, so a drift favours nobody.
-    `budget_s` ends early, after at least eight rounds. An error in a variant is the caller's: nothing is left out silently.
+    `budget_s` ends early, after at least eight rounds; where a call takes longer than SLOW_MS, `slow_rounds` are the most. An
+    error in a variant is the caller's: nothing is left out silently.
     """
     device = torch.device(device)
     calls = dict(variants)
@@ -59,18 +64,20 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        return interleave_measured(measured, rounds=rounds, budget_s=budget_s)
+        return interleave_measured(measured, rounds=rounds, budget_s=budget_s, slow_rounds=slow_rounds)
     finally:
         gc.enable()
 
 
 def interleave_measured(
-    calls: Mapping[str, Callable[[], float]], *, rounds: int, budget_s: float | None = None
+    calls: Mapping[str, Callable[[], float]], *, rounds: int, budget_s: float | None = None, slow_rounds: int | None = None
 ) -> dict[str, list[float]]:
     """`interleave` for calls that return their own milliseconds, another process's for one."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = None if budget_s is None else time.perf_counter() + budget_s
     for done in range(rounds):
+        if slow_rounds is not None and done >= slow_rounds and max(min(seen) for seen in times.values()) > SLOW_MS:
+            break
         order = list(calls)[:: 1 if done % 2 == 0 else -1]
         first = {name: calls[name]() for name in order}
         second = {name: calls[name]() for name in order[::-1]}
@@ -180,16 +187,45 @@ def count(call: Call) -> Counts:
 # The machine -----------------------------------------------------------------------------------------------------------
 
 
+class NoCommit(ValueError):
+    """Which code was measured is not known, or two answers differ."""
+
+
+def code() -> dict[str, Any]:
+    """commit, dirty and source of the tree this file is in.
+
+    commit: of git, or of the variable COMMIT where the tree was copied without its history. dirty: None there, since nobody
+    knows; `source`, a digest of the code itself, is then what can be compared with the commit (`source_digest`).
+    """
+    head, given = _git("rev-parse", "HEAD"), os.environ.get("COMMIT", "").strip().lower()
+    if given and (len(given) != 40 or set(given) - set("0123456789abcdef")):
+        raise NoCommit(f"COMMIT: expected the 40 hexadecimal digits of a commit, got {given!r}")
+    if head and given and head != given:
+        raise NoCommit(f"COMMIT is {given}, but this checkout is at {head}; leave COMMIT out, or check that commit out")
+    if not head and not given:
+        raise NoCommit("no git history here and no COMMIT: set COMMIT (or --commit) to the commit that was copied")
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no")) if head else None
+    return {"commit": head or given, "dirty": dirty, "source": source_digest()}
+
+
+def source_digest(root: Path = ROOT) -> str:
+    """16 hexadecimal digits over the names and contents of the Python files that a measurement runs."""
+    digest = hashlib.blake2b(digest_size=8)
+    for folder in ("benchmarks", "csrc_triton", "repsft_fast"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @functools.cache
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The fields every record of this process shares."""
+    """The fields every record of this process shares. NoCommit where neither git nor COMMIT says which code this is."""
     import triton
 
     place = torch.device(device)
     cuda = place.type == "cuda"
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **code(),
         "device": torch.cuda.get_device_name(place) if cuda else _cpu_model(),
         "device_class": place.type,
         "driver": _driver() if cuda else platform.release(),
@@ -230,7 +266,7 @@ def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""  # a copy of the tree without its history: the record says so by an empty commit
+        return ""  # a copy of the tree without its history
     return done.stdout.strip()
 
 

@@ -7,7 +7,7 @@ Every call computes the mean loss over trained rows and the gradients of hidden 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Peer:
     compiles: bool = False  # takes tens of seconds at every new shape
 
 
-def ours(skip_below: float = 0.0, kept_share: float = 1.0) -> Loss:
+def ours(skip_below: float = 0.0, kept_share: float = 1.0, chunk_bytes: int | None = None) -> Loss:
     """Our head, every row statistic included. The trained rows come with the batch, as the store gives them."""
     from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -38,7 +38,9 @@ def ours(skip_below: float = 0.0, kept_share: float = 1.0) -> Loss:
             rows = (targets != IGNORE).nonzero()[:, 0]
             known[id(targets)] = targets, rows, (targets != IGNORE).float() / max(1, rows.numel())
         _, rows, weights = known[id(targets)]
-        return linear_cross_entropy(hidden, head, targets, weights, rows, skip_below=skip_below, kept_share=kept_share)[0]
+        return linear_cross_entropy(
+            hidden, head, targets, weights, rows, skip_below=skip_below, kept_share=kept_share, chunk_bytes=chunk_bytes
+        )[0]
 
     return loss
 
@@ -164,9 +166,9 @@ def step(loss: Loss, hidden: Tensor, head: Tensor, targets: Tensor) -> Callable[
 
 
 def usable(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, compiling: bool
+    hidden: Tensor, head: Tensor, targets: Tensor, *, compiling: bool, names: Collection[str] | None = None
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """(calls of the peers that run on these operands and are right, reasons of the others).
+    """(calls of the peers that run on these operands and are right, reasons of the others). names: None = all of them.
 
     Right: the loss within 2 % and the gradient of the hidden states within 5 % (RMS) of full logits in fp32; looser than our
     own tests because some leave out small gradients by design.
@@ -175,6 +177,8 @@ def usable(
     calls: dict[str, Callable[[], Any]] = {}
     reasons: dict[str, str] = {}
     for peer in PEERS:
+        if names is not None and peer.name not in names:
+            continue
         if peer.compiles and not compiling:
             reasons[peer.name] = "compiles for long: measured at one shape only"
             continue

@@ -59,6 +59,9 @@ def check(record: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in REQUIRED if name not in record]
     if missing:
         raise BadRecord(f"{where}: fields are missing, expected {', '.join(missing)}")
+    commit = record["commit"]
+    if not isinstance(commit, str) or len(commit) != 40 or set(commit) - set("0123456789abcdef"):
+        raise BadRecord(f"{where}: commit does not say which code was measured, expected 40 hexadecimal digits, got {commit!r}")
     numbers = {name: record[name] for name in ("p20_ms", "p50_ms", "p80_ms")}
     numbers |= {name: value for name, value in record.items() if "_per_s" in name}
     numbers |= {f"rounds_ms[{i}]": value for i, value in enumerate(record.get("rounds_ms", []))}

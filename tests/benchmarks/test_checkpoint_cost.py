@@ -19,7 +19,8 @@ def tiny(monkeypatch, tmp_path):
     plain = checkpoint_cost.made_state
     monkeypatch.setattr(checkpoint_cost, "made_state", lambda: plain(width=12, layers=2, vocabulary=50))
     monkeypatch.setattr(checkpoint_cost, "PATH", tmp_path / "records.jsonl")
-    monkeypatch.setattr(checkpoint_cost.harness, "environment", lambda device: dict.fromkeys(records.REQUIRED[:7], "here"))
+    here = {**dict.fromkeys(records.REQUIRED[:7], "here"), "commit": "0" * 40}
+    monkeypatch.setattr(checkpoint_cost.harness, "environment", lambda device: here)
     return tmp_path / "records.jsonl"
 
 
