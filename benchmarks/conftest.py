@@ -25,9 +25,9 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
     import torch
 
-    from benchmarks.harness import environment
+    from benchmarks.harness import machine
 
-    here = environment("cpu")
+    here = machine("cpu")
     machine_info.clear()
     machine_info.update({"node_class": here["device_class"], "processor_model": here["device"], "cpus": os.cpu_count()})
     machine_info["torch"] = torch.__version__

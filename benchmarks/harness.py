@@ -220,12 +220,16 @@ def source_digest(root: Path = ROOT) -> str:
 @functools.cache
 def environment(device: str = "cpu") -> dict[str, Any]:
     """The fields every record of this process shares. NoCommit where neither git nor COMMIT says which code this is."""
+    return {**code(), **machine(device)}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What is measured on."""
     import triton
 
     place = torch.device(device)
     cuda = place.type == "cuda"
     return {
-        **code(),
         "device": torch.cuda.get_device_name(place) if cuda else _cpu_model(),
         "device_class": place.type,
         "driver": _driver() if cuda else platform.release(),

@@ -25,7 +25,7 @@ OPTIMIZERS = ("adamw8bit", "adamw", "bnb_adamw8bit")
 COMPILING = "torchao_adamw8bit"  # its step is compiled at the first call
 PARAMETERS, SIDE = 1 << 30, 4096
 SAVED_AT = 16  # the update after which the one checkpoint is written; as many follow, less one
-PINNED_BYTES = 24 << 30  # set, since a quarter of the memory that is free may not hold the state
+PINNED_BYTES = 24 << 30  # set, so that the figure does not hang on what the host has free
 
 
 def run(session: Session) -> None:

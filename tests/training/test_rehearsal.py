@@ -7,7 +7,6 @@ import ranks
 import runs
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from repsft_fast.cli import main
 from repsft_fast.config import Config
@@ -85,8 +84,7 @@ def test_what_travels_is_the_formula_of_the_cluster_page(tmp_path):
         payload[message.operation] += times * message.payload_bytes
     assert payload["all_gather"] == found.rows * 2 * (2 * layers + root)
     assert payload["reduce_scatter"] == found.rows * 4 * (layers + root)
-    sums = 1 if hasattr(FSDPModule, "reset_iter_state") else found.rows  # an older torch sums between copies at every row
-    assert payload["all_reduce"] == sums * (layers + root) + 8 + 4  # shards between copies; the norm and the veto
+    assert payload["all_reduce"] == layers + root + 8 + 4  # shards between copies, once; the norm and the veto
     assert {m.ranks for m in found.messages} == {4, 2, 8}
 
 
