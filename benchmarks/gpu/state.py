@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import cases, harness
 from benchmarks.gpu.goals import Card, Found, Goal
+from benchmarks.gpu.heads import name_of
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.training import Point, point, settings_of
 
@@ -39,8 +40,8 @@ def run(session: Session) -> None:
             checkpoint(session, Path(folder))
     _let_go(session)
     for dtype in (torch.bfloat16, torch.float32):
-        what = f"optimizers in {_name(dtype)}"
-        if not session.late(what, 0.0 if toy else 5.0) and not session.blocked(what, ("adamw8bit", _name(dtype))):
+        what = f"optimizers in {name_of(dtype)}"
+        if not session.late(what, 0.0 if toy else 5.0) and not session.blocked(what, ("adamw8bit", name_of(dtype))):
             with session.attempt(what):
                 optimizers(session, dtype, OPTIMIZERS)
             _let_go(session)
@@ -229,10 +230,15 @@ def optimizers(session: Session, dtype: torch.dtype, names: tuple[str, ...]) -> 
         except Exception as error:  # a package's own trouble must not take the others with it
             if name == "adamw8bit":
                 raise
-            session.leave_out(f"{name} in {_name(dtype)}", f"{type(error).__name__}: {str(error)[:100]}")
+            session.leave_out(f"{name} in {name_of(dtype)}", f"{type(error).__name__}: {str(error)[:100]}")
     if calls:
-        moved = int(count * (3 * dtype.itemsize + 4 + 4 / 256))  # of the 8-bit ones: weight, gradient, codes, scales
-        session.measure(OPTIMIZER, calls, {"parameters": count}, dtype=_name(dtype), budget_s=2.0, moved_bytes=moved)
+        moved = adamw8bit_bytes(count, dtype.itemsize)
+        session.measure(OPTIMIZER, calls, {"parameters": count}, dtype=name_of(dtype), budget_s=2.0, moved_bytes=moved)
+
+
+def adamw8bit_bytes(parameters: int, itemsize: int) -> int:
+    """Weight read and written, gradient read, two codes of a byte read and written, a scale for every 256 of each."""
+    return int(parameters * (3 * itemsize + 4 + 4 / 256))
 
 
 def _wait(session: Session) -> None:
@@ -246,18 +252,9 @@ def _let_go(session: Session) -> None:
         torch.cuda.empty_cache()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).split(".")[-1]
-
-
 def _through_files(found: Found) -> float | None:
     times = [found.p50(SNAPSHOT, name) for name in ("through files", "take", "put back")]
     return None if None in times else times[0] / (times[1] + times[2])  # type: ignore[operator]
-
-
-def _floor_of_adamw8bit(card: Card) -> float | None:
-    """bf16: weight read and written, gradient read, two codes of a byte read and written, scales."""
-    return card.bytes_ms(PARAMETERS * (3 * 2 + 4 + 4 / 256))
 
 
 def _over_its_floor(op: str, implementation: str) -> Callable[[Found], float | None]:

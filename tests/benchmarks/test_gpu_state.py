@@ -57,6 +57,6 @@ def test_floors_are_the_counted_bytes():
     h200 = goals.Card("NVIDIA H200", {"bytes_per_s": 4.3e12, "down_bytes_per_s": 50e9, "disk_bytes_per_s": 1e9})
     named = {goal.name: goal for goal in state.GOALS}
     assert named["snapshot take, ms"].predicted(h200) == pytest.approx(2 * 7.15e9 / 4.3e9, rel=0.01)
-    assert state._floor_of_adamw8bit(h200) == pytest.approx(2.33 * 1.0737, rel=0.01)
+    assert h200.bytes_ms(state.adamw8bit_bytes(state.PARAMETERS, 2)) == pytest.approx(2.33 * 1.0737, rel=0.01)
     assert state._over_the_bus(h200) == pytest.approx(143, rel=0.01)
     assert state._to_disk(h200) == pytest.approx(9536, rel=0.01)
