@@ -90,7 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
         out = Path(tempfile.mkdtemp(prefix="gpu_rehearsal_")) if options.rehearse else records.FOLDER
     else:
         out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SUMMARY).touch()
+    except OSError as error:  # before a minute of a machine is spent
+        print(f"gpu_records: --out: nothing can be written there, got {out} ({error.strerror}); name a folder", file=sys.stderr)
+        return 2
     return drive(parts, out, options.deadline, rehearse=options.rehearse, threads=options.threads)
 
 
@@ -114,6 +119,8 @@ def chosen(letters: str | None) -> list[Part]:
     if letters is None:
         return [part for part in PARTS if part.letter not in ALONE]
     asked = {letter.strip().upper() for letter in letters.split(",") if letter.strip()}
+    if not asked:
+        raise ValueError(f"--parts: names no part, got {letters!r}; expected letters of {LETTERS}")
     if unknown := sorted(asked - set(LETTERS)):
         raise ValueError(f"--parts: {', '.join(unknown)} is not a part; expected letters of {LETTERS}")
     if asked & ALONE and asked - ALONE - {"A"}:

@@ -30,12 +30,20 @@ class TestParts:
         assert [part.letter for part in gpu_records.chosen("e, C")] == list("ACE")
         assert [part.letter for part in gpu_records.chosen("P")] == list("AP")
 
-    @pytest.mark.parametrize(("letters", "words"), [("C,X", "X is not a part"), ("P,C", "P runs alone")])
+    @pytest.mark.parametrize(
+        ("letters", "words"), [("C,X", "X is not a part"), ("P,C", "P runs alone"), (",", "names no part")]
+    )
     def test_what_cannot_be_chosen_is_said(self, letters, words, capsys, tmp_path):
         with pytest.raises(ValueError, match=words):
             gpu_records.chosen(letters)
         assert gpu_records.main(["--rehearse", "--parts", letters, "--out", str(tmp_path)]) == 2
         assert words in capsys.readouterr().err
+
+    def test_where_nothing_can_be_written_nothing_is_begun(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+            assert gpu_records.main(["--rehearse", "--out", str(out)]) == 2
+            assert "--out: nothing can be written there" in capsys.readouterr().err
 
     def test_every_part_has_a_module_with_goals_and_its_limit_holds_its_plan(self):
         for part in gpu_records.PARTS:

@@ -5,30 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 from places import Law3, Place, same_bits
+from plain_rows import OUTPUTS, capped, plain_rows
 
 from csrc_triton.cross_entropy import cross_entropy_rows_fwd
 from csrc_triton.launch import padded_columns
 from repsft_fast.ops.reference import cross_entropy_rows
-
-OUTPUTS = ("loss", "entropy", "top1_probability", "margin", "log10_miss")  # the order of the kernel's table
-
-
-def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def plain_rows(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The statistics as one would write them, in the dtype of the logits."""
-    log_p = torch.log_softmax(logits, dim=1)
-    p = log_p.exp()
-    top = logits.topk(2, dim=1).values
-    return {
-        "loss": F.cross_entropy(logits, targets, reduction="none"),
-        "entropy": -(p * log_p).sum(1),
-        "top1_probability": p.amax(1),
-        "margin": top[:, 0] - top[:, 1],
-        "log10_miss": torch.log10(1 - p.gather(1, targets[:, None])[:, 0]),
-    }
 
 
 class Piece:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import interpret
+from plain_rows import OUTPUTS, capped, plain_rows
 
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_reference
@@ -17,7 +18,6 @@ from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_r
 ALLOWED = 1.5
 FLOOR = 1e-9
 ELEMENTS = 10_000
-OUTPUTS = ("loss", "entropy", "top1_probability", "margin", "log10_miss")
 
 
 def rms(values: torch.Tensor) -> float:
@@ -31,24 +31,6 @@ def hold(name: str, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor
     usable = plain.isfinite()
     error, allowed = rms(ours - truth), ALLOWED * rms((plain - truth)[usable]) + FLOOR * rms(truth)
     assert error <= allowed, f"{name}: RMS error {error:.3g}, allowed {allowed:.3g}"
-
-
-def plain_rows(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The statistics as one would write them, in the dtype of the logits."""
-    log_p = torch.log_softmax(logits, dim=1)
-    p = log_p.exp()
-    top = logits.topk(2, dim=1).values
-    return {
-        "loss": F.cross_entropy(logits, targets, reduction="none"),
-        "entropy": -(p * log_p).sum(1),
-        "top1_probability": p.amax(1),
-        "margin": top[:, 0] - top[:, 1],
-        "log10_miss": torch.log10(1 - p.gather(1, targets[:, None])[:, 0]),
-    }
-
-
-def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class Inputs:
