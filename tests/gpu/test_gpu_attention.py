@@ -6,9 +6,10 @@ the back end is `segments`, on a GPU torch's varlen (FlashAttention).
 
 import pytest
 import torch
-from places import Law3, by_dtype, poison_pool
+from places import Law3, anywhere, by_dtype, poison_pool
 from torch import nn
 
+from repsft_fast.ops import attention
 from repsft_fast.ops.attention import Packed, packed_attention
 
 HALF = [torch.bfloat16, torch.float16]
@@ -64,6 +65,14 @@ class Case:
         for name, ours, theirs, exact in zip(("output", "dq", "dk", "dv"), found, plain, truth, strict=True):
             law.add(name, ours.cpu(), theirs.cpu(), exact, factor, floor=1e-7)
         law.hold()
+
+
+@anywhere("attention", dtype="bfloat16", on=None)
+def test_the_trial_of_grouped_heads_finds_what_this_torch_does(place, monkeypatch):
+    monkeypatch.setattr(attention, "_grouped", {})
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert attention.takes_grouped_heads(device), "every torch since 2.11 takes them: say why this one does not"
+    assert attention._grouped == {device.index: True}
 
 
 @everywhere

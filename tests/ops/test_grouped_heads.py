@@ -198,12 +198,3 @@ class TestTheTrial:
 
 def row_on(device):
     return SimpleNamespace(cu_seqlens=SimpleNamespace(device=device), segment_lengths=LENGTHS, max_seqlen=128)
-
-
-@pytest.mark.gpu
-def test_the_trial_finds_what_this_torch_does(monkeypatch):
-    """What it computes with them is asked in tests/gpu/test_gpu_attention.py."""
-    monkeypatch.setattr(attention, "_grouped", {})
-    device = torch.device("cuda", torch.cuda.current_device())
-    assert attention.takes_grouped_heads(device), "every torch since 2.11 takes them: say why this one does not"
-    assert attention._grouped == {device.index: True}
