@@ -126,6 +126,7 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
     What the call returns is dropped within. On a CPU the allocations come from the profiler's events.
     """
     device = torch.device(device)
+    gc.collect()  # garbage that is found within the call would be taken for room that the call gives back
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -135,8 +136,14 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            call()
+    finally:
+        if collects:
+            gc.enable()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -1,5 +1,6 @@
 """The harness measures what it says: turns, memory, operations, records that cannot lie."""
 
+import gc
 import json
 import time
 
@@ -136,3 +137,25 @@ def test_an_empty_file_is_refused(tmp_path):
     path.write_text("")
     with pytest.raises(records.BadRecord, match="no records"):
         records.read(path)
+
+
+def test_garbage_of_others_is_no_room_that_the_call_gives_back():
+    class Loop:
+        pass
+
+    def leave():
+        loop = Loop()
+        loop.self, loop.held = loop, torch.ones(1 << 18)
+
+    gc.disable()
+    harness.peak_bytes(leave)  # the profiler knows the size of what it saw being made
+
+    def call():
+        first = torch.ones(1 << 18)
+        gc.collect()
+        return first, torch.ones(1 << 18)
+
+    try:
+        assert harness.peak_bytes(call) >= 2 * 4 * (1 << 18)
+    finally:
+        gc.enable()
