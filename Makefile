@@ -6,13 +6,18 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-oldest oldest-wheels lint bench gpu-wheels gpu-smollm2 clean
+.PHONY: demo test template-matrix test-oldest oldest-wheels lint bench gpu-wheels gpu-smollm2 clean
 
 demo: $(STAMP)
 	$(BIN)/repsft demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# Every chat template of tests/templates with every kind of conversation, against independent masks. ORIGINALS=FOLDER also runs the
+# public templates that they are shortened from.
+template-matrix: $(STAMP)
+	$(BIN)/python -m tests.data.template_matrix $(if $(ORIGINALS),--originals $(ORIGINALS))
 
 # The versions of a GPU machine and the oldest that pyproject.toml promises: tests/oldest/run.sh. With WHEELS=FOLDER no index is
 # asked; `make oldest-wheels WHEELS=FOLDER` fills it.

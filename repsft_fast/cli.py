@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand
 from repsft_fast.config import Config, environment_layer, file_layer, page, text_layer, unknown_setting
 from repsft_fast.config.sections import Settings
 from repsft_fast.errors import ConfigError, RepsftError, describe, did_you_mean
+from repsft_fast.report import visible
 
 Options = Mapping[str, Any]
 
@@ -166,6 +167,8 @@ class Repsft(BaseSettings):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 done or stopped by rule, 1 error, 2 usage, 130 / 143 saved after SIGINT / SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        visible.escaping(stream)
     if not arguments:
         build_parser().print_help(sys.stderr)
         return 2
@@ -330,14 +333,11 @@ def _print_error(error: RepsftError) -> None:
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     if error.exit_code == ConfigError.exit_code and rank != 0:
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = visible.console(sys.stderr)
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    console.print(
-        Text("error" if len(problems) == 1 else f"{len(problems)} errors", style="bold red")
-        + Text(f" (rank {rank})" if rank else "")
-    )
-    for problem in problems:
-        console.print(Text(f"  {problem}", style="red"))
+    title = Text("error" if len(problems) == 1 else f"{len(problems)} errors", style="bold red")
+    visible.show(console, title + Text(f" (rank {rank})" if rank else ""))
+    for problem in problems:  # it may quote a row: the terminal does not obey that
+        visible.show(console, visible.visible(f"  {problem}", "\n"), "red")

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from repsft_fast.config import Config
 from repsft_fast.data.inspect import TokenView
 from repsft_fast.errors import ConfigError, describe
+from repsft_fast.report import visible
 from repsft_fast.report.result import RunResult
 from repsft_fast.report.words import count, size
 
@@ -46,76 +46,102 @@ def demo(folder: str) -> RunResult | None:
 
 def show_answers(answers: list[dict[str, Any]]) -> None:
     """Prompts, the model's greedy answer and the reference, marked right or wrong; trained ones first, then held-out ones."""
-    console = Console(highlight=False)
+    console = visible.console()
     for seen, prompts in itertools.groupby(answers, key=lambda answer: answer["seen"]):
-        console.print(Text(f"\n{'Trained on' if seen else 'Never seen'}", style="bold"))
+        visible.show(console, f"\n{'Trained on' if seen else 'Never seen'}", "bold")
         _show_answers(console, list(prompts))
 
 
-def _show_answers(console: Console, answers: list[dict[str, Any]]) -> None:
+def _show_answers(console: Any, answers: list[dict[str, Any]]) -> None:
     from repsft_fast.evaluate.answers import final_answer, same_answer
 
     for answer in answers:
         reference = final_answer(answer["reference"]) or ""
         right = same_answer(final_answer(answer["answer"]), reference)
-        console.print(Text(f"\n{answer['task']}: {_short(answer['prompt'], 300)}", style="dim"))
-        console.print(Text("  " + _short(answer["answer"], 400).replace("\n", "\n  ")))
-        verdict = "right" if right else f"wrong, expected {reference}"
-        console.print(Text(f"  {'✓' if right else '✗'} {verdict}", style="green" if right else "red"))
+        prompt = _short(visible.visible(answer["prompt"].strip(), "\n"), 300)
+        visible.show(console, f"\n{visible.one_line(answer['task'])}: {prompt}", "dim")
+        reply = _short(visible.visible(answer["answer"].strip(), "\n"), 400)
+        visible.show(console, "  " + reply.replace("\n", "\n  "))
+        verdict = "right" if right else f"wrong, expected {visible.one_line(reference)}"
+        visible.show(console, f"  {'✓' if right else '✗'} {verdict}", "green" if right else "red")
 
 
 def inspect(config: Config, *, show: int = 3) -> None:
-    """Print samples as the model sees them (trained tokens highlighted), lengths, and what was dropped and why."""
+    """Print samples as the model sees them (what is trained between « and »), what was read, lengths, what was dropped and why.
+
+    The text is the same on a terminal, which colours it besides, and in a file.
+    """
+    from repsft_fast.data.ends import cut_at, ends_in_words, find_ends
     from repsft_fast.data.inspect import summarise, view
     from repsft_fast.data.sample import Loaded
-    from repsft_fast.training.parts import build_tokenizer, load_samples, vocabulary_of
+    from repsft_fast.training.parts import _data_settings, build_tokenizer, load_samples, vocabulary_of
 
-    console = Console(highlight=False)
+    console = visible.console()
     tokenizer = build_tokenizer(config)
     splits, account = load_samples(config, tokenizer, vocabulary_of(config, tokenizer))
-    loaded = Loaded(splits.train, account.dropped, account.warnings)
-    for sample in loaded.samples[:show]:
+    for sample in splits.train[:show]:
         seen = view(sample, tokenizer)
-        console.print(
-            Text(f"{seen.source}  task {seen.task}  {seen.positions} positions, {seen.trained} trained", style="bold"),
-            soft_wrap=True,  # a path that is broken in two cannot be clicked or copied
-        )
-        text = Text()
-        for token in seen.tokens:
-            text.append(token.text.replace("\n", "⏎\n"), style="black on green" if token.trained else "dim")
-        console.print(text if console.is_terminal else marked(seen.tokens), "\n")
-    figures = summarise(loaded)
-    table = Table("task", "samples", "positions", "trained", box=None, header_style="dim")
-    for name, task in figures.tasks.items():
-        table.add_row(name, count(task.samples), count(task.positions), count(task.trained))
-    console.print(table)
-    positions = figures.positions
-    console.print(
-        "\nlengths in positions: " + ", ".join(f"{name} {positions[name]}" for name in ("min", "median", "p95", "max"))
-    )
+        source, task = visible.one_line(seen.source), visible.one_line(seen.task)
+        visible.show(console, f"{source}  task {task}  {seen.positions} positions, {seen.trained} trained", "bold")
+        visible.show(console, marked(seen.tokens))
+        visible.show(console, "")
+    figures = summarise(Loaded(splits.train, account.dropped, account.warnings))
+    heads = ("task", "samples", "positions", "trained")
+    rows = [[name, *map(count, (t.samples, t.positions, t.trained))] for name, t in figures.tasks.items()]
+    _show_table(console, [list(heads), *rows])
+    lengths = ", ".join(f"{name} {figures.positions[name]}" for name in ("min", "median", "p95", "max"))
+    visible.show(console, f"\nlengths in positions: {lengths}")
     highest = max((n for _, _, n in figures.histogram), default=1)
     for first, last, n in figures.histogram:
-        console.print(f"  {first:>6} – {last:<6} {'█' * max(round(BAR * n / highest), 1 if n else 0):<{BAR}} {n}")
+        bar = "█" * max(round(BAR * n / highest), 1 if n else 0)
+        visible.show(console, f"  {first:>6} – {last:<6} {bar:<{BAR}} {n}")
+    _show_account(console, account)
     dropped = ", ".join(f"{n} × {reason}" for reason, n in figures.dropped.items()) or "nothing"
-    console.print(f"\ndropped: {dropped}")
+    visible.show(console, f"\ndropped: {visible.one_line(dropped)}")
     if figures.duplicates:
-        console.print(f"{figures.duplicates} samples are, token for token, an earlier one again")
+        visible.show(console, f"{figures.duplicates} samples are, token for token, an earlier one again")
+    ends = find_ends(splits.train, tokenizer, cut_at=cut_at(_data_settings(config)))
+    for sentence in ends_in_words(ends, tokenizer):
+        visible.show(console, visible.one_line(sentence))
     for warning in figures.warnings:
-        console.print(Text(warning, style="yellow"))
+        visible.show(console, visible.one_line(warning), "yellow")
 
 
-def marked(tokens: Sequence[TokenView]) -> str:
-    """The sample without colours: what is trained stands between « and »."""
-    spans = itertools.groupby(tokens, key=lambda token: token.trained)
-    texts = [("".join(token.text for token in span), trained) for trained, span in spans]
-    return "".join(f"«{text}»" if trained else text for text, trained in texts)
+def _show_account(console: Any, account: Any) -> None:
+    """What was read and which of its columns were used: {name: rows} of each."""
+    for title, counts in (
+        ("read", account.files),
+        ("columns used", account.columns_used),
+        ("columns not used", account.columns_unused),
+    ):
+        if counts:
+            named = ", ".join(f"{visible.one_line(str(name))} ({n} rows)" for name, n in counts.items())
+            visible.show(console, f"{title}: {named}")
+
+
+def _show_table(console: Any, rows: list[list[str]]) -> None:
+    """Columns side by side, each as wide as it must be; the first row heads them."""
+    rows = [[visible.one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(visible.columns, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(visible.padded(cell, width) for cell, width in zip(row, widths, strict=True))
+        visible.show(console, line.rstrip(), "" if number else "dim")
+
+
+def marked(tokens: Sequence[TokenView]) -> Text:
+    """The sample as it is shown: what is trained stands between « and », which the sample's own text cannot hold."""
+    text = Text()
+    for trained, span in itertools.groupby(tokens, key=lambda token: token.trained):
+        shown = visible.visible("".join(token.text for token in span), also="«»")
+        text.append(f"«{shown}»" if trained else shown, style="black on green" if trained else "dim")
+    return text
 
 
 def doctor() -> None:
     """What this machine has, what will be used, what is missing and how to get it."""
     import torch
 
-    console = Console(highlight=False)
+    console = visible.console()
     table = Table("what", Column("here", no_wrap=True), "used for", box=None, header_style="dim")
     table.add_row("Python", platform.python_version(), "")
     if torch.cuda.is_available():

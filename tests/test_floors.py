@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"errors", "row", "stats", "csrc_triton"}
+BASE = {"errors", "row", "stats", "csrc_triton", "hub"}
 STORAGE = BASE | {"distributed"}
 FLOORS = {
     "errors": set(),
     "row": set(),
     "stats": set(),
     "csrc_triton": set(),
+    "hub": {"errors"},
     "data": STORAGE | {"data"},
     "snapshot": STORAGE | {"state"},
     "checkpoint": STORAGE | {"state", "checkpoint"},

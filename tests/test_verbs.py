@@ -1,10 +1,19 @@
 """inspect, doctor, demo: what they print."""
 
+import io
+import json
+import re
+import shutil
+import sys
+
 import pytest
+from chat_tokenizers import byte_level
 
 from repsft_fast import verbs
 from repsft_fast.cli import main
 from repsft_fast.config import Config
+from repsft_fast.data.sample import Loaded
+from repsft_fast.report import visible
 from repsft_fast.trackers import PACKAGES
 from tests import runs
 
@@ -22,6 +31,99 @@ def test_inspect_marks_what_is_trained_and_counts(tmp_path, capsys):
         assert any(line.split()[:2] == [name, "3"] for line in printed.splitlines())
 
 
+HOSTILE = "[INST] hi [/INST] [/b] :smile: \x1b[31m\x07\u202e\u200b «$x$» \t."
+SPELLED = "[INST] hi [/INST] [/b] :smile: \\x1b[31m\\x07\\u202e\\u200b \\xab$x$\\xbb ⇥."
+
+
+def hostile_settings(folder, **changes):
+    """Rows, a task, a file and a prompt that a terminal or a markup language would take for its own."""
+    name = "[INST]:smile:[b].jsonl"
+    rows = [{"prompt": f"{n} [b]q[/b]\n", "completion": HOSTILE, "task": f"[/INST] :smile: \x1b[3{n}m"} for n in range(3)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    byte_level().save_pretrained(folder / "tokenizer")
+    return runs.settings(
+        folder,
+        data__train=str(folder / name),
+        data__task_column="task",
+        tokenizer__path=str(folder / "tokenizer"),
+        batch__row_tokens=256,
+        **changes,
+    ) | {"model": {"config": runs.MODEL | {"vocab_size": 300}}}
+
+
+def printed_by_inspect(settings, terminal, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    verbs.inspect(Config.of(settings), show=3)
+    return capsys.readouterr().out
+
+
+def test_inspect_shows_data_as_data_on_a_terminal_and_piped(tmp_path, monkeypatch, capsys):
+    settings = hostile_settings(tmp_path)
+    with monkeypatch.context() as patch:
+        piped = printed_by_inspect(settings, False, patch, capsys)
+    with monkeypatch.context() as patch:
+        coloured = printed_by_inspect(settings, True, patch, capsys)
+    assert "\x1b[" not in piped
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == piped
+    assert piped.count(f"«{SPELLED}<|im_end|>»") == 3
+    assert piped.count("«") == piped.count("»") == 3
+    assert "[b]q[/b]⏎\n«" in piped
+    assert f"{tmp_path}/[INST]:smile:[b].jsonl:1  task [/INST] :smile: \\x1b[30m  " in piped
+    assert sum(line.startswith("[/INST] :smile: \\x1b[3") for line in piped.splitlines()) == 3, "the table of tasks"
+    for character in ("\x07", "\u202e", "\u200b", "\t"):
+        assert character not in coloured
+
+
+def test_inspect_prints_to_a_stream_that_knows_ascii_only(tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    verbs.inspect(Config.of(hostile_settings(tmp_path)), show=1)
+    sys.stdout.flush()
+    assert b"\\u23ce" in raw.getvalue()
+
+
+def test_an_error_quotes_data_and_a_terminal_does_not_obey(tmp_path, capsys):
+    path = tmp_path / "[red]x[b]\x1b[31m.jsonl"
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    flags = {
+        "data.train": json.dumps(str(path)),
+        "tokenizer.path": tmp_path / "tokenizer",
+        "model.path": "x",
+        "run.folder": tmp_path / "run",
+        "budget.epochs": 1,
+    }
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    path.write_text("{")
+    assert main(["inspect", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert "[red]x[b]\\x1b[31m.jsonl" in printed
+    assert "\x1b[31m" not in printed
+
+
+def test_inspect_names_what_ends_the_trained_turns_and_where_none_does(tmp_path, capsys):
+    settings = hostile_settings(tmp_path)
+    verbs.inspect(Config.of(settings), show=0)
+    assert "trained turns end with <|im_end|> (3×)" in capsys.readouterr().out
+    byte_level(None, eos=None).save_pretrained(tmp_path / "tokenizer")
+    verbs.inspect(Config.of(settings), show=0)
+    assert "3 of 3 samples end without an end-of-turn token" in capsys.readouterr().out
+    verbs.inspect(Config.of(runs.settings(tmp_path / "ids", samples=9)), show=0)
+    assert "cannot be known without a tokenizer" in capsys.readouterr().out
+
+
+def test_inspect_names_what_was_read(tmp_path, capsys):
+    account = Loaded([], files={"a[/b].jsonl": 3}, columns_used={"messages": 3}, columns_unused={":smile:": 2})
+    verbs._show_account(visible.console(), account)
+    assert capsys.readouterr().out.splitlines() == [
+        "read: a[/b].jsonl (3 rows)",
+        "columns used: messages (3 rows)",
+        "columns not used: :smile: (2 rows)",
+    ]
+
+
 def test_inspect_says_what_was_dropped_and_why(tmp_path, capsys):
     settings = runs.settings(tmp_path, samples=9, data__max_tokens=12)
     verbs.inspect(Config.of(settings), show=0)
@@ -30,7 +132,8 @@ def test_inspect_says_what_was_dropped_and_why(tmp_path, capsys):
 
 def test_inspect_says_each_warning_once(tmp_path, capsys):
     settings = runs.settings(tmp_path, samples=9)
-    settings["data"]["validation"] = settings["data"]["train"]
+    again = shutil.copy(settings["data"]["train"], tmp_path / "again.jsonl")
+    settings["data"]["validation"] = str(again)
     verbs.inspect(Config.of(settings), show=0)
     assert capsys.readouterr().out.count("9 of 9 validation samples are also in train") == 1
 
@@ -57,3 +160,18 @@ def test_answers_are_judged_by_value(answer, verdict, capsys):
         [{"task": "t", "seen": True, "prompt": "p", "reference": "The answer is \\boxed{1000}.", "answer": answer}]
     )
     assert verdict in capsys.readouterr().out
+
+
+def test_answers_are_shown_as_data(capsys):
+    hostile = {
+        "task": "[/b]:smile:\n",
+        "seen": True,
+        "prompt": "[INST]\x1b[2J",
+        "reference": "\\boxed{[/b]}",
+        "answer": "[/x]\ra",
+    }
+    verbs.show_answers([hostile])
+    printed = capsys.readouterr().out
+    assert "[/b]:smile:⏎: [INST]\\x1b[2J" in printed
+    assert "[/x]\\x0da" in printed
+    assert "\x1b" not in printed

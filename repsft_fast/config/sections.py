@@ -125,6 +125,10 @@ class Tokenizer(Section):
     """Folder or hub id; null: the model's own."""
     chat_template: Text | None = None
     """Jinja chat template, or the path of a file with one; null: the tokenizer's own."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go over them."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Special-token strings in the data, as in rendered chats: text keeps them text, parse makes them the tokens."""
 
 
 class Data(Section):
@@ -142,8 +146,12 @@ class Data(Section):
     """Share of the training samples carved off by seed for the test."""
     split: Text = "train"
     """Split of a hub dataset that the sources mean."""
-    format: Literal["auto", "messages", "prompt", "conversations", "alpaca", "query", "text", "input_ids"] = "auto"
+    format: Literal["auto", "messages", "prompt", "conversations", "alpaca", "query", "segments", "text", "input_ids"] = "auto"
     """Shape of a row; auto: recognised by its keys."""
+    on_bad_row: Literal["raise", "drop"] = "raise"
+    """Rows that cannot be trained on: an error that counts them and names the first five, or drop them, counted and named."""
+    ignore_columns: list[Text] = []
+    """Columns to leave unused though their names look like instructions; messages[].name means a field of the turns."""
     train_on: Literal["all", "last"] = "all"
     """Which assistant turns are trained on."""
     task_column: Text | None = None

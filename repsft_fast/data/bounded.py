@@ -1,7 +1,8 @@
 """Runs untrusted work (chat templates) in a forked child with limits on time, memory and output.
 
-Jinja's sandbox keeps a template from reaching Python, not from looping for ever or filling the memory. The alarm is the
-child's own, with the default action, so it also ends a loop inside C code; the parent sees the pipe close.
+Jinja's sandbox keeps a template from reaching Python, not from looping for ever or filling the memory. The timer is the
+child's own, with the default action, so it also ends a loop inside C code; the parent sees the pipe close. It counts CPU
+time: a busy machine is no fault of the template.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 from repsft_fast.errors import DataError, describe
 
-MAX_SECONDS = 20.0  # for one item; a template takes ~0.1 ms
+MAX_SECONDS = 20.0  # of CPU time, for one item; a template takes ~0.1 ms
+WALL_FACTOR = 30  # wall time may be so many times longer: only a child that is stuck reaches it
 MAX_MEMORY_BYTES = 2 * 2**30  # on top of what the process has mapped already
 MAX_OUTPUT_BYTES = 256 * 2**20  # of one item
 
@@ -29,7 +31,10 @@ def bounded_map(
     where: Callable[[Item], str],  # names an item in errors
     what: str,  # "the chat template", in errors
 ) -> Iterator[Any]:
-    """work(item) for every item, in order, in a child process. Raises DataError naming the item that broke a limit."""
+    """work(item) for every item, in order, in a child process; a DataError in its place for an item that failed.
+
+    Raises DataError naming the item that broke a limit: its child is gone, and another would only break the limit again.
+    """
     if not items:
         return
     if not hasattr(os, "fork"):  # Windows: no limits but the sandbox's own
@@ -65,12 +70,13 @@ def bounded_map(
 
 
 def _serve(work: Callable[[Item], Any], items: Sequence[Item], write_end: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     _limit_memory()
     with os.fdopen(write_end, "wb") as stream:
         for item in items:
-            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS * WALL_FACTOR)
             answer = _attempt(work, item)
             try:
                 body = json.dumps(answer).encode()
@@ -78,6 +84,7 @@ def _serve(work: Callable[[Item], Any], items: Sequence[Item], write_end: int) -
                 body = b'{"error": "MemoryError: its output is too large"}'
             if len(body) > MAX_OUTPUT_BYTES:
                 body = json.dumps({"error": f"its output is larger than {MAX_OUTPUT_BYTES} bytes"}).encode()
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)  # a parent that reads slowly is no fault of the template
             stream.write(len(body).to_bytes(8, "little") + body)
             stream.flush()  # so that the first item without an answer is the one that broke a limit
@@ -99,14 +106,17 @@ def _unwrap(answer: dict[str, Any], where: str, what: str) -> Any:
     if "value" in answer:
         return answer["value"]
     if "data_error" in answer:
-        raise DataError(answer["data_error"])
-    raise DataError(describe(where, f"{what} failed on this row ({answer['error']})", todo="mend the row or the template"))
+        return DataError(answer["data_error"])
+    return DataError(describe(where, f"{what} failed on this row ({answer['error']})", todo="mend the row or the template"))
 
 
 def _cause_of_death(status: int, where: str, what: str) -> str:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if number == signal.SIGPROF:
+        return describe(where, f"{what} took longer than {MAX_SECONDS:g} s of CPU time on this row", todo="mend the template")
     if number == signal.SIGALRM:
-        return describe(where, f"{what} took longer than {MAX_SECONDS:g} s on this row", todo="mend the template")
+        seconds = MAX_SECONDS * WALL_FACTOR
+        return describe(where, f"{what} was stuck on this row for {seconds:g} s", todo="is the machine out of memory?")
     cause = signal.Signals(number).name if number else f"exit status {os.waitstatus_to_exitcode(status)}"
     return describe(where, f"{what} ended its process on this row ({cause}; out of memory?)", todo="mend the template")
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from repsft_fast.data.sample import Loaded, Sample
 
-VERSION = 1  # raise it when the same input would give other samples
+VERSION = 2  # raise it when the same input would give other samples
+ACCOUNTS = ("columns_used", "columns_unused", "files")
 
 
 def cache_key(parts: dict[str, Any]) -> str:
@@ -60,6 +61,7 @@ def write(folder: Path, key: str, loaded: Loaded) -> None:
         "rows": np.array([int(row) for _, _, row in places], np.int64),
     }
     meta = {"key": key, "tasks": tasks, "files": files, "dropped": dict(loaded.dropped), "warnings": loaded.warnings}
+    meta["accounts"] = {name: list(getattr(loaded, name).items()) for name in ACCOUNTS}  # as lists: their order is kept
     text = json.dumps(meta, sort_keys=True)
     data = save(tensors, metadata={"repsft": text, "sha256": _digest(tensors, text)})
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,4 +129,5 @@ def _unpack(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> Loaded:
         )
         for (start, end), weight, task, file, row in columns
     ]
-    return Loaded(samples, Counter(meta["dropped"]), list(meta["warnings"]))
+    accounts = {name: dict(map(tuple, meta["accounts"][name])) for name in ACCOUNTS}
+    return Loaded(samples, Counter(meta["dropped"]), list(meta["warnings"]), **accounts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repsft_fast.data.template import Piece, special_strings
+from repsft_fast.data.placeholders import Piece, special_strings
 
 
 class Encoder:
@@ -19,6 +19,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.special_ids = {tokenizer.convert_tokens_to_ids(text) for text in special_strings(tokenizer)}
         self.concatenative = self._is_concatenative() or not getattr(tokenizer, "is_fast", False)
+        # Added tokens that swallow the white space behind them (Phi's <|end|>): a cut there must not bring it back.
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self.greedy = tuple(str(token) for token in added if token.rstrip)
         start = list(tokenizer("")["input_ids"])
         bos = tokenizer.bos_token_id
         self.head = [bos] if bos is not None and start[:1] == [bos] else []
@@ -48,7 +51,7 @@ class Encoder:
         """(ids, trained) of every row, without a leading or trailing token that no piece asks for."""
         whole = [] if self.concatenative else [n for n, row in enumerate(rows) if not any(piece.raw for piece in row)]
         offsets = dict(zip(whole, self._by_offsets([rows[number] for number in whole])))
-        pieces = [(number, piece) for number, row in enumerate(rows) if number not in offsets for piece in row]
+        pieces = [(number, piece) for number, row in enumerate(rows) if number not in offsets for piece in self._joined(row)]
         plain = iter(self._plain([piece.text for _, piece in pieces if not piece.raw]))
         raw = iter(map(self._without_specials, [piece.text for _, piece in pieces if piece.raw]))
         result: list[tuple[list[int], list[bool]]] = [offsets.get(number, ([], [])) for number in range(len(rows))]
@@ -57,6 +60,17 @@ class Encoder:
             result[number][0].extend(ids)
             result[number][1].extend([piece.trained] * len(ids))
         return result
+
+    def _joined(self, row: Sequence[Piece]) -> Sequence[Piece]:
+        """The row without the white space that the token at the end of a piece swallows where the text is not cut."""
+        if not self.greedy or not any(piece.text.endswith(self.greedy) for piece in row if not piece.raw):
+            return row
+        joined: list[Piece] = []
+        for piece in row:
+            swallowed = joined and not joined[-1].raw and not piece.raw and joined[-1].text.endswith(self.greedy)
+            # What the model writes itself it writes as it is: only what was given to it is read that way.
+            joined.append(Piece(piece.text.lstrip(), piece.trained) if swallowed and not piece.trained else piece)
+        return joined
 
     def _without_specials(self, text: str) -> list[int]:
         ids = self._plain([text], raw=True)[0]

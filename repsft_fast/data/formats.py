@@ -1,31 +1,41 @@
-"""Row dict → one of four parsed forms. Detection by keys; every error names the row and the field.
+"""Row dict → one of five parsed forms. Detection by keys (columns.FORMATS); every error names the row and the field.
 
-messages       [{"role", "content"}, …]                                → Conversation
-conversations  ShareGPT, [{"from", "value"}, …]                        → Conversation
-prompt         prompt + completion, strings → Pair, message lists      → Conversation
-alpaca         instruction + input + output                            → Pair, asks for the chat template
-query          query + response                                        → Pair, asks for the chat template
-text           text                                                    → Text
-input_ids      input_ids + labels (HF's: unshifted, -100 = untrained)  → Pretokenised
+input_ids      token ids, masks, packed rows                              → [Pretokenised, …]
+messages       [{"role", "content"}, …]                                   → Conversation
+conversations  ShareGPT, [{"from", "value"}, …], or turns like messages   → Conversation
+prompt         prompt + completion: strings → Pair, lists of turns → Conversation that trains the completion's turns
+alpaca         instruction + input + output                               → Pair, asks for the chat template
+query          query + response, or question + answer                     → Pair, asks for the chat template
+segments       [{"label", "text"}, …]                                     → Segments, as they stand
+text           text                                                       → Text
+
+Beside the turns a row may hold a system prompt, earlier question-answer pairs (history), tools and variables for the chat
+template. Where a form has no place for such a column the row is refused (columns.py).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from repsft_fast.data.columns import FORMATS as FORMATS
+from repsft_fast.data.columns import HISTORY, KWARGS, SYSTEM, TOOLS, Columns, says_nothing
+from repsft_fast.data.pretokenised import Pretokenised, read_pretokenised
+from repsft_fast.data.tool_calls import checked, json_of, read_tools, text_of
+from repsft_fast.data.turns import Turns, read_turns
 from repsft_fast.errors import DataError, describe
-from repsft_fast.row import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Conversation:
     messages: list[dict[str, Any]]  # role: system | user | assistant | tool; content is always a string
     tools: list[Any] | None = None
-    only_last: bool = False  # prompt/completion message lists: what is in the prompt is never trained
+    trainable: tuple[int, ...] | None = None  # indices of the assistant turns the row lets be trained; None = all of them
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # the row's, over the setting's
+    notes: tuple[str, ...] = ()  # counted by the caller, as warnings
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,13 @@ class Pair:
     prompt: str
     completion: str
     chat: bool  # True: alpaca and query/response, which go through the chat template where there is one
+    chat_only: Conversation = field(default_factory=lambda: Conversation([]))  # what only a chat template can write
+
+    def conversation(self) -> Conversation:
+        """The same as turns: what comes before, the prompt, the completion."""
+        turns = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
+        before = self.chat_only
+        return Conversation([*before.messages, *turns], before.tools, template_kwargs=before.template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -41,115 +58,233 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pretokenised:
-    ids: list[int]
-    trained: list[bool]
+class Segments:
+    segments: tuple[tuple[str, bool], ...]  # (text, trained)
 
 
-Parsed = Conversation | Pair | Text | Pretokenised
+Parsed = Conversation | Pair | Text | Segments | list[Pretokenised]
 
-# Format → keys a row must have. Order is the order of detection.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "input_ids": ("input_ids",),
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "query": ("query", "response"),
-    "text": ("text",),
-}
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-# What may come before a turn of this role; None = the start.
-_ORDER: dict[str, set[str | None]] = {
-    "system": {None, "system"},
-    "user": {None, "system", "assistant"},
-    "assistant": {"user", "tool"},
-    "tool": {"assistant", "tool"},
-}
-_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+# Variables that a row or a setting must not put in the place of what rendering itself gives.
+RESERVED_KWARGS = frozenset((
+    *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict"),
+    *("raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"),
+))  # fmt: skip
 
 
 def detect(row: Mapping[str, Any], where: str) -> str:
-    """The first format whose keys the row has and whose first key is not null."""
-    for name, keys in FORMATS.items():
-        if all(row.get(key) is not None for key in keys):
+    """The first form of which the row has everything that is needed, null being absent."""
+    for name, form in FORMATS.items():
+        if form.missing(row) is None:
             return name
-    for name, keys in FORMATS.items():
-        missing = [key for key in keys if row.get(key) is None]
-        if len(missing) < len(keys):
-            state = "null" if missing[0] in row else "missing"
-            raise DataError(describe(f"{where}, field {missing[0]!r}", f"is {state} in a {name!r} row", todo="add it"))
-    raise DataError(
-        describe(
-            where,
-            "has no format we know",
-            expected=" or ".join("+".join(keys) for keys in FORMATS.values()),
-            got=f"the keys {sorted(map(str, row))}",
-            todo="rename the columns",
-        )
-    )
+    for name, form in FORMATS.items():
+        missing = form.missing(row)
+        if any(row.get(key) is not None for names in form.needed for key in names):
+            state = "null" if missing in row else "missing"
+            todo = "add it, or rename the column that holds it"
+            raise DataError(describe(f"{where}, field {missing!r}", f"is {state} in a {name!r} row", todo=todo))
+    expected = " or ".join("+".join("|".join(names) for names in form.needed) for form in FORMATS.values())
+    got = f"the keys {sorted(map(str, row))}"
+    raise DataError(describe(where, "has no format we know", expected=expected, got=got, todo="rename the columns"))
 
 
-def parse(row: object, form: str, where: str) -> Parsed:
-    """Read one row as `form` (a key of FORMATS). Raises DataError naming row and field."""
+def parse(row: object, form: str, where: str, *, merged: bool = False, columns: Columns | None = None) -> Parsed:
+    """Read one row as `form` (a key of FORMATS), and count its columns. Raises DataError naming row and field.
+
+    merged: the rows went through a merged schema (arrow), so that a null inside an object is no value.
+    """
     if not isinstance(row, Mapping):
-        raise DataError(describe(where, "is not a row", expected="an object with named fields", got=type(row).__name__))
-    for key in FORMATS[form]:
-        if row.get(key) is None:
-            others = [name for name, keys in FORMATS.items() if name != form and all(row.get(k) is not None for k in keys)]
-            todo = f"this row looks like {others[0]!r}; keep one format per source" if others else "add it or remove the row"
-            state = "null" if key in row else "missing"
-            raise DataError(describe(f"{where}, field {key!r}", f"is {state}, the source holds {form!r} rows", todo=todo))
-    if form == "messages":
-        return Conversation(_turns(row["messages"], "messages", "role", "content", where), _tools(row, where))
-    if form == "conversations":
-        turns = row["conversations"]
-        sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
-        names = ("from", "value") if sharegpt else ("role", "content")
-        messages = _turns(turns, "conversations", *names, where)
-        if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": _string(row["system"], f"{where}, field 'system'")}, *messages]
-        return Conversation(messages, _tools(row, where))
-    if form == "prompt":
-        return _prompt_completion(row, where)
-    if form == "alpaca":
-        instruction = _string(row["instruction"], f"{where}, field 'instruction'")
-        context = _string(row.get("input") or "", f"{where}, field 'input'")
-        prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-        return Pair(prompt, _string(row["output"], f"{where}, field 'output'"), chat=True)
-    if form == "query":
-        return Pair(*_texts(row, ("query", "response"), where), chat=True)
+        todo = "write it as an object"
+        raise DataError(
+            describe(where, "is not a row", expected="an object with named fields", got=type(row).__name__, todo=todo)
+        )
+    columns = columns if columns is not None else Columns(task=None, weight=None, ignored=())
+    seen = columns.visible(row)
+    missing = FORMATS[form].missing(seen)
+    if missing is not None:
+        others = [name for name, shape in FORMATS.items() if name != form and shape.missing(seen) is None]
+        todo = f"this row looks like {others[0]!r}; keep one format per source" if others else "add it or remove the row"
+        state = "null" if missing in row else "missing"
+        raise DataError(describe(f"{where}, field {missing!r}", f"is {state}, the source holds {form!r} rows", todo=todo))
+    columns.check(row, form, where)
+    parsed, unknown = _read(seen, form, where, merged, columns)
+    columns.count(row, form, unknown)
+    return parsed
+
+
+def _read(row: Mapping[str, Any], form: str, where: str, merged: bool, columns: Columns) -> tuple[Parsed, tuple[str, ...]]:
+    """(the parsed row, the fields of its turns that are not used)."""
+    if form == "input_ids":
+        return read_pretokenised(row, where), ()
     if form == "text":
-        return Text(_string(row["text"], f"{where}, field 'text'"))
-    return _pretokenised(row, where)
+        return Text(text_of(row["text"], f"{where}, field 'text'")), ()
+    if form == "segments":
+        return _segments(row["segments"], where, columns.fields_of("segments"))
+    if form == "prompt" and not isinstance(row["prompt"], str):
+        return _prompt_completion_turns(row, where, merged, columns)
+    if form in ("messages", "conversations"):
+        column, value = _one_of(row, FORMATS[form].needed[0], where)
+        turns = read_turns(value, column, where, merged=merged, ignored=columns.fields_of(column))
+        return _with_system(row, turns.messages, turns.trainable, where, merged), _named(column, turns)
+    needed = [_one_of(row, names, where) for names in FORMATS[form].needed]
+    if form == "prompt" and not isinstance(needed[1][1], str):
+        raise _two_kinds(row, where)
+    prompt, completion = (text_of(value, f"{where}, field {name!r}") for name, value in needed)
+    if form == "alpaca":
+        name, context = _one_of(row, ("input", "context"), where)
+        context = "" if context is None else text_of(context, f"{where}, field {name!r}")
+        prompt = "\n\n".join(part for part in (prompt, context) if part.strip()) or prompt
+    before = _with_system(row, _history(row, where) if form != "prompt" else [], None, where, merged)
+    return Pair(prompt, completion, chat=form != "prompt", chat_only=before), ()
+
+
+def _one_of(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, Any]:
+    """(name, value) of a thing that has several names. Two that are there must say the same."""
+    found = [(name, row[name]) for name in names if row.get(name) is not None]
+    full = [pair for pair in found if not says_nothing(pair[1])] or found
+    if any(value != full[0][1] for _, value in full):
+        place, todo = f"{where}, fields {' and '.join(repr(name) for name, _ in full)}", "keep the one that is meant"
+        raise DataError(describe(place, "are one thing and say two", todo=f"{todo}, or name the other in data.ignore_columns"))
+    return full[0] if full else (names[0], None)
+
+
+def _named(column: str, turns: Turns) -> tuple[str, ...]:
+    return tuple(f"{column}[].{name}" for name in turns.unknown)
+
+
+def _with_system(
+    row: Mapping[str, Any], messages: list[dict[str, Any]], trainable: tuple[int, ...] | None, where: str, merged: bool
+) -> Conversation:
+    """The conversation with what stands beside its turns: a system prompt, tools, variables of the chat template."""
+    name, system = _one_of(row, SYSTEM, where)
+    if not says_nothing(system):
+        system = text_of(system, f"{where}, field {name!r}")
+        first = messages[0] if messages else {}
+        if first.get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+            trainable = tuple(number + 1 for number in trainable) if trainable is not None else None
+        elif first["content"] != system:
+            wrong, todo = "says another thing than the system turn", f"keep one, or data.ignore_columns: [{name}]"
+            raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(system), todo=todo))
+    tools = [read_tools(row.get(name), f"{where}, field {name!r}", merged=merged) for name in TOOLS]
+    if tools[0] and tools[1] and tools[0] != tools[1]:
+        todo = "keep the one that is meant"
+        raise DataError(describe(f"{where}, fields 'tools' and 'functions'", "are one thing and say two", todo=todo))
+    return Conversation(messages, tools[0] or tools[1], trainable, _kwargs(row, where, merged))
+
+
+def _kwargs(row: Mapping[str, Any], where: str, merged: bool) -> dict[str, Any]:
+    place = f"{where}, field {KWARGS[0]!r}"
+    value = row.get(KWARGS[0])
+    if isinstance(value, str):
+        value, merged = json_of(value, place) if value.strip() else None, False
+    return check_kwargs(value if value is not None else {}, place, merged=merged)
+
+
+def check_kwargs(value: object, where: str, *, merged: bool = False) -> dict[str, Any]:
+    """Variables for the chat template: an object of JSON values, none of them what rendering itself gives."""
+    if not isinstance(value, Mapping):
+        got, todo = type(value).__name__, "write it as {name: value}"
+        raise DataError(describe(where, "is not an object", expected="variables of the chat template", got=got, todo=todo))
+    found = checked(value, where, merged)
+    for name in found:
+        if name in RESERVED_KWARGS or name.endswith("_token") or not name.isidentifier():
+            wrong = "is not a variable to set" if name.isidentifier() else "is not a name of a variable"
+            raise DataError(describe(f"{where}, {name!r}", wrong, todo="remove it: the conversation itself gives these"))
+    return found
+
+
+def _history(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """[[question, answer], …] before the row's own; the answers are the assistant's, like any other."""
+    history = row.get(HISTORY[0])
+    place = f"{where}, field 'history"
+    if says_nothing(history):
+        return []
+    if not isinstance(history, list | tuple):
+        got, todo = type(history).__name__, "write [[question, answer], …]"
+        raise DataError(describe(f"{place}'", "is not a list", expected="pairs of texts", got=got, todo=todo))
+    messages = []
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            todo = "write [question, answer], or the row as messages"
+            raise DataError(describe(f"{place}[{number}]'", "is not a pair of texts", got=repr(pair), todo=todo))
+        for role, text in zip(("user", "assistant"), pair):
+            messages.append({"role": role, "content": text_of(text, f"{place}[{number}]'")})
+    return messages
+
+
+def _two_kinds(row: Mapping[str, Any], where: str) -> DataError:
+    kinds = [type(row[name]).__name__ for name in ("prompt", "completion")]
+    mixed = (kinds[0] == "str") != (kinds[1] == "str")
+    wrong = "are of two kinds" if mixed else "are neither text nor turns"
+    todo = "write both as text, or both as lists of turns"
+    return DataError(describe(f"{where}, fields 'prompt' and 'completion'", wrong, got=" and ".join(kinds), todo=todo))
+
+
+def _prompt_completion_turns(
+    row: Mapping[str, Any], where: str, merged: bool, columns: Columns
+) -> tuple[Conversation, tuple[str, ...]]:
+    """What is in the prompt is never trained, whatever its turns say; of the completion every assistant turn is."""
+    if not all(isinstance(row[name], list | tuple) for name in ("prompt", "completion")):
+        raise _two_kinds(row, where)
+    prompt, completion = (
+        read_turns(row[name], name, where, merged=merged, ignored=columns.fields_of(name)) for name in ("prompt", "completion")
+    )
+    answers = [number for number, message in enumerate(completion.messages) if message["role"] == "assistant"]
+    if not answers:
+        got, todo = completion.messages[-1]["role"], "move the assistant's turns into it"
+        raise DataError(
+            describe(f"{where}, field 'completion'", "is not the assistant's", expected="assistant", got=got, todo=todo)
+        )
+    if completion.trainable is not None:
+        answers = [number for number in answers if number in completion.trainable]
+    trainable = tuple(len(prompt.messages) + number for number in answers)
+    conversation = _with_system(row, [*prompt.messages, *completion.messages], trainable, where, merged)
+    return conversation, (*_named("prompt", prompt), *_named("completion", completion))
+
+
+def _segments(value: object, where: str, ignored: frozenset[str]) -> tuple[Segments, tuple[str, ...]]:
+    """Texts that stand one behind the other as they are; `label` says which are trained."""
+    place = f"{where}, field 'segments"
+    if not isinstance(value, list | tuple) or not value:
+        todo = 'write [{"label": true, "text": …}, …]'
+        raise DataError(describe(f"{place}'", "is not a list of segments", got=repr(value), todo=todo))
+    segments, unknown = [], dict[str, None]()
+    for number, segment in enumerate(value):
+        here = f"{place}[{number}]"
+        label = segment.get("label") if isinstance(segment, Mapping) else None
+        if not isinstance(segment, Mapping) or not isinstance(label, bool | int | float) or label not in (0, 1):
+            got, todo = repr(segment), 'write {"label": true | false, "text": …}'
+            raise DataError(describe(f"{here}'", "is not a segment with a label", got=got, todo=todo))
+        segments.append((text_of(segment.get("text"), f"{here}.text'"), bool(label)))
+        for name, item in segment.items():
+            if name not in ("label", "text") and item is not None:
+                if name not in ignored and not says_nothing(item):
+                    todo = f'remove it, or data.ignore_columns: ["segments[].{name}"]'
+                    raise DataError(describe(f"{here}.{name}'", "is not a field we read", got=repr(item), todo=todo))
+                unknown[f"segments[].{name}"] = None
+    return Segments(tuple(segments)), tuple(unknown)
 
 
 def read_task(row: Mapping[str, Any], column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise DataError(describe(f"{where}, field {column!r}", "is not a task", expected="a name", got=repr(value)))
-    return _string(str(value), f"{where}, field {column!r}")
+        todo = "name the row's task"
+        raise DataError(describe(f"{where}, field {column!r}", "is not a task", expected="a name", got=repr(value), todo=todo))
+    return text_of(str(value), f"{where}, field {column!r}")
 
 
 def read_weight(row: Mapping[str, Any], column: str, where: str) -> float:
     """The row's weight: finite and ≥ 0. A weight of 0 is a row that is dropped and counted by the caller."""
     value = row.get(column)
+    if isinstance(value, str):  # a cell of a .csv
+        with contextlib.suppress(ValueError):
+            value = float(value)
     good = isinstance(value, int | float) and not isinstance(value, bool) and _finite(value) and value >= 0
     if not good:
-        raise DataError(describe(f"{where}, field {column!r}", "is not a weight", expected="a number ≥ 0", got=repr(value)))
+        got, todo = repr(value), "write a weight into every row"
+        raise DataError(describe(f"{where}, field {column!r}", "is not a weight", expected="a number ≥ 0", got=got, todo=todo))
     return float(value)  # type: ignore[arg-type]
 
 
@@ -158,152 +293,3 @@ def _finite(value: int | float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int past the largest float
         return False
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise DataError(describe(where, "is not text", expected="a string", got=kind, todo="write it as a string"))
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"U+{ord(value[error.start]):04X} at character {error.start}"
-        raise DataError(describe(where, "holds half a surrogate pair", expected="valid Unicode", got=got)) from None
-    return value
-
-
-def _texts(row: Mapping[str, Any], fields: tuple[str, str], where: str) -> tuple[str, str]:
-    first, second = (_string(row[field], f"{where}, field {field!r}") for field in fields)
-    return first, second
-
-
-def _checked(value: object, where: str, depth: int = 0) -> object:
-    """A nested value (tools, tool calls) whose strings are valid Unicode, at most 64 levels deep, without nulls in objects."""
-    if depth > 64:
-        raise DataError(describe(where, "is nested too deeply", expected="at most 64 levels"))
-    if isinstance(value, str):
-        return _string(value, where)
-    if isinstance(value, Mapping):
-        # Arrow gives every object the union of all keys: a null there means "not in this row".
-        return {
-            _string(key, where): _checked(item, f"{where}.{key}", depth + 1) for key, item in value.items() if item is not None
-        }
-    if isinstance(value, list | tuple):
-        return [_checked(item, f"{where}[{number}]", depth + 1) for number, item in enumerate(value)]
-    return value
-
-
-def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    tools = row.get("tools")
-    if not tools:
-        return None
-    if isinstance(tools, str):  # some datasets hold JSON text, because arrow wants one schema for all rows
-        tools = _json(tools, f"{where}, field 'tools'")
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(describe(f"{where}, field 'tools'", "is not a list of tools", expected="a list of JSON schemas"))
-    return [_checked(tool, f"{where}, field 'tools'") for tool in tools]
-
-
-def _json(text: str, where: str) -> object:
-
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(describe(where, f"is a string that is not JSON ({error})")) from None
-
-
-def _turns(turns: object, field: str, role_key: str, content_key: str, where: str) -> list[dict[str, Any]]:
-    if not isinstance(turns, list | tuple):
-        raise DataError(describe(f"{where}, field {field!r}", "is not a list", expected="turns", got=type(turns).__name__))
-    if not turns:
-        raise DataError(describe(f"{where}, field {field!r}", "is empty", expected="at least one turn", todo="remove the row"))
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        place = f"{where}, field '{field}[{number}]"
-        if not isinstance(turn, Mapping):
-            raise DataError(describe(f"{place}'", "is not a turn", expected="an object", got=type(turn).__name__))
-        role = turn.get(role_key)
-        known = ROLES.get(role) if isinstance(role, str) else None
-        if known is None:
-            missing = describe(f"{place}.{role_key}'", "is not a role", expected=" | ".join(ROLES), got=repr(role))
-            raise DataError(missing)
-        previous = messages[-1]["role"] if messages else None
-        if previous not in _ORDER[known]:
-            allowed = " or ".join(sorted(name or "the start" for name in _ORDER[known]))
-            raise DataError(
-                describe(
-                    f"{place}.{role_key}'",
-                    f"{known} comes after {previous or 'nothing'}",
-                    expected=f"{known} after {allowed}",
-                    todo="merge or remove the turn",
-                )
-            )
-        message: dict[str, Any] = {"role": known}
-        for key in _EXTRA:
-            if turn.get(key) is not None:
-                message[key] = _checked(turn[key], f"{place}.{key}'")
-        content = turn.get(content_key)
-        if content is None and message.get("tool_calls"):
-            content = ""  # a turn that only calls a tool says nothing
-        message["content"] = _string(content, f"{place}.{content_key}'")
-        if "reasoning_content" in message:
-            _string(message["reasoning_content"], f"{place}.reasoning_content'")
-        messages.append(message)
-    return messages
-
-
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Parsed:
-    prompt, completion = row["prompt"], row["completion"]
-    both = f"{where}, fields 'prompt' and 'completion'"
-    got = f"{type(prompt).__name__} and {type(completion).__name__}"
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise DataError(describe(both, "are of two kinds", expected="both text or both turns", got=got))
-    if isinstance(prompt, str):
-        return Pair(*_texts(row, ("prompt", "completion"), where), chat=False)
-    if not isinstance(prompt, list | tuple) or not isinstance(completion, list | tuple):
-        raise DataError(describe(both, "are neither text nor turns", got=got))
-    if len(completion) != 1:
-        place = f"{where}, field 'completion'"
-        raise DataError(describe(place, "is not one turn", expected="one assistant turn", got=f"{len(completion)} turns"))
-    messages = _turns([*prompt, *completion], "prompt+completion", "role", "content", where)
-    if messages[-1]["role"] != "assistant":
-        got = messages[-1]["role"]
-        raise DataError(describe(f"{where}, field 'completion'", "is not the assistant's", expected="assistant", got=got))
-    return Conversation(messages, _tools(row, where), only_last=True)
-
-
-def _pretokenised(row: Mapping[str, Any], where: str) -> Pretokenised:
-    """ids and labels; positions an attention_mask hides are padding and go."""
-    ids = _integers(row["input_ids"], f"{where}, field 'input_ids'")
-    labels = _integers(row["labels"], f"{where}, field 'labels'") if row.get("labels") is not None else list(ids)
-    mask = None
-    if row.get("attention_mask") is not None:
-        mask = _integers(row["attention_mask"], f"{where}, field 'attention_mask'")
-    for name, values in (("labels", labels), ("attention_mask", mask)):
-        if values is not None and len(values) != len(ids):
-            place = f"{where}, field {name!r}"
-            raise DataError(describe(place, "has another length than input_ids", expected=len(ids), got=len(values)))
-    for number, (token, label) in enumerate(zip(ids, labels)):
-        if token < 0:
-            raise DataError(describe(f"{where}, field 'input_ids[{number}]'", "is negative", expected="a token id", got=token))
-        if label not in (IGNORE_INDEX, token):
-            expected = f"{IGNORE_INDEX} or the token {token} itself (labels are not shifted)"
-            raise DataError(describe(f"{where}, field 'labels[{number}]'", "is not a target", expected=expected, got=label))
-    trained = [label != IGNORE_INDEX for label in labels]
-    if mask is not None:
-        kept = [number for number, shown in enumerate(mask) if shown]
-        if row.get("labels") is not None and any(trained[number] for number, shown in enumerate(mask) if not shown):
-            raise DataError(describe(f"{where}, field 'labels'", "trains positions that attention_mask hides"))
-        ids, trained = [ids[number] for number in kept], [trained[number] for number in kept]
-    return Pretokenised(ids, trained)
-
-
-def _integers(values: object, where: str) -> list[int]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise DataError(describe(where, "is not a list of integers", got=type(values).__name__))
-    for number, value in enumerate(values):
-        if type(value) is not int or not -(2**31) <= value < 2**31:
-            raise DataError(describe(f"{where}[{number}]", "is not a token id", expected="a 32-bit integer", got=repr(value)))
-    return list(values)

@@ -11,11 +11,14 @@ import numpy as np
 
 from repsft_fast.data.sample import Loaded, Sample
 
+HALF = "\ufffd"  # what a decoder writes for bytes that are no whole character
+MOST_TOGETHER = 16  # tokens tried together; a character has at most four bytes, a token may begin within one
+
 
 @dataclass(frozen=True)
 class TokenView:
     id: int
-    text: str  # what the token decodes to; the vocabulary's own spelling where it is only part of a character
+    text: str  # what it adds to the text; of tokens that make one character together the first holds it, the others nothing
     trained: bool
 
 
@@ -49,7 +52,8 @@ class Summary:
 
 def view(sample: Sample, tokenizer: Any) -> SampleView:
     """The sample, token by token. Without a tokenizer (pre-tokenised rows) the ids stand for the text."""
-    pieces = tuple(TokenView(token, _text(token, tokenizer), flag) for token, flag in zip(sample.ids, sample.trained))
+    texts = _texts(sample.ids, sample.trained, tokenizer)
+    pieces = tuple(TokenView(*piece) for piece in zip(sample.ids, texts, sample.trained, strict=True))
     return SampleView(pieces, sample.task, sample.weight, sample.source, sample.positions, sample.num_trained)
 
 
@@ -88,8 +92,30 @@ def _figures(values: Sequence[int]) -> dict[str, int]:
     return {name: int(ordered[number]) for name, number in at.items()} | {"total": int(ordered.sum())}
 
 
-def _text(token: int, tokenizer: Any) -> str:
+def _texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[str]:
+    """What every token adds to the text of those before it. Where that is no text, the vocabulary's own spelling."""
     if tokenizer is None:
-        return f"<{token}>"
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
+        return [f"<{token}>" for token in ids]
+
+    def decode(tokens: Sequence[int]) -> str:
+        text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    texts: list[str] = []
+    before: Sequence[int] = []  # the tokens in front: some decoders leave out the space before the first word they see
+    while (start := len(texts)) < len(ids):
+        head = decode(before) if before else ""
+        for stop in range(start + 1, min(start + MOST_TOGETHER, len(ids)) + 1):
+            if any(trained[n] != trained[start] for n in range(start, stop)):
+                break
+            both = decode([*before, *ids[start:stop]])
+            text = both[len(head) :] if both.startswith(head) else decode(ids[start:stop])
+            if HALF not in text:
+                texts += [text] + [""] * (stop - start - 1)
+                break
+        if len(texts) == start:
+            texts.append(str(tokenizer.convert_ids_to_tokens(ids[start])))
+        before = ids[start : len(texts)]
+        if HALF in decode(before):
+            before = []
+    return texts

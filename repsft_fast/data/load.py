@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from repsft_fast.data import cache
+from repsft_fast.data.bad_rows import BAD_ROW, BadRows
 from repsft_fast.data.bounded import bounded_map
+from repsft_fast.data.columns import Columns, unused_line
 from repsft_fast.data.encode import Encoder
 from repsft_fast.data.formats import (
     FORMATS,
     Conversation,
     Pair,
-    Parsed,
-    Pretokenised,
+    Segments,
     Text,
+    check_kwargs,
     detect,
     parse,
     read_task,
     read_weight,
 )
+from repsft_fast.data.placeholders import special_pattern
+from repsft_fast.data.plain import plain_pieces, with_ends
+from repsft_fast.data.pretokenised import Pretokenised
 from repsft_fast.data.sample import Loaded, Sample
 from repsft_fast.data.sources import Source, SourceSpec, list_sources, open_rows
 from repsft_fast.data.splits import Splits, carve, nested_subset, overlap_warnings
-from repsft_fast.data.template import NOTE_SPECIAL, ChatTemplate, Piece, Rendered, find_template, special_pattern
+from repsft_fast.data.template import ChatTemplate, Rendered, find_template
 from repsft_fast.errors import DataError, describe
 
 CHUNK_ROWS = 2048  # rows in flight: bounds the memory, amortises the fork and the tokenizer's batch
@@ -51,6 +56,9 @@ class DataSettings:
     chat_template: str | None = None  # template text or file in place of the tokenizer's own
     apply_template: str = "auto"  # auto: turns, alpaca, query/response | always: + prompt/completion | never: turns only
     special_tokens: str = "text"  # text: special-token strings in the data stay text | parse: they become the tokens
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template; a row's own go over them
+    on_bad_row: str = "raise"  # raise: all rows are looked at, then one error | drop: bad rows are dropped, counted and named
+    ignore_columns: tuple[str, ...] = ()  # columns (or "messages[].field") that are not used though they look like instructions
     task_column: str | None = None  # column with the row's task; else {task: path} or "default"
     weight_column: str | None = None  # column with the row's weight, ≥ 0
     max_tokens: int | None = None  # longest sample, in positions
@@ -66,6 +74,7 @@ class DataSettings:
             "apply_template": ("auto", "always", "never"),
             "special_tokens": ("text", "parse"),
             "overlong": ("drop", "truncate", "raise"),
+            "on_bad_row": ("raise", "drop"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -75,6 +84,10 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(describe(f"data.{name}", "is too small", expected="at least 1", got=value))
+        check_kwargs(self.template_kwargs, "tokenizer.template_kwargs")
+        for name in ("task_column", "weight_column"):
+            if getattr(self, name) is not None and getattr(self, name) in self.ignore_columns:
+                raise DataError(describe("data.ignore_columns", f"names data.{name} too", todo="drop it from one of the two"))
 
 
 def load(
@@ -90,7 +103,20 @@ def load(
     Raises DataError (exit 2) naming the source, row and field for what cannot be read, and for a source without a usable
     row. Rows that are legal but hold nothing to train on are dropped and counted in `dropped`.
     """
-    listed = list_sources(sources)
+    loaded = _load(list_sources(sources, settings.split), sources, tokenizer, settings, vocab_size, first_rows)
+    loaded.warnings += unused_line(loaded.columns_unused)
+    return loaded
+
+
+def _load(
+    listed: list[Source],
+    sources: SourceSpec,
+    tokenizer: Any,
+    settings: DataSettings,
+    vocab_size: int | None,
+    first_rows: int | None = None,
+) -> Loaded:
+    """Without the line about the columns that were not used."""
     if isinstance(sources, dict) and settings.task_column is not None:
         raise DataError(describe("data.task_column", "contradicts {task: path}", todo="use one of the two"))
     opened = [(source, *open_rows(source, settings.split)) for source in listed]
@@ -110,6 +136,7 @@ def load(
                 trouble.append(f"cache: {folder} cannot be written ({error.strerror}); tokenised again next time")
             kept.warnings += trouble
         loaded = kept
+    loaded.warnings += dict.fromkeys(note for source in listed for note in source.notes)
     loaded.samples = nested_subset(loaded.samples, settings.samples, settings.seed)
     return loaded
 
@@ -127,25 +154,32 @@ def load_splits(
 
     Validation and test are held out *before* the subset is drawn, so 200 and 400 samples share one validation set.
     """
-    whole = DataSettings(**{f.name: getattr(settings, f.name) for f in fields(settings)} | {"samples": None})
-    loaded = load(sources, tokenizer, whole, vocab_size=vocab_size)
+    whole = replace(settings, samples=None)
+    listed = list_sources(sources, settings.split)
+    loaded = _load(listed, sources, tokenizer, whole, vocab_size)
     sizes = [size if isinstance(size, int | float) else 0 for size in (validation, test)]
     splits = carve(loaded.samples, validation=sizes[0], test=sizes[1], seed=settings.seed)
     for name, given in (("validation", validation), ("test", test)):
         if not isinstance(given, int | float):
-            other = load(given, tokenizer, whole, vocab_size=vocab_size)
+            held_out = replace(whole, split=name)
+            other = _load(list_sources(given, name, listed), given, tokenizer, held_out, vocab_size)
             setattr(splits, name, other.samples)
+            for column, rows in other.columns_unused.items():
+                loaded.columns_unused[column] = loaded.columns_unused.get(column, 0) + rows
+            for column, rows in other.columns_used.items():
+                loaded.columns_used[column] = loaded.columns_used.get(column, 0) + rows
+            loaded.files |= {f"{name}: {file}": rows for file, rows in other.files.items()}
             loaded.dropped = Counter(loaded.dropped) + Counter({f"{name}: {k}": v for k, v in other.dropped.items()})
             loaded.warnings += [f"{name}: {text}" for text in other.warnings]
     splits.train = nested_subset(splits.train, settings.samples, settings.seed)
     splits.warnings += overlap_warnings(splits.train, splits.validation, splits.test)
-    loaded.warnings += splits.warnings
+    loaded.warnings += [*splits.warnings, *unused_line(loaded.columns_unused)]
     return splits, loaded
 
 
 @dataclass(frozen=True)
 class _Item:
-    parsed: Parsed
+    parsed: Conversation | Pair | Text | Segments | Pretokenised
     task: str
     weight: float
     where: str
@@ -156,9 +190,17 @@ class _Builder:
         self.tokenizer, self.settings = tokenizer, settings
         self.vocab_size = vocab_size if vocab_size is not None else len(tokenizer) if tokenizer is not None else None
         text = find_template(tokenizer, settings.chat_template) if tokenizer is not None else None
-        parse_special = settings.special_tokens == "parse"
+        self.parse_special = settings.special_tokens == "parse"
         self.template_text = text
-        self.template = ChatTemplate(text, tokenizer, train_on=settings.train_on, parse_special=parse_special) if text else None
+        self.template = None
+        if text:
+            self.template = ChatTemplate(
+                text,
+                tokenizer,
+                train_on=settings.train_on,
+                parse_special=self.parse_special,
+                template_kwargs=settings.template_kwargs,
+            )
         self.encoder = Encoder(tokenizer) if tokenizer is not None else None
         self.specials = special_pattern(tokenizer) if tokenizer is not None else None
 
@@ -167,41 +209,65 @@ class _Builder:
         ignored = ("samples", "seed", "cache_folder", "chat_template")
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in ignored}
         tokenizer = cache.tokenizer_fingerprint(self.tokenizer)
-        return {"settings": settings, "template": self.template_text, "tokenizer": tokenizer, "vocab_size": self.vocab_size}
+        with_tools = self.template.tool_template if self.template is not None else None
+        templates = [self.template_text, with_tools]
+        return {"settings": settings, "templates": templates, "tokenizer": tokenizer, "vocab_size": self.vocab_size}
 
     def __call__(self, sources: list[tuple[Source, Iterator[tuple[Any, str]]]]) -> Loaded:
+        settings = self.settings
         loaded, self.notes = Loaded([]), Counter[str]()
+        self.columns = Columns(task=settings.task_column, weight=settings.weight_column, ignored=settings.ignore_columns)
+        self.bad, self.rows = BadRows(), 0
         for source, rows in sources:
-            count, before, dropped = 0, len(loaded.samples), Counter(loaded.dropped)
-            items = self._items(source, rows)
+            first, before, dropped, bad = self.rows, len(loaded.samples), Counter(loaded.dropped), self.bad.count
+            items = self._items(source, rows, loaded)
             while chunk := list(islice(items, CHUNK_ROWS)):
-                count += len(chunk)
                 self._add(chunk, loaded)
+            count = self.rows - first
+            loaded.files[source.name] = loaded.files.get(source.name, 0) + count
             if not count:
                 raise DataError(describe(source.name, "is empty", expected="at least one row"))
-            if len(loaded.samples) == before:
+            if len(loaded.samples) == before and (settings.on_bad_row == "drop" or self.bad.count == bad):
                 lost = ", ".join(f"{n} × {reason}" for reason, n in (Counter(loaded.dropped) - dropped).items())
-                todo = "see the reasons; nothing is left to train on"
-                raise DataError(describe(source.name, f"none of its {count} rows is usable ({lost})", todo=todo))
+                raise self.bad.none_left(source.name, count, lost)
+        if self.bad.count and settings.on_bad_row == "raise":
+            raise self.bad.error(self.rows)
         if not isfinite(sum(sample.weight for sample in loaded.samples)):
             raise DataError(describe("data.weight_column", "the weights sum to infinity", todo="scale them down"))
+        loaded.columns_used, loaded.columns_unused, also = self.columns.account()
+        for (form, other), count in also.items():
+            self.notes[f"rows are whole {other!r} rows too, and read as {form!r} (data.format chooses)"] = count
         loaded.warnings += [f"{count} {note}" for note, count in sorted(self.notes.items())]
+        loaded.warnings += [*self.bad.warnings(), *self.columns.never_seen()]
         if self.template_text and "strftime_now" in self.template_text:
             loaded.warnings.append("the chat template writes today's date: samples differ from day to day unless cached")
+        unread = [name for name in settings.template_kwargs if name not in (self.template_text or "")]
+        loaded.warnings += [f"tokenizer.template_kwargs: the chat template does not read {name}" for name in unread]
         return loaded
 
-    def _items(self, source: Source, rows: Iterator[tuple[Any, str]]) -> Iterator[_Item]:
-        form = self.settings.format
+    def _reject(self, where: str, error: DataError, loaded: Loaded) -> None:
+        if self.bad.add(where, error):
+            loaded.dropped[BAD_ROW] = loaded.dropped.get(BAD_ROW, 0) + 1
+
+    def _items(self, source: Source, rows: Iterator[tuple[Any, str]], loaded: Loaded) -> Iterator[_Item]:
+        form, settings = self.settings.format, self.settings
         for row, where in rows:
-            if form == "auto" and isinstance(row, dict):
-                form = detect(row, where)
-            parsed = parse(row, form if form != "auto" else "messages", where)
+            self.rows += 1
             task, weight = source.task or "default", 1.0
-            if self.settings.task_column is not None:
-                task = read_task(row, self.settings.task_column, where)
-            if self.settings.weight_column is not None:
-                weight = read_weight(row, self.settings.weight_column, where)
-            yield _Item(parsed, task, weight, where)
+            try:
+                if form == "auto" and isinstance(row, dict):
+                    form = detect(self.columns.visible(row), where)
+                parsed = parse(row, form if form != "auto" else "messages", where, merged=source.merged, columns=self.columns)
+                if settings.task_column is not None:
+                    task = read_task(row, settings.task_column, where)
+                if settings.weight_column is not None:
+                    weight = read_weight(row, settings.weight_column, where)
+                for part in parsed if isinstance(parsed, list) else ():
+                    self._check_vocabulary(part.ids, where)
+            except DataError as error:
+                self._reject(where, error, loaded)
+                continue
+            yield from (_Item(part, task, weight, where) for part in (parsed if isinstance(parsed, list) else [parsed]))
 
     def _add(self, chunk: list[_Item], loaded: Loaded) -> None:
         """Render and tokenise one chunk, keep what is usable, count the rest."""
@@ -213,14 +279,16 @@ class _Builder:
                 weighted.append(item)
         chunk, rendered = weighted, self._render(weighted)
         for item, result in zip(chunk, self._tokenise(chunk, rendered)):
-            sample = result if isinstance(result, str) else self._sample(item, *result)
-            if isinstance(sample, str):
+            sample = self._sample(item, *result) if isinstance(result, tuple) else result
+            if isinstance(sample, DataError):
+                self._reject(item.where, sample, loaded)
+            elif isinstance(sample, str):
                 loaded.dropped[sample] = loaded.dropped.get(sample, 0) + 1
             else:
                 loaded.samples.append(sample)
 
-    def _render(self, chunk: list[_Item]) -> list[Rendered | str | None]:
-        """Per row its pieces, the reason it is dropped for, or None for rows that need no text."""
+    def _render(self, chunk: list[_Item]) -> list[Rendered | str | DataError | None]:
+        """Per row its pieces, the reason it is dropped for, what is wrong with it, or None for rows that need no text."""
         prepared = [self._as_conversation(item) for item in chunk]
         chats = [(c, item.where) for c, item in zip(prepared, chunk) if isinstance(c, Conversation)]
 
@@ -231,24 +299,33 @@ class _Builder:
 
         answers: Iterable[Any] = bounded_map(work, chats, lambda chat: chat[1], "the chat template")
         answer = iter(answers)
-        rendered: list[Rendered | str | None] = []
+        rendered: list[Rendered | str | DataError | None] = []
         for conversation, item in zip(prepared, chunk):
             if isinstance(conversation, Conversation):
                 value = next(answer)
-                rendered.append(Rendered.from_json(value) if value is not None else NO_ASSISTANT)
+                good = value is not None and not isinstance(value, DataError)
+                rendered.append(Rendered.from_json(value) if good else value or NO_ASSISTANT)
+            elif isinstance(conversation, DataError) or isinstance(item.parsed, Pretokenised):
+                rendered.append(conversation)
             else:
-                rendered.append(self._plain_pieces(item))
+                assert not isinstance(item.parsed, Conversation | list)
+                pieces = plain_pieces(item.parsed, self.specials, parse_special=self.parse_special)
+                rendered.append(pieces or NO_TEXT)
         # The generator ends its child when it is exhausted.
         next(answer, None)
         return rendered
 
-    def _as_conversation(self, item: _Item) -> Conversation | None:
+    def _as_conversation(self, item: _Item) -> Conversation | DataError | None:
         parsed, mode = item.parsed, self.settings.apply_template
         if not isinstance(parsed, Pretokenised) and self.tokenizer is None:
             raise DataError(describe(item.where, "holds text, and there is no tokenizer", todo="set tokenizer.path"))
-        if isinstance(parsed, Pair) and (mode == "always" or (mode == "auto" and parsed.chat and self.template is not None)):
-            turns = (("user", parsed.prompt), ("assistant", parsed.completion))
-            parsed = Conversation([{"role": role, "content": text} for role, text in turns])
+        if isinstance(parsed, Pair):
+            if mode == "always" or (mode == "auto" and parsed.chat and self.template is not None):
+                parsed = parsed.conversation()
+            elif parsed.chat_only != Conversation([]):
+                wrong = "holds a system prompt, history, tools or chat_template_kwargs, which only a chat template can write"
+                todo = "write the row as messages, set tokenizer.chat_template, or name the columns in data.ignore_columns"
+                return DataError(describe(item.where, wrong, todo=todo))
         if not isinstance(parsed, Conversation):
             return None
         if self.template is None:
@@ -256,55 +333,36 @@ class _Builder:
             raise DataError(describe(item.where, "holds turns, and the tokenizer has no chat template", todo=todo))
         return parsed
 
-    def _plain_pieces(self, item: _Item) -> Rendered | str | None:
-        """Text as it stands: [BOS] prompt completion EOS, the end trained."""
-        parsed = item.parsed
-        if isinstance(parsed, Pair):
-            texts = [(parsed.prompt, False), (parsed.completion, True)]
-        elif isinstance(parsed, Text):
-            texts = [(parsed.text, True)]
-        else:
-            return None
-        pattern = self.specials
-        trained = texts[-1][0]
-        if not (pattern.sub("", trained) if pattern else trained).strip():
-            return NO_TEXT
-        raw = self.settings.special_tokens == "text" and pattern is not None and any(pattern.search(text) for text, _ in texts)
-        pieces = tuple(Piece(text, flag, raw) for text, flag in texts if text)
-        return Rendered(pieces, (NOTE_SPECIAL,) if raw else (), plain=True)
-
     def _tokenise(
-        self, chunk: list[_Item], rendered: list[Rendered | str | None]
-    ) -> Iterator[tuple[list[int], list[bool]] | str]:
+        self, chunk: list[_Item], rendered: list[Rendered | str | DataError | None]
+    ) -> Iterator[tuple[list[int], list[bool]] | str | DataError]:
         rows = [result.pieces for result in rendered if isinstance(result, Rendered)]
         encoded = iter(self.encoder(rows) if self.encoder is not None and rows else [])
         for item, result in zip(chunk, rendered):
-            if isinstance(result, str):
+            if isinstance(result, str | DataError):
                 yield result
             elif result is None:
                 assert isinstance(item.parsed, Pretokenised)
                 yield item.parsed.ids, item.parsed.trained
             else:
+                assert self.encoder is not None
                 self.notes.update(result.notes)
                 ids, trained = next(encoded)
-                yield self._with_ends(ids, trained) if result.plain else (ids, trained)
+                yield with_ends(ids, trained, self.encoder, self.tokenizer) if result.plain else (ids, trained)
 
-    def _with_ends(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
-        assert self.encoder is not None
-        head, eos = self.encoder.head, self.tokenizer.eos_token_id
-        if head and ids[: len(head)] != head:
-            ids, trained = head + ids, [False] * len(head) + trained
-        if eos is not None and ids[-1:] != [eos]:
-            ids, trained = [*ids, eos], [*trained, True]
-        return ids, trained
-
-    def _sample(self, item: _Item, ids: list[int], trained: list[bool]) -> Sample | str:
-        """The sample, or the reason it is dropped for. Raises DataError for a token the model does not have."""
+    def _check_vocabulary(self, ids: list[int], where: str) -> None:
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             at = next(number for number, token in enumerate(ids) if token >= self.vocab_size)
             expected = f"less than {self.vocab_size}, the model's vocabulary"
             todo = "use the model's own tokenizer"
-            raise DataError(describe(f"{item.where}, token {at}", "is out of range", expected=expected, got=ids[at], todo=todo))
+            raise DataError(describe(f"{where}, token {at}", "is out of range", expected=expected, got=ids[at], todo=todo))
+
+    def _sample(self, item: _Item, ids: list[int], trained: list[bool]) -> Sample | str | DataError:
+        """The sample, the reason it is dropped for, or what is wrong with its row."""
+        try:
+            self._check_vocabulary(ids, item.where)
+        except DataError as error:
+            return error
         trained = [False, *trained[1:]]
         end = _last(trained) + 1
         if end == 0:

@@ -33,3 +33,6 @@ class Loaded:
     samples: list[Sample]
     dropped: dict[str, int] = field(default_factory=Counter)  # reason → rows
     warnings: list[str] = field(default_factory=list)
+    columns_used: dict[str, int] = field(default_factory=Counter)  # column → rows that had it (null is absent)
+    columns_unused: dict[str, int] = field(default_factory=Counter)  # the same of columns that decide nothing
+    files: dict[str, int] = field(default_factory=dict)  # what was read, in order → its rows

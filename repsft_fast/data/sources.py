@@ -1,6 +1,7 @@
-"""Where rows come from: files, arrow folders, hub ids. Yields (row, "file:row") and never trusts a byte.
+"""Where rows come from: files, folders, globs, hub ids. Yields (row, "file:row") and never trusts a byte.
 
-JSON is read here, line by line and bounded; parquet, arrow and the hub go through `datasets`.
+JSON and CSV are read here, line by line and bounded; parquet, arrow and the hub go through `datasets` (`arrow`). Which files
+of a folder are meant is `folders`' business, and nothing that looks like a path is asked of the hub (`hub`).
 """
 
 from __future__ import annotations
@@ -8,87 +9,225 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repsft_fast.errors import DataError, describe, did_you_mean
+from repsft_fast.data.arrow import open_hub, open_saved, open_table
+from repsft_fast.data.card import matcher
+from repsft_fast.data.csv_rows import csv_rows
+from repsft_fast.data.filetypes import (
+    SUFFIXES,
+    TORN,
+    check_beginning,
+    check_regular,
+    kind_of,
+    known_unread,
+    open_bytes,
+    refusal,
+    torn,
+)
+from repsft_fast.data.folders import choose_files, files_below
+from repsft_fast.errors import DataError, describe
+from repsft_fast.hub import near_path, why_local
 
 MAX_LINE_BYTES = 64 * 2**20  # a longer JSONL line is a mistake (64 MiB of text is ~16M tokens), and must not fill the memory
 MAX_JSON_BYTES = 2 * 2**30  # .json is read whole
-JSON_LINES = (".jsonl", ".ndjson")
-SUFFIXES = (*JSON_LINES, ".json", ".parquet")
+SPLIT_NAME = re.compile(r"[\w.-]+")  # without slices (train[:10%]) and sums (train+test), which only the hub's library cuts
 
 SourceSpec = str | Path | Sequence[str | Path] | Mapping[str, "str | Path | Sequence[str | Path]"]
 
 
 @dataclass(frozen=True)
 class Source:
-    name: str  # as the user wrote it, in errors
-    kind: str  # jsonl | json | parquet | arrow | hub
+    name: str  # as the user wrote it, in errors and in the list of what was read
+    kind: str  # jsonl | json | csv | tsv | parquet | arrow file | arrow (a folder of save_to_disk) | hub
     path: Path | None  # None for the hub
     task: str | None  # the key of {task: path}
+    held_out: bool = False  # validation and test: a single split is the one, whatever it is called
+    notes: tuple[str, ...] = ()  # what was not read beside it, to be said once
+
+    @property
+    def merged(self) -> bool:
+        """True when rows come through one schema for all, so that a key that a row lacks appears as a null."""
+        return self.kind not in ("jsonl", "json")
 
 
-def list_sources(sources: SourceSpec) -> list[Source]:
-    """Every file, arrow folder or hub id named, in order. Raises DataError for one that is not there."""
+def list_sources(sources: SourceSpec, split: str = "train", beside: Sequence[Source] | None = None) -> list[Source]:
+    """Every file, arrow folder or hub id named, in order; of a folder the files of `split`.
+
+    beside: the training sources, when these are held out of training: no file may be one of them, and a source with a
+        single split is read whatever that is called, unless it is a source of training too.
+    Raises DataError for one that is not there, is there twice, or where it cannot be known what is meant.
+    """
     named: list[tuple[str | None, str | Path]] = []
     pairs = sources.items() if isinstance(sources, Mapping) else [(None, sources)]
     for task, value in pairs:
-        values = [value] if isinstance(value, str | Path) else list(value)
+        values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
         named += [(task, item) for item in values]
     if not named:
         raise DataError(describe("data", "names no source", expected="a path, a list of paths, {task: path} or a hub id"))
-    return [source for task, value in named for source in _expand(value, task)]
+    held_out = beside is not None
+    listed = [replace(s, task=task, held_out=held_out) for task, value in named for s in _expand(value, split, held_out)]
+    return _apart_from(_without_doubles(listed), beside or ())
 
 
-def _expand(value: object, task: str | None) -> list[Source]:
+def _apart_from(sources: list[Source], training: Sequence[Source]) -> list[Source]:
+    """Held-out sources share no rows with those of training; where both are one data set, only the split tells them apart."""
+    known = {_identity(source): source for source in training}
+    apart = []
+    for source in sources:
+        if (first := known.get(_identity(source))) is not None:
+            splits = source.path is None or (source.kind == "arrow" and (source.path / "dataset_dict.json").is_file())
+            if not splits:
+                todo = "name other rows, or carve some off: data.validation_fraction, data.test_fraction"
+                raise DataError(describe(source.name, f"is held out and read for training too ({first.name})", todo=todo))
+            source = replace(source, held_out=False)
+        apart.append(source)
+    return apart
+
+
+def _expand(value: object, split: str, held_out: bool) -> list[Source]:
     if not isinstance(value, str | Path) or str(value) == "":
         raise DataError(describe("data", "is not a source", expected="a path or a hub id", got=repr(value)))
-    name, path = str(value), Path(value).expanduser()
+    name = str(value)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):  # name too long, NUL inside
-        is_folder = is_file = False
-    if is_folder:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [Source(name, "arrow", path, task)]
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not files:
-            expected = f"a save_to_disk folder or files ending in {', '.join(SUFFIXES)}"
-            raise DataError(describe(name, "is a folder without data", expected=expected))
-        return [Source(f"{name.rstrip('/')}/{file.name}", _kind(file), file, task) for file in files]
-    if is_file:
-        if path.suffix not in SUFFIXES:
-            raise DataError(describe(name, "is a kind of file we do not read", expected=" ".join(SUFFIXES), got=path.suffix))
-        return [Source(name, _kind(path), path, task)]
-    # A hub id without an owner has no dot in it: rows.jsonll is a slip of the pen, and asking the hub takes half a minute.
-    dotted = "/" not in name and "." in name.partition(":")[0]
-    looks_like_path = dotted or path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
-        try:
-            near = did_you_mean(path.name, [file.name for file in path.parent.iterdir()])
-        except (OSError, ValueError):
-            near = None
-        raise DataError(describe(name, "does not exist", todo=f"did you mean {near}?" if near else "check the path"))
-    return [Source(name, "hub", None, task)]
+        path = Path(value).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            check_regular(path, name)
+        return _not_there(name, path, split, held_out)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # name too long, NUL inside, a loop of links, no such user, no permission
+        if isinstance(error, OSError) and (os.path.islink(path) or isinstance(error, PermissionError)):
+            raise DataError(describe(name, f"cannot be read ({error.strerror})", todo="check the path")) from None
+        return _not_there(name, Path(name), split, held_out)
+    if path.is_dir():
+        return _folder(path, name, split, held_out)
+    check_regular(path, name)
+    kind = kind_of(path)
+    if kind is None:
+        raise refusal(path, name)
+    _check_split_name(split, name)
+    return [Source(name, kind, path, None)]
 
 
-def _kind(file: Path) -> str:
-    return "jsonl" if file.suffix in JSON_LINES else file.suffix[1:]
+def _folder(path: Path, name: str, split: str, held_out: bool) -> list[Source]:
+    _check_split_name(split, name)
+    if any((path / index).is_file() for index in ("state.json", "dataset_dict.json")):
+        return [Source(name, "arrow", path, None)]
+    files, notes = choose_files(path, name, split, held_out)
+    listed = [Source(f"{name.rstrip('/')}/{file.inside}", file.kind, file.path, None) for file in files]
+    return [replace(listed[0], notes=tuple(notes)), *listed[1:]]
+
+
+def _check_split_name(split: str, name: str) -> None:
+    if not SPLIT_NAME.fullmatch(split):
+        todo = "write the name of a split, and see data.samples and data.validation_fraction for parts of it"
+        raise DataError(describe("data.split", f"is not the name of a split of {name}", got=split, todo=todo))
+
+
+def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
+    """A glob, a hub id, or a slip of the pen."""
+    if "://" in name:
+        raise DataError(
+            describe(name, "is a URL, which is not fetched", todo="download it and name the file, or name a hub id")
+        )
+    if any(sign in name for sign in "*?[") and "\0" not in name:
+        return _glob(name, path, split, held_out)
+    repository, _, subset = name.partition(":")
+    # A hub id without an owner has no dot in it: rows.jsonll is a slip of the pen.
+    dotted = "it looks like a file's name" if "/" not in repository and "." in repository else None
+    why = why_local(repository, SUFFIXES) or dotted or (None if re.fullmatch(r"[\w.-]*", subset) else "it is no hub id")
+    if why is None:
+        return [Source(name, "hub", None, None)]
+    near = near_path(path)
+    todo = f"did you mean {near}?" if near else f"check the path ({why}: the hub is not asked)"
+    raise DataError(describe(name, "does not exist", todo=todo))
+
+
+def _glob(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
+    """The files that match, in the order of their names, whatever split they are of: the user named them."""
+    parts = path.parts
+    first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    base, pattern = Path(*parts[:first]), "/".join(parts[first:])
+    shown = "/".join(Path(name).parts[: len(Path(name).parts) - len(parts) + first]).replace("//", "/")
+    prefix = f"{shown}/".replace("//", "/") if shown else ""
+    if not base.is_dir():
+        raise DataError(describe(name, "matches no file", todo=f"there is no folder {base}"))
+    try:
+        matches = matcher(pattern, name).fullmatch
+        matched: list[tuple[Path, str]] = []
+        if "**" in pattern:
+            matched = [(file.path, file.inside) for file in files_below(base, str(base)) if matches(file.inside)]
+        else:
+            matched = [(file, file.relative_to(base).as_posix()) for file in sorted(base.glob(pattern))]
+    except (OSError, ValueError) as error:
+        raise DataError(describe(name, f"cannot be looked up ({error})", todo="name the files")) from None
+    files = [(file, inside) for file, inside in matched if not file.is_dir() and kind_of(file) is not None]
+    files = [(file, inside) for file, inside in files if not file.name.startswith((".", "_"))]
+    others = [file for file, _ in matched if not file.is_dir() and kind_of(file) is None and known_unread(file)]
+    if not files and (folders := [(file, inside) for file, inside in matched if file.is_dir()]):
+        return [source for file, inside in folders for source in _folder(file, prefix + inside, split, held_out)]
+    if not files and others:
+        raise refusal(others[0], name)
+    if not files:
+        near = "[ and ] are part of the pattern, a [ in a name is written [[]" if "[" in name else "check the pattern"
+        raise DataError(describe(name, "matches no file", expected=" ".join(SUFFIXES), todo=near))
+    for file, inside in files:
+        check_regular(file, prefix + inside)
+    listed = [Source(prefix + inside, kind_of(file) or "", file, None) for file, inside in files]
+    if others:
+        note = f"{name}: not read: {', '.join(other.name for other in others[:5])}{' …' if len(others) > 5 else ''}"
+        listed[0] = replace(listed[0], notes=(note,))
+    return listed
+
+
+def _identity(source: Source) -> object:
+    """Equal for two names of one file."""
+    if source.path is None:
+        return source.name
+    status = source.path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _without_doubles(listed: list[Source]) -> list[Source]:
+    """The same rows twice are an error within a task and said between tasks."""
+    seen: dict[object, Source] = {}
+    for number, source in enumerate(listed):
+        first = seen.setdefault(_identity(source), source)
+        if first is source:
+            continue
+        if first.task == source.task:
+            wrong = f"is named twice, as {first.name} too" if first.name != source.name else "is named twice"
+            todo = "name it once; data.weight_column or mixture.weights make rows count more"
+            raise DataError(describe(source.name, wrong, todo=todo))
+        listed[number] = replace(source, notes=(*source.notes, f"{source.name} is in task {first.task} and in {source.task}"))
+    return listed
 
 
 def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], str]:
-    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL they are lines."""
-    if source.kind in ("arrow", "hub", "parquet"):
-        dataset = _dataset(source, split)
-        digest = _hash_files(source.path) if source.path else str(dataset._fingerprint)
-        return ((row, f"{source.name}:{number}") for number, row in enumerate(dataset, 1)), digest
-    assert source.path is not None
-    return (_json_lines(source) if source.kind == "jsonl" else _json_rows(source)), _hash_files(source.path)
+    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are lines."""
+    if source.path is None:
+        dataset = open_hub(source.name, split, source.held_out)
+        digest = str(dataset._fingerprint)
+    else:
+        digest = _hash_files(source.path)
+        if source.kind in ("jsonl", "json", "csv", "tsv"):
+            return _read(source), digest
+        if source.kind == "arrow":
+            dataset = open_saved(source.path, source.name, split, source.held_out)
+        else:
+            _check_table(source)
+            dataset = open_table(source.path, source.name, source.kind)
+    return ((row, f"{source.name}:{number}") for number, row in enumerate(dataset, 1)), digest
 
 
 def _hash_files(path: Path) -> str:
@@ -99,78 +238,61 @@ def _hash_files(path: Path) -> str:
             with file.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise DataError(describe(str(file), f"cannot be read ({error.strerror})")) from None
+            wrong = f"cannot be read ({error.strerror})"
+            raise DataError(describe(str(file), wrong, todo="check the file and its permissions")) from None
     return total.hexdigest()
 
 
-def _dataset(source: Source, split: str) -> Any:
-    import datasets
-
-    folder = _arrow_folder(source, split) if source.kind == "arrow" else None
-    silenced = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if silenced:
-        datasets.disable_progress_bars()
-    try:
-        if source.kind == "parquet":
-            return datasets.Dataset.from_parquet(str(source.path))
-        if source.kind == "arrow":
-            return datasets.load_from_disk(str(folder)) if folder is not None else []
-        name, _, subset = source.name.partition(":")
-        return datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:
-        # `datasets` has no common base class for what it raises, and a hostile file can raise nearly anything.
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if source.kind == "hub":
-            wrong = f"is not a file here and could not be had from the hub ({cause})"
-            todo = "check the path, the dataset's name and split, and the network (HF_HUB_OFFLINE)"
-            raise DataError(describe(source.name, wrong, todo=todo)) from error
-        raise DataError(describe(source.name, f"cannot be read as {source.kind} ({cause})", todo="write it again")) from error
-    finally:
-        if silenced:
-            datasets.enable_progress_bars()
-
-
-def _arrow_folder(source: Source, split: str) -> Path | None:
-    """The folder of one saved Dataset, or None when it holds no rows (which `datasets` cannot load)."""
-    assert source.path is not None
-    folder = source.path
-    if (folder / "dataset_dict.json").is_file():
-        splits = _index(folder / "dataset_dict.json", "splits", source)
-        if split not in splits:
-            expected = " | ".join(splits)
-            raise DataError(describe(source.name, "has no such split", expected=expected, got=split, todo="set data.split"))
-        folder = folder / split
-    files = _index(folder / "state.json", "_data_files", source)
-    return folder if files else None
-
-
-def _index(path: Path, key: str, source: Source) -> list[str]:
-    """File or folder names listed by an index file; none of them may lead out of its folder."""
-    try:
-        items = json.loads(path.read_bytes())[key]
-        names = [item["filename"] if isinstance(item, dict) else item for item in items]
-        if all(isinstance(name, str) and Path(name).name == name for name in names):
-            return names
-        wrong = f"{path.name} points outside its folder"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        wrong = f"{path.name} is damaged ({type(error).__name__})"
-    raise DataError(describe(source.name, f"cannot be read as arrow: {wrong}", todo="write it again"))
-
-
-def _json_lines(source: Source) -> Iterator[tuple[Any, str]]:
+def _check_table(source: Source) -> None:
     assert source.path is not None
     with source.path.open("rb") as stream:
-        number = 0
+        beginning = stream.read(32)
+    if beginning.startswith(b"version https://git-lfs"):
+        check_beginning(beginning, source.name)
+
+
+def _read(source: Source) -> Iterator[tuple[Any, str]]:
+    assert source.path is not None
+    place = [f"{source.name}"]
+    try:
+        if source.kind == "json":
+            yield from _json_rows(source, place)
+        elif source.kind == "jsonl":
+            yield from _json_lines(source, place)
+        else:
+            lines = (_text(line, where) for line, where in _lines(source, place))
+            yield from csv_rows(lines, source.name, source.kind, MAX_LINE_BYTES)
+    except TORN as error:
+        raise torn(place[0], source.path, error) from error
+
+
+def _lines(source: Source, place: list[str]) -> Iterator[tuple[bytes, str]]:
+    """Every line, with its place, which `place` holds while the next one is read. Bounded, packed or not."""
+    assert source.path is not None
+    with open_bytes(source.path) as stream:
+        number = blank = 0
+        place[0] = f"{source.name}:1"
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
-            where = f"{source.name}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                todo = "is this JSONL, one object per line?"
-                raise DataError(describe(where, "is too long a line", expected=f"at most {MAX_LINE_BYTES} bytes", todo=todo))
+            where = place[0]
             if number == 1:
+                check_beginning(line, where)
                 line = _without_mark(line, where)
-            if line.strip(b" \t\r\n"):
-                yield _decode(line, where, torn=not line.endswith(b"\n")), where
+            if len(line) > MAX_LINE_BYTES:
+                todo = "write one row a line"
+                raise DataError(describe(where, "is too long a line", expected=f"at most {MAX_LINE_BYTES} bytes", todo=todo))
+            blank = blank + len(line) if not line.strip(b" \t\r\n") else 0
+            if blank > MAX_LINE_BYTES:
+                wrong, todo = f"is the end of {blank} bytes of blank lines", "write the file again without them"
+                raise DataError(describe(where, wrong, todo=todo))
+            yield line, where
+            place[0] = f"{source.name}:{number + 1}"
+
+
+def _json_lines(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
+    for line, where in _lines(source, place):
+        if line.strip(b" \t\r\n"):
+            yield _decode(line, where, torn=not line.endswith(b"\n")), where
 
 
 def _without_mark(data: bytes, where: str) -> bytes:
@@ -179,36 +301,46 @@ def _without_mark(data: bytes, where: str) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def _decode(data: bytes, where: str, torn: bool = False) -> Any:
+def _text(data: bytes, where: str) -> str:
     if b"\0" in data:
         todo = "the file was torn by a crash or is not text; remove the line"
         raise DataError(describe(where, f"holds a NUL byte at byte {data.index(0)}", todo=todo))
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         got = f"0x{data[error.start]:02x} at byte {error.start}"
         raise DataError(describe(where, "is not UTF-8", expected="UTF-8", got=got, todo="convert the file")) from None
+
+
+def _decode(data: bytes, where: str, torn: bool = False) -> Any:
+    text = _text(data, where)
     try:
         return json.loads(text)
     except RecursionError:
-        raise DataError(describe(where, "is nested too deeply", expected="a row of text fields")) from None
+        todo = "write what is nested as text"
+        raise DataError(describe(where, "is nested too deeply", expected="a row of text fields", todo=todo)) from None
     except ValueError as error:
         wrong = f"is torn: the file ends in the middle of a row ({error})" if torn else f"is not JSON ({error})"
         raise DataError(describe(where, wrong, todo="repair or remove the line")) from None
 
 
-def _json_rows(source: Source) -> Iterator[tuple[Any, str]]:
+def _json_rows(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
     """A .json file: an array of rows, an object that holds one such array, or JSON lines under another name."""
     assert source.path is not None
-    if (size := source.path.stat().st_size) > MAX_JSON_BYTES:
+    with open_bytes(source.path) as stream:
+        data = stream.read(min(MAX_JSON_BYTES, 2**20) + 1)
+        check_beginning(data, source.name)
+        if len(data) <= MAX_JSON_BYTES:
+            data += stream.read(MAX_JSON_BYTES + 1 - len(data))
+    if len(data) > MAX_JSON_BYTES:
         todo = "write it as .jsonl, which is read line by line"
-        raise DataError(describe(source.name, "is too large", expected=f"{MAX_JSON_BYTES} bytes", got=size, todo=todo))
-    data = _without_mark(source.path.read_bytes(), source.name)
+        raise DataError(describe(source.name, "is too large", expected=f"at most {MAX_JSON_BYTES} bytes", todo=todo))
+    data = _without_mark(data, source.name)
     if not data.strip():
         return
     first, _, rest = data.strip().partition(b"\n")
     if first.rstrip().endswith(b"}") and rest.lstrip().startswith(b"{"):
-        yield from _json_lines(source)
+        yield from _json_lines(source, place)
         return
     value = _decode(data, source.name)
     if isinstance(value, dict):
@@ -216,5 +348,7 @@ def _json_rows(source: Source) -> Iterator[tuple[Any, str]]:
         is_row = any(key in value for key in ("messages", "conversations"))
         value = arrays[0] if len(arrays) == 1 and not is_row else [value]
     if not isinstance(value, list):
-        raise DataError(describe(source.name, "holds no rows", expected="an array of objects", got=type(value).__name__))
+        todo = "write an array of rows, or one row a line as .jsonl"
+        wrong = "holds no rows"
+        raise DataError(describe(source.name, wrong, expected="an array of objects", got=type(value).__name__, todo=todo))
     yield from ((row, f"{source.name}:{number}") for number, row in enumerate(value, 1))

@@ -1,43 +1,30 @@
 """Conversation + chat template → pieces of text, trained or not.
 
-    P_k = render(messages[:k], add_generation_prompt)   what the model is given before turn k
-    F_k = render(messages[:k + 1])                      the same with turn k
-    W   = render(messages)                              what is trained on
-
-Turn k's trained text is F_k past P_k, up to and including its end-of-turn token; the white space after that token is
-not trained. It is only taken when P_k is a prefix of F_k and F_k (up to there) a prefix of W, so that every trained
-token has exactly the context it will have when generating. Templates that rewrite earlier turns (Qwen3 drops earlier
-thinking) break the second check for all but the last turn. `{% generation %}` blocks, where a template has them and they
-mark anything, take the place of P and F; the end-of-turn token right behind a block is added to it.
-
-Text that looks like a special token stays text: before rendering, every special-token string inside messages and tools
-is replaced by a placeholder of Unicode noncharacters. Afterwards the text between the template's own special tokens that
-holds a placeholder gets its string back as a `raw` piece, which the tokenizer encodes with its special tokens off. Text
-can thus neither end a turn nor open one. (Added tokens that are not special, such as Qwen3's <think>, stay tokens.)
+`spans` finds what is trained, `kept` sees to it that nothing the row says is lost, `placeholders` keeps text that looks like
+a special token from becoming one. Here the template is rendered, in transformers' sandbox, and the row is spelled in the
+way this template reads: templates differ in the name of the reasoning, in whether a call's arguments are an object or JSON
+text, and in what stands in a turn that only calls a tool. The first spelling in which everything is kept is taken.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from repsft_fast.data.formats import Conversation
+from repsft_fast.data.formats import Conversation, check_kwargs
+from repsft_fast.data.kept import check_context, says_something, split_thinking, squeeze
+from repsft_fast.data.placeholders import Piece as Piece
+from repsft_fast.data.placeholders import Placeholders, special_strings, without_placeholders
+from repsft_fast.data.placeholders import special_pattern as special_pattern
+from repsft_fast.data.renders import Renders, Span
+from repsft_fast.data.spans import turn_spans
 from repsft_fast.errors import DataError, describe
-
-# Pairs of noncharacters: valid in UTF-8, never assigned, never in sane text. The first pair absent from a row is used.
-_MARKS = [(chr(0xFDD0 + 2 * number), chr(0xFDD1 + 2 * number)) for number in range(16)]
-
-
-@dataclass(frozen=True)
-class Piece:
-    text: str
-    trained: bool
-    raw: bool = False  # encode with special tokens off
 
 
 @dataclass(frozen=True)
@@ -54,22 +41,11 @@ class Rendered:
         return Rendered(tuple(Piece(*piece) for piece in value[0]), tuple(value[1]))
 
 
-NOTE_SPECIAL = "rows hold special-token strings, kept as text"
+NOTE_SPECIAL = "rows hold special-token strings, kept as text (tokenizer.special_tokens: parse makes them tokens)"
 NOTE_TOOLS = "rows have tools that the chat template ignores"
+NOTE_KWARGS = "rows have chat_template_kwargs that the chat template does not read"
+NOTE_MARKED = "rows have turns marked as trained that are not, since data.train_on is last"
 NOTE_ENDLESS = "turns end without a special token in the chat template: the model will not learn to stop"
-
-
-def special_strings(tokenizer: Any) -> tuple[str, ...]:
-    """The strings the tokenizer turns into one special token wherever they stand, longest first."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    strings = {str(token) for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
-    return tuple(sorted((text for text in strings if text), key=lambda text: (-len(text), text)))
-
-
-def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """Matches any of them; as one group, so that `split` keeps them."""
-    strings = special_strings(tokenizer)
-    return re.compile(f"({'|'.join(map(re.escape, strings))})") if strings else None
 
 
 def find_template(tokenizer: Any, override: str | None) -> str | None:
@@ -89,206 +65,187 @@ def find_template(tokenizer: Any, override: str | None) -> str | None:
     return template
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """How messages are handed to a template."""
+
+    reasoning: str = ""  # the field it is put into; content: into the text, as <think>…</think>; "": where it stands
+    arguments_as_text: bool = False  # a call's arguments as JSON text
+    null_content: bool = False  # None in place of the empty content of a turn that only calls tools
+
+    def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        spelled = dict(message)
+        thought, answer = split_thinking(spelled) if self.reasoning and spelled["role"] == "assistant" else ("", "")
+        if thought:
+            spelled.pop("reasoning_content", None)
+            if self.reasoning == "content":
+                spelled["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
+            else:
+                spelled |= {"content": answer, self.reasoning: thought}
+        if self.arguments_as_text and spelled.get("tool_calls"):
+            spelled["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _as_text(call["function"].get("arguments"))}}
+                for call in spelled["tool_calls"]
+            ]
+        if self.null_content and spelled.get("tool_calls") and not spelled["content"].strip():
+            spelled["content"] = None
+        return spelled
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
 class ChatTemplate:
     """Renders conversations and finds their trained text. Meant to run under `bounded_map`: the template is untrusted."""
 
-    def __init__(self, template: str, tokenizer: Any, *, train_on: str = "all", parse_special: bool = False):
-        self.template = template
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Any,
+        *,
+        train_on: str = "all",
+        parse_special: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        named = getattr(tokenizer, "chat_template", None)
+        # Command R and others have a template of their own for chats with tools: transformers takes it there, too.
+        with_tools = named.get("tool_use") if isinstance(named, dict) and named.get("default") == template else None
+        self.template, self.tool_template = template, with_tools or template
         self.train_on = train_on
+        own = check_kwargs(template_kwargs or {}, "tokenizer.template_kwargs")
         self.specials = special_strings(tokenizer)
-        self.special_map = {f"{name}_token": "" for name in ("bos", "eos", "pad", "unk")}
-        self.special_map |= {
-            name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)
-        }
-        self.pattern = None if parse_special else special_pattern(tokenizer)
-        self.has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self.variables: dict[str, Any] = {f"{name}_token": "" for name in ("bos", "eos", "pad", "unk")}
+        tokens = tokenizer.special_tokens_map.items()
+        self.variables |= {name: str(token) for name, token in tokens if not isinstance(token, list)} | own
+        self._questions: dict[str, tuple[str, str]] = {}
+        self._templates: dict[str, tuple[Any, bool, Any]] = {}
+        self.placeholders = Placeholders(() if parse_special else self.specials)
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool = False) -> tuple[str, list[Any]]:
-        """(text, the character spans of its generation blocks). In transformers' sandbox."""
-        assert self._strict
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[Span]]:
+        """(text, the character spans of its generation blocks). In transformers' sandbox; messages and tools are plain JSON."""
+        compiled, has_blocks, render_with_blocks = self._compiled(self.tool_template if tools else self.template)
+        given = self.variables | dict(kwargs) if kwargs else self.variables
+        if not has_blocks or prompt:
+            return compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **given), []
+        text, spans = render_with_blocks(compiled, messages, tools, None, prompt, **given)
+        return text, [(start, end) for start, end in spans]
 
-        render: Any = render_jinja_template  # its annotation says str, it returns (texts, spans)
-        texts, spans = render(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=self.has_blocks and not prompt,
-            add_generation_prompt=prompt,
-            **self.special_map,
-        )
-        return texts[0], spans[0] if spans else []
+    def _compiled(self, template: str) -> tuple[Any, bool, Any]:
+        """The template compiled by transformers, so that its sandbox, filters and functions are those of generating.
 
-    @cached_property
-    def _strict(self) -> bool:
-        """Makes the printing of an undefined variable an error: jinja prints nothing, and the sample would lose its text."""
-        import jinja2
-        from transformers.utils import chat_template_utils
+        Printing a variable that nobody set is made an error: jinja prints nothing, and the sample would lose its text. (A
+        field that a message does not have still prints nothing: templates rely on it, and `kept` looks after the text.) What is
+        used here is private to transformers, whose public function copies and checks everything anew at every render.
+        """
+        if template not in self._templates:
+            import jinja2
+            from transformers.utils import chat_template_utils
 
-        class Loud(jinja2.Undefined):
-            def __str__(self) -> str:
-                return self._fail_with_undefined_error()
+            class Loud(jinja2.Undefined):
+                def __str__(self) -> str:
+                    named = self._undefined_obj is jinja2.utils.missing
+                    return self._fail_with_undefined_error() if named else ""
 
-        # Private to transformers: a version without it renders as before, only less strictly.
-        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-        if compiled is not None:
-            compiled(self.template).environment.undefined = Loud
-        return True
+            compiled = chat_template_utils._compile_jinja_template(template)
+            compiled.environment.undefined = Loud
+            has_blocks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+            self._templates[template] = compiled, has_blocks, chat_template_utils._render_with_assistant_indices
+        return self._templates[template]
 
     def __call__(self, conversation: Conversation, where: str) -> Rendered | None:
         """None when no turn can be trained. Raises DataError when the template loses or rewrites what should be trained."""
-        count = max((n for n, message in enumerate(conversation.messages, 1) if message["role"] == "assistant"), default=0)
-        messages, tools, marks = self._hide(conversation.messages[:count], conversation.tools, where)
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.train_on == "last" or conversation.only_last:
-            turns = turns[-1:]
-        turns = [number for number in turns if _says_something(messages[number], marks)]
+        messages, tools, marks = self.placeholders.hide(conversation.messages, conversation.tools, where)
+        spoken = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant" and says_something(message, without_placeholders(message["content"], marks))
+        ]
+        turns, notes = self._asked(conversation, spoken)
         if not turns:
             return None
-        text, blocks = self.render(messages, tools)
-        notes = {NOTE_SPECIAL} if marks else set()
-        spans = self._block_spans(text, blocks, messages, tools, turns) if blocks else []
-        if spans:
-            trained = "".join(text[start:end] for start, end in spans)
-            for number in turns:
-                _check_kept(messages[number], trained, where, number)
-        else:
-            spans = [self._turn_span(text, messages, tools, number, where) for number in turns]
+        messages = messages[: turns[-1] + 1]  # what follows the last trained turn is not part of the sample
+        if marks:
+            notes.add(NOTE_SPECIAL)
+        text, spans = self._first_kept(messages, tools, turns, conversation.template_kwargs, where, notes)
         if not all(text[:end].endswith(self.specials) for _, end in spans):
             notes.add(NOTE_ENDLESS)
-        if tools and not any(_squeeze(str(tool.get("function", tool).get("name", ""))) in _squeeze(text) for tool in tools):
+        if tools and not any(squeeze(str(tool.get("function", tool).get("name", ""))) in squeeze(text) for tool in tools):
             notes.add(NOTE_TOOLS)
-        return Rendered(tuple(self._cut(text, spans, marks, where)), tuple(sorted(notes)))
+        if any(name not in self.template + self.tool_template for name in conversation.template_kwargs):
+            notes.add(NOTE_KWARGS)
+        return Rendered(tuple(self.placeholders.pieces(text, spans, marks, where)), tuple(sorted(notes)))
 
-    def _turn_span(
-        self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, number: int, where: str
-    ) -> tuple[int, int]:
-        prompt = self.render(messages[:number], tools, prompt=True)[0]
-        full = text if number == len(messages) - 1 else self.render(messages[: number + 1], tools)[0]
-        place = f"{where}, turn {number + 1}"
-        if not full.startswith(prompt):
-            at = next((n for n, (a, b) in enumerate(zip(full, prompt)) if a != b), min(len(full), len(prompt)))
-            raise DataError(
-                describe(
-                    place,
-                    "the chat template does not continue its generation prompt with this turn",
-                    expected=repr(prompt[at : at + 40]),
-                    got=repr(full[at : at + 40]),
-                    todo="set tokenizer.chat_template to one with {% generation %} marks, or put the reasoning into the text",
-                )
+    def _asked(self, conversation: Conversation, spoken: list[int]) -> tuple[list[int], set[str]]:
+        """Which turns are to be trained: those the row allows, of them the last one where only that is asked for."""
+        allowed = conversation.trainable
+        if self.train_on != "last":
+            return [turn for turn in spoken if allowed is None or turn in allowed], set()
+        turns = [turn for turn in spoken[-1:] if allowed is None or turn in allowed]
+        left_out = allowed is not None and any(turn in allowed for turn in spoken[:-1])
+        return turns, {NOTE_MARKED} if left_out else set()
+
+    def _first_kept(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        turns: list[int],
+        kwargs: Mapping[str, Any],
+        where: str,
+        notes: set[str],
+    ) -> tuple[str, list[Span]]:
+        """Text and trained spans in the first spelling of the row in which the template keeps everything."""
+        first: Exception | None = None
+        for spelling in self._spellings(messages):
+            render = partial(self._render_spelled, spelling, tools, kwargs)
+            about = f"{bool(tools)} {sorted(kwargs.items())}"
+            renders = Renders(render, messages, self.specials, lambda turn: f"{where}, turn {turn + 1}", self._questions, about)
+            try:
+                spans = turn_spans(renders, turns)
+                check_context(messages[: turns[-1]], renders.whole, where)
+            except MemoryError:
+                raise
+            except Exception as error:  # a template may raise anything
+                first = first or error
+                continue
+            notes |= renders.notes
+            return renders.whole, sorted(span for of_turn in spans.values() for span in of_turn)
+        assert first is not None
+        raise first
+
+    def _render_spelled(
+        self,
+        spelling: Spelling,
+        tools: list[Any] | None,
+        kwargs: Mapping[str, Any],
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
+        spelled = messages if spelling == Spelling() else [spelling(message) for message in messages]
+        return self.render(spelled, tools, prompt, kwargs)
+
+    def _spellings(self, messages: list[dict[str, Any]]) -> list[Spelling]:
+        """Those that can make a difference to these messages, our own first."""
+        thoughts = [message for message in messages if message["role"] == "assistant" and split_thinking(message)[0]]
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        objects = any(isinstance(call["function"].get("arguments"), Mapping) for call in calls)
+        silent = any(message.get("tool_calls") and not message["content"].strip() for message in messages)
+        names = [""]
+        if thoughts:
+            names += ["thinking", "reasoning"]
+            if any("</think>" in message["content"] for message in thoughts):
+                names.insert(1, "reasoning_content")
+            if "think>" in self.template + self.tool_template:
+                names.append("content")
+        return [
+            Spelling(reasoning, text, null)
+            for reasoning, text, null in product(
+                names, (False, True) if objects else (False,), (False, True) if silent else (False,)
             )
-        end = self._end_of_turn(full, len(prompt))
-        if not text.startswith(full[:end]):
-            raise DataError(
-                describe(
-                    place,
-                    "the chat template rewrites this turn once more turns follow",
-                    todo="set data.train_on: last, or tokenizer.chat_template to one with {% generation %} marks",
-                )
-            )
-        _check_kept(messages[number], full[len(prompt) : end], where, number)
-        return len(prompt), end
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """The white space behind a closing special token is not trained."""
-        end = len(text.rstrip())
-        return end if end > start and text[:end].endswith(self.specials) else len(text)
-
-    def _block_spans(
-        self, text: str, blocks: list[Any], messages: list[dict[str, Any]], tools: list[Any] | None, turns: list[int]
-    ) -> list[tuple[int, int]]:
-        spans = []
-        for start, end in blocks:
-            closing = next((special for special in self.specials if text.startswith(special, end)), "")
-            end = self._end_of_turn(text[: end + len(closing)], start)
-            if end > start:
-                spans.append((start, end))
-        assistants = sum(message["role"] == "assistant" for message in messages)
-        if len(turns) == assistants or not spans:
-            return spans
-        if len(spans) == assistants:  # one block a turn: take those of the turns asked for
-            order = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            return [spans[order.index(number)] for number in turns]
-        prompt = self.render(messages[:-1], tools, prompt=True)[0]
-        return [span for span in spans if span[0] >= len(prompt)] if text.startswith(prompt) else spans[-1:]
-
-    def _hide(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[list[dict[str, Any]], list[Any] | None, tuple[str, str] | None]:
-        if self.pattern is None or not any(self.pattern.search(text) for text in _strings([messages, tools])):
-            return messages, tools, None
-        pattern, numbers = self.pattern, {text: number for number, text in enumerate(self.specials)}
-        everything = set().union(*_strings([messages, tools]))
-        marks = next((pair for pair in _MARKS if not everything & set(pair)), None)
-        if marks is None:
-            raise DataError(describe(where, "holds every Unicode noncharacter U+FDD0 to U+FDEF", todo="remove the row"))
-        left, right = marks
-
-        def hide(value: Any) -> Any:
-            if isinstance(value, str):
-                return pattern.sub(lambda match: f"{left}{numbers[match[0]]}{right}", value)
-            if isinstance(value, Mapping):
-                return {hide(key): hide(item) for key, item in value.items()}
-            return [hide(item) for item in value] if isinstance(value, list) else value
-
-        return hide(messages), hide(tools), marks
-
-    def _show(self, text: str, marks: tuple[str, str] | None, where: str) -> str:
-        if marks is None:
-            return text
-        shown = re.sub(f"{marks[0]}([0-9]+){marks[1]}", lambda match: self.specials[int(match[1])], text)
-        if marks[0] in shown or marks[1] in shown:
-            todo = "remove special-token strings from the row"
-            raise DataError(describe(where, "the chat template cuts a text that holds a special token", todo=todo))
-        return shown
-
-    def _cut(self, text: str, spans: list[tuple[int, int]], marks: tuple[str, str] | None, where: str) -> list[Piece]:
-        pieces: list[Piece] = []
-        borders = sorted({0, len(text), *(border for span in spans for border in span)})
-        starts = {start: end for start, end in spans}
-        last_end = -1
-        for start, end in pairwise(borders):
-            last_end = max(last_end, starts.get(start, -1))
-            trained = end <= last_end
-            for part in self.pattern.split(text[start:end]) if self.pattern and marks else [text[start:end]]:
-                shown = self._show(part, marks, where)
-                if shown != part:
-                    pieces.append(Piece(shown, trained, raw=True))
-                elif pieces and pieces[-1].trained == trained and not pieces[-1].raw:
-                    pieces[-1] = Piece(pieces[-1].text + part, trained)
-                elif part:
-                    pieces.append(Piece(part, trained))
-        return pieces
-
-
-def _says_something(message: dict[str, Any], marks: tuple[str, str] | None) -> bool:
-    """A turn of white space or special tokens only has nothing to learn."""
-    content = re.sub(f"{marks[0]}[0-9]+{marks[1]}", "", message["content"]) if marks else message["content"]
-    return bool(content.strip() or message.get("reasoning_content", "").strip() or message.get("tool_calls"))
-
-
-def _check_kept(message: dict[str, Any], trained: str, where: str, number: int) -> None:
-    squeezed = _squeeze(trained)
-    for field in ("content", "reasoning_content"):
-        if _squeeze(message.get(field, "")) not in squeezed:
-            raise DataError(
-                describe(
-                    f"{where}, turn {number + 1}, field {field!r}",
-                    "the chat template drops or changes the assistant's text",
-                    expected=repr(message[field][:60]),
-                    got=repr(trained[:60]),
-                    todo="set tokenizer.chat_template to one that keeps it, or put it into content as <think>…</think>",
-                )
-            )
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for item in pair for text in _strings(item)]
-    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
+        ]

@@ -43,8 +43,10 @@ class Answered:
         extractor: str = "final",
         max_new_tokens: int = 512,
         batch_size: int = 16,
+        end_ids: Sequence[int] = (),
     ):
         """extractor: a name of answers.EXTRACTORS, or package.module:function (text → answer or None).
+        end_ids: at which replies end, besides the tokenizer's own and the one that most references end with.
 
         Raises ConfigError for an unknown extractor, DataError naming a sample whose reference holds no answer.
         """
@@ -72,6 +74,7 @@ class Answered:
         self.end_ids = sorted(
             {token for token, n in last.items() if 2 * n > len(pairs)}
             | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+            | set(end_ids)
         )
 
     def __call__(self, model: nn.Module) -> Answers:

@@ -60,7 +60,7 @@ def generate(
                     top_p=None,
                     top_k=None,
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=list(end_ids),
+                    eos_token_id=list(end_ids) or None,
                     pad_token_id=pad_id,
                     synced_gpus=False,
                 )

@@ -1,6 +1,7 @@
 """Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` reads it, tokenizer and template beside it."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,46 @@ def write_state(
         tokenizer.save_pretrained(folder)
 
 
+def stop_at(model: PreTrainedModel, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Let the model stop at the tokens that end its trained turns, here and in every folder it is saved to.
+
+    They join generation_config.eos_token_id, behind the ids that stand there. Of those one goes: an ordinary token of this
+    tokenizer (a default of the model's class, another tokenizer's end), at which replies would break off.
+    config.json keeps its eos_token_id, which is the base model's. Returns what is to be said; None = nothing changed.
+    """
+    settings = model.generation_config
+    if settings is None or tokenizer is None or not ends:
+        return None
+    before = stops_of(model)
+    named = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    kept = [token for token in before if token in named]
+    after = list(dict.fromkeys([*kept, *ends]))
+    if after == before:
+        return None
+    settings.eos_token_id = after[0] if len(after) == 1 else after
+
+    def names(tokens: Sequence[int]) -> str:
+        return ", ".join(str(tokenizer.convert_ids_to_tokens(t) if t < len(tokenizer) else t) for t in tokens) or "none"
+
+    new = [token for token in after if token not in before]
+    said = []
+    if new:
+        verb = "joins" if len(new) == 1 else "join"
+        said.append(f"trained turns end with {names(new)}, which {verb} the saved model's eos_token_id (was {names(before)})")
+    if gone := [token for token in before if token not in kept]:
+        said.append(f"{names(gone)} leaves the saved model's eos_token_id: to this tokenizer it is an ordinary token")
+    if has_lora(model):
+        said.append("an adapter's base model keeps its own: give generate the generation_config.json beside the adapter")
+    return "; ".join(said)
+
+
+def stops_of(model: PreTrainedModel) -> list[int]:
+    """The ids at which the model's own `generate` stops."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if settings is not None else None
+    return [] if ends is None else [int(ends)] if isinstance(ends, int) else [int(token) for token in ends]
+
+
 def _save_model(model: PreTrainedModel, state: dict[str, Any], folder: Path) -> None:
     """Through an empty twin of the model: no adapters in it, no shards, nothing that still calls it quantised."""
     with torch.device("meta"):
@@ -83,3 +124,5 @@ def _save_adapters(model: PreTrainedModel, state: dict[str, Any], folder: Path) 
     tensors = {f"base_model.model.{name}": value.contiguous() for name, value in adapters.items()}
     model.peft_config[ADAPTER].save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)  # where the adapted model stops; its base may stop elsewhere

@@ -11,6 +11,7 @@ named exceptions of law 2.
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from repsft_fast.errors import ModelError, describe, did_you_mean
+from repsft_fast.hub import near_path, offline, why_local, why_not_reached
 from repsft_fast.models.checks import check_head
 from repsft_fast.models.gguf import correct, declared
 from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
@@ -85,7 +87,7 @@ def load_model(
             model = _from_config(config, trust_remote_code, options)
         model.tie_weights()  # transformers 5.0 does not, on meta
         if place != device and isinstance(path_or_config, str | Path) and not random_weights:
-            _generate_as_saved(model, locate(str(path_or_config), gguf_file)[0])
+            _generate_as_saved(model, *_located(str(path_or_config), gguf_file)[::2])
     elif isinstance(path_or_config, str | Path) and not random_weights:
         model = _from_path(str(path_or_config), gguf_file, trust_remote_code, options)
     else:
@@ -118,12 +120,13 @@ def load_tokenizer(
 
     Out of a GGUF file it has the special tokens that the file declares; ModelError where transformers misreads its vocabulary.
     """
-    folder, gguf = _located(str(path), gguf_file)
+    what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
+    folder, gguf, unreached = _located(str(path), gguf_file, setting, what)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        with offline(unreached):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
     except _UNREADABLE as error:
-        what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
-        raise _unreadable(error, path, setting, what) from error
+        raise _unreadable(error, path, setting, what, folder) from error
     if gguf and (file := Path(folder, gguf["gguf_file"])).is_file():
         correct(tokenizer, declared(file), str(path))
     return tokenizer
@@ -131,6 +134,8 @@ def load_tokenizer(
 
 def locate(path: str, gguf_file: str | None = None) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file in it or None) for a path as people write it. ModelError for a missing package."""
+    if path.startswith("~"):
+        path = os.path.expanduser(path)  # which leaves it as it is when there is no such user
     if path.startswith(PACKAGE_PREFIX):
         package, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -171,40 +176,66 @@ def config_of(
         if slips:
             raise ModelError("; ".join(slips))
         return made
-    folder, gguf = _located(str(path_or_config), gguf_file)
+    folder, gguf, unreached = _located(str(path_or_config), gguf_file)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        with offline(unreached):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
     except _UNREADABLE as error:
-        raise _unreadable(error, path_or_config) from error
+        raise _unreadable(error, path_or_config, folder=folder) from error
 
 
-def _located(path: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
-    """`locate`, with the GGUF file as the keyword transformers takes; ModelError when that file is not there."""
+def _located(
+    path: str, gguf_file: str | None, setting: str = "model.path", what: str = "a causal language model"
+) -> tuple[str, dict[str, str], bool]:
+    """`locate`, with the GGUF file as the keyword transformers takes, and whether a hub that is asked is out of reach.
+
+    ModelError for a GGUF file that is not there, and at once for what looks like a path and is not there.
+    """
     folder, gguf_file = locate(path, gguf_file)
-    if gguf_file and Path(folder).is_dir() and not Path(folder, gguf_file).is_file():
+    here = os.path.exists(folder)
+    if gguf_file and here and not Path(folder, gguf_file).is_file():
         raise ModelError(describe("model.gguf_file", "does not exist", got=str(Path(folder, gguf_file))))
-    return folder, {"gguf_file": gguf_file} if gguf_file else {}
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    if here:
+        return folder, gguf, os.path.isfile(folder)  # which transformers would ask the hub for
+    if why := why_local(folder):
+        near = near_path(Path(folder))
+        meant = f"did you mean {near}? else " if near else ""
+        todo = f"{meant}give a folder or hub id of {what} ({why}: the hub is not asked)"
+        raise ModelError(describe(setting, "no such folder", got=path, todo=todo))
+    return folder, gguf, why_not_reached(folder, "model") is not None
 
 
 def _unreadable(
-    error: Exception, path: str | Path, setting: str = "model.path", what: str = "a causal language model"
+    error: Exception,
+    path: str | Path,
+    setting: str = "model.path",
+    what: str = "a causal language model",
+    folder: str | None = None,  # or hub id, that `path` led to
 ) -> ModelError:
-    # transformers says of a folder that is not there that its name is no hub id
-    absent = not Path(path).exists() and str(path).count("/") != 1
-    wrong = "no such folder" if absent else _first_line(error)
-    if Path(path).is_dir() and not any(Path(path, name).exists() for name in _NAMED_IN_A_FOLDER):
-        wrong = "the folder holds neither a model nor a tokenizer"
-    return ModelError(describe(setting, wrong, got=str(path), todo=f"give a folder or hub id of {what}"))
+    wrong, todo = _first_line(error), f"give a folder or hub id of {what}"
+    folder = str(path) if folder is None else folder
+    if os.path.isfile(folder):
+        wrong = "is a file"
+        todo = f"give the folder it is in: {Path(folder).parent}"
+    elif os.path.isdir(folder):
+        if not any(Path(folder, name).exists() for name in _NAMED_IN_A_FOLDER):
+            wrong = "the folder holds neither a model nor a tokenizer"
+    elif why := why_not_reached(folder, "model"):
+        wrong = f"is no folder here ({Path(folder).absolute()}), and could not be had from the hub or its cache ({why})"
+        todo += "; HF_HUB_OFFLINE=1 reads the cache without asking"
+    return ModelError(describe(setting, wrong, got=str(path), todo=todo))
 
 
 def _from_path(path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
-    folder, gguf = _located(path, gguf_file)
+    folder, gguf, unreached = _located(path, gguf_file)
     try:
         # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
         options = {**options, **(gguf or {"use_safetensors": True})}
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        with offline(unreached):
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except _UNREADABLE as error:
-        raise _unreadable(error, path) from error
+        raise _unreadable(error, path, folder=folder) from error
     if gguf:
         _forget_quantisation(model)
     return model
@@ -239,9 +270,9 @@ def _from_config(config: PreTrainedConfig, trust_remote_code: bool, options: dic
         raise ModelError(describe("model.config", _first_line(error), got=type(config).__name__)) from error
 
 
-def _generate_as_saved(model: Any, folder: str) -> None:
+def _generate_as_saved(model: Any, folder: str, unreached: bool) -> None:
     """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one that read."""
-    with contextlib.suppress(OSError):  # a model saved without
+    with contextlib.suppress(OSError), offline(unreached):  # a model saved without
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from repsft_fast.report import live_mixture
+from repsft_fast.report import live_mixture, visible
 from repsft_fast.report.words import MISSING, count, duration, number, percent, size
 
 Record = Mapping[str, Any]
@@ -35,6 +35,8 @@ class Live:
     ):
         """terminal: None = ask the stream (standard output unless given)."""
         self._stream = stream if stream is not None else sys.stdout
+        if enabled:
+            visible.escaping(self._stream)
         self._shown = enabled
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._every_seconds = every_seconds
@@ -176,16 +178,14 @@ class Live:
 
     def _rich(self) -> Any:
         if self._console is None:
-            from rich.console import Console
-
-            self._console = Console(file=self._stream, highlight=False, force_terminal=True)
+            self._console = visible.console(self._stream, terminal=True)
         return self._console
 
     def _print(self, text: str, style: str) -> None:
+        """A line that stays. It may hold names and texts that are not ours: the terminal shows them and does not obey them."""
+        text = visible.visible(text)
         if self._terminal:
-            from rich.text import Text
-
-            self._rich().print(Text(text, style=style), soft_wrap=True)
+            visible.show(self._rich(), text, style)
         else:
             print(text, file=self._stream, flush=True)
 
@@ -193,10 +193,11 @@ class Live:
         tasks = record.get("tasks") or {}
         if len(tasks) < 2:
             return
-        width = max(len(name) for name in tasks)
+        names = {name: visible.one_line(name) for name in tasks}
+        width = max(map(visible.columns, names.values()))
         for name, task in tasks.items():
             figures = f"loss {number(task.get('loss'), 4):>7}  token accuracy {percent(task.get('token_accuracy'), 2):>8}"
-            self._print(f"    {name:<{width}}  {figures}", "dim")
+            self._print(f"    {visible.padded(names[name], width)}  {figures}", "dim")
 
     def _fields(self, record: Record) -> dict[str, str]:
         target, total = self._info.get("target"), self._info.get("updates")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from repsft_fast.report.visible import columns, one_line, padded
 from repsft_fast.report.words import MISSING, number, percent
 
 BAR = 28  # columns, at most
@@ -45,17 +46,17 @@ def bars(standing: Mapping[str, Any], width: int) -> Any:
 
     metric = str(standing["metric"])
     table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
-    longest = max((len(name) for name in standing["tasks"]), default=0)
-    columns = max(min(BAR, width - min(longest, 24) - 46), 6)
+    width_of_bar = max(min(BAR, width - min(_longest(standing), 24) - 46), 6)
     for name, task in standing["tasks"].items():
         colour = COLOURS.get(str(task["state"]), "grey50")
         now, best = filled(task, metric)
+        name = one_line(name)
         cells = [
             Text(name if len(name) <= 24 else f"{name[:23]}…", style="bold" if task["state"] == "active" else "dim"),
             Text(f"{score_text(task.get('score'), metric):>7}"),
         ]
         if width >= NARROW:
-            cells.insert(1, bar(now, best, columns, colour))
+            cells.insert(1, bar(now, best, width_of_bar, colour))
             cells.append(Text(f"best {score_text(task.get('best'), metric):>7}", style="dim"))
             cells.append(Text(note_of(task), style=colour if task["state"] != "active" else "dim"))
         table.add_row(*cells)
@@ -83,7 +84,7 @@ def evaluation_line(record: Mapping[str, Any], metric: str, width: int | None = 
     """1.75 epochs  all 61.2 %  boolq 64.1 %  gsm8k 12.0 %. Without the tasks where they do not fit: the bars show them."""
     scores = record.get("scores") or {}
     head = f"  {record.get('epoch', 0.0):.2f} epochs  all {score_text(record.get('pooled'), metric)}"
-    whole = "  ".join([head, *(f"{name} {score_text(score, metric)}" for name, score in scores.items())])
+    whole = "  ".join([head, *(f"{one_line(name)} {score_text(score, metric)}" for name, score in scores.items())])
     return whole if width is None or len(whole) <= width else head
 
 
@@ -101,20 +102,25 @@ def ending(standing: Mapping[str, Any], more: Mapping[str, Any]) -> list[str]:
     found = [f"the result ({where}): validation {score_text(result['pooled'], metric)}"]
     if test:
         found[0] += f", test {score_text(test.get('pooled'), metric)}"
-    longest = max((len(name) for name in standing["tasks"]), default=0)
+    longest = _longest(standing)
     for name, task in standing["tasks"].items():
         figures = [f"validation {score_text(result['tasks'][name]['score'], metric):>7}"]
         figures += [f"test {score_text(tested.get(name), metric):>7}"] if test else []
-        found.append(f"    {name:<{longest}}  {'  '.join(figures)}  {task['state']}")
+        found.append(f"    {padded(one_line(name), longest)}  {'  '.join(figures)}  {task['state']}")
     return found
 
 
 def lines(standing: Mapping[str, Any]) -> list[str]:
     """The same without a terminal: one line per task."""
     metric = str(standing["metric"])
-    longest = max((len(name) for name in standing["tasks"]), default=0)
+    longest = _longest(standing)
     return [
-        f"    {name:<{longest}}  {score_text(task.get('score'), metric):>7}  best {score_text(task.get('best'), metric):>7}  "
-        f"{note_of(task)}"
+        f"    {padded(one_line(name), longest)}  {score_text(task.get('score'), metric):>7}"
+        f"  best {score_text(task.get('best'), metric):>7}  {note_of(task)}"
         for name, task in standing["tasks"].items()
     ]
+
+
+def _longest(standing: Mapping[str, Any]) -> int:
+    """Columns of the longest task's name."""
+    return max((columns(one_line(name)) for name in standing["tasks"]), default=0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from repsft_fast.report import timeline
 from repsft_fast.report.picture import FAINT, GRID, INK, save
+from repsft_fast.report.visible import one_line
 from repsft_fast.report.words import count, duration, number, percent
 
 KEPT, GONE, LEFT, BEST = "#0b6e99", "#c9ced4", "#bc6c25", "#1a7f37"
@@ -55,7 +56,7 @@ def draw(folder: Path | str) -> Path:
             panels.flat[last].set_xlabel("epochs", fontsize=9, color=INK)
             panels.flat[last].tick_params(labelbottom=True)
     more = "" if len(shown) == len(tasks) else f" · the first {len(shown)} of {len(tasks)} tasks"
-    figure.suptitle(_title(folder, data) + more, fontsize=11, color=INK, x=0.01, ha="left")
+    figure.suptitle(one_line(_title(folder, data)) + more, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
     return save(figure, folder)
 
 
@@ -141,7 +142,7 @@ def _who(axes: Any, data: Mapping[str, Any]) -> None:
         if decision["kind"] == "roll_back" and decision.get("drop") in tasks:
             row = tasks.index(decision["drop"])
             axes.plot([decision["epoch"]], [row], marker="x", color=LEFT, markersize=7, markeredgewidth=2, zorder=4)
-    axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+    axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks], parse_math=False)
     axes.set_ylim(len(tasks) - 0.4, -0.6)
     axes.set_xlim(-0.02 * last, last * 1.02 or 1.0)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -220,7 +221,7 @@ def _pen(branch: str, width: float) -> dict[str, Any]:
 def _style(axes: Any, title: str, metric: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=0)
@@ -255,6 +256,8 @@ def _name(metric: str) -> str:
 
 
 def _short(task: str) -> str:
+    """A task's name as a label: data, in which a $ begins no formula."""
+    task = one_line(task)
     return task if len(task) <= 22 else f"{task[:21]}…"
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from repsft_fast.errors import RepsftError, describe
 from repsft_fast.report.result import FILE as RESULT_FILE
+from repsft_fast.report.visible import one_line
 from repsft_fast.report.words import count, duration, percent
 
 FILE = "run.png"
@@ -103,7 +104,8 @@ def draw(folder: Path | str) -> Path:
         if axes.get_legend_handles_labels()[1]:
             place = "lower left" if axes is left else "lower right"  # where no training curve runs
             axes.legend(loc=place, framealpha=1, edgecolor="none", fontsize=9, labelcolor=INK)
-    figure.suptitle(_title(result), fontsize=11, color=INK, x=0.01, ha="left")
+    # An error's words may hold anything: a $ in them begins no formula.
+    figure.suptitle(one_line(_title(result)), fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
     return save(figure, folder)
 
 

@@ -7,9 +7,11 @@ import os
 import torch
 
 from repsft_fast.config import Config
+from repsft_fast.data.ends import ends_in_words
 from repsft_fast.data.plan import Plan, summary
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, ModelError, describe
+from repsft_fast.report.visible import escaping, one_line
 from repsft_fast.report.words import count, percent, size
 from repsft_fast.training.budget import budget_of
 from repsft_fast.training.parts import Data, build_model, build_plan, build_tokenizer, load_data, vocabulary_of
@@ -29,6 +31,7 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     ranks = ranks or int(os.environ.get("WORLD_SIZE") or 1)
     device = torch.device("cuda" if on_gpus else "cpu")
     resolved, config = config, computed_in_bf16(config) if on_gpus else config
+    escaping()
     print(resolved.to_yaml())
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer, torch.device("cpu"), vocabulary_of(config, tokenizer))
@@ -52,9 +55,9 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
         lines |= rehearsal_lines(config, data, plan)
     width = max(map(len, lines))
     for name, text in lines.items():
-        print(f"{name:<{width}}  {text}")
-    for note in [*planned.notes, *data.warnings, *config.warnings]:
-        print(f"{'note':<{width}}  {note}")
+        print(f"{name:<{width}}  {one_line(text)}")
+    for note in [*planned.notes, *data.warnings, *config.warnings, *ends_in_words(data.ends, tokenizer)]:
+        print(f"{'note':<{width}}  {one_line(note)}")
 
 
 def describe_world(config: Config, ranks: int, *, dry_run: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from repsft_fast.data.sample import Sample
 from repsft_fast.evaluate.generate import generate
+from repsft_fast.models import stops_of
 from repsft_fast.training.parts import Parts
 
 
@@ -20,7 +21,8 @@ def answer_examples(parts: Parts, samples: Sequence[Sample] | None = None) -> li
     if parts.tokenizer is None or not examples:
         return []
     prompts = [sample.ids[: sample.trained.index(True)] for sample in examples]
-    end_ids = sorted({sample.ids[-1] for sample in examples} | {parts.tokenizer.eos_token_id} - {None})
+    # Where the saved model stops. Rows without an end of their own have none but the tokenizer's.
+    end_ids = sorted({*stops_of(parts.model), parts.tokenizer.eos_token_id} - {None})
     replies = generate(
         parts.model,
         prompts,

@@ -20,6 +20,7 @@ from torch import nn
 import repsft_fast
 from repsft_fast import distributed
 from repsft_fast.config import Config
+from repsft_fast.data.ends import Ends, cut_at, find_ends
 from repsft_fast.data.gym import is_gym_source, write_gym_source
 from repsft_fast.data.load import DataSettings, load_splits
 from repsft_fast.data.plan import Plan, Update
@@ -38,6 +39,7 @@ from repsft_fast.schedule import Schedule
 from repsft_fast.throughput import ModelShape, Work, peak_flops
 from repsft_fast.training import chunks
 from repsft_fast.training.budget import Budget, budget_of
+from repsft_fast.training.ends import learn_ends
 from repsft_fast.training.progress import Progress
 
 CPU_BUCKET, GPU_BUCKET = 1, 128
@@ -56,6 +58,7 @@ class Data:
     seen: list[Sample]  # a few training samples whose prompts are answered at the end: memorised or not, one sees it
     held_out: list[Sample]  # a few held-out samples whose prompts are answered at evaluations and at the end
     digest: str  # of tokens and targets: ranks and resumed runs must agree on it
+    ends: Ends = field(default_factory=Ends)  # which tokens end the trained turns
 
 
 @dataclass
@@ -147,7 +150,8 @@ def load_data(config: Config, tokenizer: Any, device: torch.device, vocabulary: 
     """Every split, loaded and put where the loop reads it."""
     splits, loaded = load_samples(config, tokenizer, vocabulary)
     held = {name: samples for name in ("validation", "test") if (samples := getattr(splits, name))}
-    return resident(config, splits.train, held, dict(loaded.dropped), loaded.warnings, device)
+    data = resident(config, splits.train, held, dict(loaded.dropped), loaded.warnings, device)
+    return replace(data, ends=find_ends(splits.train, tokenizer, cut_at=cut_at(_data_settings(config))))
 
 
 def resident(
@@ -214,6 +218,7 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
         budget = budget_of(config, plan)
         model = build_model(config, world)
         check_vocabulary(model, data)
+        data.warnings += learn_ends(model, data.ends, tokenizer)
     shape = ModelShape.of(model)
     mesh = distributed.mesh_of(world, config.distributed.shard_ranks) if world.size > 1 else None
     distributed.shard(model, world, mesh=mesh, arriving=world.size > 1)
@@ -367,6 +372,10 @@ def _data_settings(config: Config) -> DataSettings:
         max_tokens=data.max_tokens - 1 if data.max_tokens is not None else config.batch.row_tokens,  # in positions
         cache_folder=cache_folder(config),
         split=data.split,
+        special_tokens=config.tokenizer.special_tokens,
+        template_kwargs=config.tokenizer.template_kwargs,
+        on_bad_row=data.on_bad_row,
+        ignore_columns=tuple(data.ignore_columns),
     )
 
 

@@ -13,6 +13,7 @@ from repsft_fast.errors import ConfigError, describe
 from repsft_fast.evaluate.answered import Answered
 from repsft_fast.evaluate.teacher_forced import SampleScores
 from repsft_fast.metrics import summarise
+from repsft_fast.models import stops_of
 from repsft_fast.policies.statistics import Score
 from repsft_fast.throughput import Work
 from repsft_fast.training.parts import Parts
@@ -42,7 +43,8 @@ class TaskScorer:
                 raise ConfigError(describe("mixture.metric", wrong, todo="set tokenizer.path"))
             name, limit = parts.config.mixture.extractor, parts.config.mixture.answer_tokens
             samples = range(len(store.index))
-            self._answered = Answered(store, samples, parts.tokenizer, extractor=name, max_new_tokens=limit)
+            ends = stops_of(parts.model)
+            self._answered = Answered(store, samples, parts.tokenizer, extractor=name, max_new_tokens=limit, end_ids=ends)
 
     def __call__(self) -> Scored:
         parts, names = self.parts, self.parts.data.task_names

@@ -30,6 +30,7 @@ from repsft_fast.config import Config
 from repsft_fast.data.load import DataSettings, load
 from repsft_fast.data.sample import Sample
 from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
+from repsft_fast.report import visible
 from repsft_fast.report.words import count, size
 from repsft_fast.row import IGNORE_INDEX
 from repsft_fast.training import crashed, laws
@@ -91,7 +92,7 @@ def selftest(config: Config | None = None) -> Outcome:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError(describe("selftest", "runs in one process", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}"))
     quiet_libraries()
-    console = Console(highlight=False)
+    console = visible.console()  # an error's words hold names and text that are not ours
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="repsft-selftest-") as name:
         folder = Path(name)
@@ -248,7 +249,8 @@ def _first_samples(config: Config, tokenizer: Any) -> list[Sample]:
     data = config.data
     reading = DataSettings(
         format=data.format, train_on=data.train_on, task_column=data.task_column, weight_column=data.weight_column,
-        split=data.split,
+        split=data.split, ignore_columns=tuple(data.ignore_columns), on_bad_row=data.on_bad_row,
+        special_tokens=config.tokenizer.special_tokens, template_kwargs=config.tokenizer.template_kwargs,
     )  # fmt: skip
     vocabulary = vocabulary_of(config, tokenizer)
     loaded = load(written_out(data.train, config), tokenizer, reading, vocab_size=vocabulary, first_rows=ROWS)

@@ -1,6 +1,7 @@
 import pytest
 
-from repsft_fast.data.formats import Conversation, Pair, Pretokenised, Text, detect, parse, read_task, read_weight
+from repsft_fast.data.formats import Conversation, Pair, Text, detect, parse, read_task, read_weight
+from repsft_fast.data.pretokenised import Pretokenised
 from repsft_fast.errors import DataError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -18,18 +19,18 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ),
         ({"conversations": TURNS}, "conversations", Conversation(TURNS)),
         ({"prompt": "q", "completion": "a", "text": "x"}, "prompt", Pair("q", "a", chat=False)),
-        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt", Conversation(TURNS, only_last=True)),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt", Conversation(TURNS, trainable=(1,))),
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", Pair("q", "a", chat=True)),
         ({"instruction": "q", "input": "c", "output": "a"}, "alpaca", Pair("q\n\nc", "a", chat=True)),
         ({"instruction": "q", "output": "a"}, "alpaca", Pair("q", "a", chat=True)),
         ({"query": "q", "response": "a"}, "query", Pair("q", "a", chat=True)),
         ({"text": "t", "messages": None}, "text", Text("t")),
-        ({"input_ids": [1, 2, 3]}, "input_ids", Pretokenised([1, 2, 3], [True] * 3)),
-        ({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, "input_ids", Pretokenised([1, 2, 3], [False, True, False])),
+        ({"input_ids": [1, 2, 3]}, "input_ids", [Pretokenised([1, 2, 3], [True] * 3)]),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, "input_ids", [Pretokenised([1, 2, 3], [False, True, False])]),
         (
             {"input_ids": [0, 0, 1, 2], "labels": [-100, -100, -100, 2], "attention_mask": [0, 0, 1, 1]},
             "input_ids",
-            Pretokenised([1, 2], [False, True]),
+            [Pretokenised([1, 2], [False, True])],
         ),
     ],
 )
@@ -50,8 +51,8 @@ def test_tools_reasoning_and_tool_calls_come_along_and_arrow_nulls_do_not():
         {"role": "tool", "content": "2", "name": "add"},
         {"role": "assistant", "content": "2", "reasoning_content": None},
     ]
-    parsed = parse({"messages": turns, "tools": '[{"name": "add"}]'}, "messages", "f:1")
-    assert parsed.tools == [{"name": "add"}]
+    parsed = parse({"messages": turns, "tools": '[{"name": "add"}]'}, "messages", "f:1", merged=True)
+    assert parsed.tools == [{"type": "function", "function": {"name": "add"}}]
     assert parsed.messages == [
         {"role": "user", "content": "1+1?"},
         {
@@ -83,18 +84,11 @@ def turn(role, content="x"):
         ({"messages": []}, "messages", ["empty"]),
         ({"messages": ["hi"]}, "messages", ["messages[0]", "str"]),
         ({"messages": [{"content": "x"}]}, "messages", ["messages[0].role"]),
-        ({"messages": [turn("User")]}, "messages", ["messages[0].role", "'User'"]),
         ({"messages": [turn(["user"])]}, "messages", ["messages[0].role"]),
         ({"messages": [turn("user"), turn("assistant", None)]}, "messages", ["messages[1].content", "null"]),
         ({"messages": [turn("user"), turn("assistant", 7)]}, "messages", ["messages[1].content", "int"]),
-        ({"messages": [turn("user", [{"type": "text", "text": "x"}])]}, "messages", ["messages[0].content", "list"]),
-        ({"messages": [turn("assistant")]}, "messages", ["messages[0].role", "after nothing"]),
-        ({"messages": [turn("user"), turn("user")]}, "messages", ["messages[1].role", "after user"]),
-        ({"messages": [turn("user"), turn("assistant"), turn("assistant")]}, "messages", ["messages[2].role"]),
-        ({"messages": [turn("user"), turn("system")]}, "messages", ["messages[1].role", "system"]),
-        ({"messages": [turn("user"), turn("tool")]}, "messages", ["messages[1].role", "tool"]),
         ({"messages": [turn("user", "\ud800")]}, "messages", ["messages[0].content", "surrogate", "U+D800"]),
-        ({"conversations": [{"from": "human"}]}, "conversations", ["conversations[0].value", "null"]),
+        ({"conversations": [{"from": "human"}]}, "conversations", ["conversations[0]", "null"]),
         ({"prompt": "q", "completion": [turn("assistant")]}, "prompt", ["two kinds"]),
         ({"prompt": 1, "completion": 2}, "prompt", ["neither", "int"]),
         ({"prompt": [turn("user")], "completion": []}, "prompt", ["one turn"]),
@@ -131,7 +125,7 @@ def test_nesting_in_tools_is_bounded():
         parse({"messages": TURNS, "tools": [{"x": deep}]}, "messages", "f:1")
 
 
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", None, True, 10**400])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "one", "", None, True, 10**400])
 def test_a_weight_is_a_finite_number_not_below_zero(value):
     with pytest.raises(DataError, match="f:3, field 'w': is not a weight"):
         read_weight({"w": value}, "w", "f:3")

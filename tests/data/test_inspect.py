@@ -1,5 +1,5 @@
 import pytest
-from chat_tokenizers import byte_level
+from chat_tokenizers import byte_level, metaspace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,13 +15,31 @@ def test_a_sample_is_shown_token_by_token():
     assert [(token.text, token.trained) for token in shown.tokens] == [
         ("he", False),
         (" ", True),
-        ("Ã", True),  # half a character: as the vocabulary spells it
-        ("©", True),
+        ("é", True),  # of two tokens that make one character the first shows it
+        ("", True),
         ("<think>", True),
         ("<|im_end|>", True),
     ]
     assert [token.id for token in shown.tokens] == ids
     assert (shown.task, shown.weight, shown.source, shown.positions, shown.trained) == ("t", 2.0, "f:3", 5, 5)
+
+
+def test_half_a_character_is_spelled_as_the_vocabulary_spells_it():
+    tokenizer = byte_level()
+    ids = tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert [token.text for token in view(Sample([*ids[:1], *ids], [False, True, True]), tokenizer).tokens] == ["Ã", "é", ""]
+    assert [token.text for token in view(Sample(ids, [False, True]), tokenizer).tokens] == ["Ã", "©"], (
+        "trained in one half only"
+    )
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+def test_the_tokens_texts_make_the_whole_text(make):
+    tokenizer = make()
+    text = "how a hat, a house\nand a <|im_end|> there" if make is metaspace else "a 日本語 and a 🙂 he\n\n  two<think>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = view(Sample(ids, [False, *[True] * (len(ids) - 1)]), tokenizer)
+    assert "".join(token.text for token in shown.tokens) == tokenizer.decode(ids)
 
 
 def test_without_a_tokenizer_the_ids_stand_for_the_text():

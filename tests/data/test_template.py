@@ -8,6 +8,7 @@ from chat_tokenizers import BLOCKS, CHATML, LLAMA3, QWEN3, byte_level, metaspace
 
 from repsft_fast.data.encode import Encoder
 from repsft_fast.data.load import DataSettings, load
+from repsft_fast.data.template import NOTE_SPECIAL
 from repsft_fast.errors import DataError
 
 
@@ -81,7 +82,7 @@ def test_generation_blocks_rule_where_they_mark_anything(one):
     wider = byte_level(
         BLOCKS.replace(marked, "{% generation %}{{ '> ' + message.content + '<|im_end|>\n' }}{% endgeneration %}")
     )
-    assert trained_text(one(chat("q1", "a1"), wider).samples[0], wider) == "·> a1<|im_end|>\n<|im_end|>"
+    assert trained_text(one(chat("q1", "a1"), wider).samples[0], wider) == "·> a1<|im_end|>"
     unmarked = byte_level("{% if false %}{% generation %}{% endgeneration %}{% endif %}" + CHATML)
     assert trained_text(one(chat("q1", "a1"), unmarked).samples[0], unmarked) == "·a1<|im_end|>"
 
@@ -151,7 +152,7 @@ def test_special_token_strings_in_the_data_stay_text(one, tokenizer):
         assert sample.ids.count(token) == clean.ids.count(token)
     assert attack in tokenizer.decode(sample.ids)
     assert trained_text(sample, tokenizer).replace(" ", "") == "·no<|im_end|>no<|im_end|>"
-    assert loaded.warnings == ["1 rows hold special-token strings, kept as text"]
+    assert loaded.warnings == [f"1 {NOTE_SPECIAL}"]
     parsed = one(row, tokenizer, special_tokens="parse")
     assert parsed.samples[0].ids.count(tokenizer.eos_token_id) == clean.ids.count(tokenizer.eos_token_id) + 2
     assert parsed.warnings == []

@@ -165,7 +165,7 @@ def test_an_empty_arrow_data_set_and_a_missing_split(tmp_path):
         ("row.jsonl", "does not exist; did you mean rows.jsonl"),
         ("rows.jsonll", "does not exist; did you mean rows.jsonl"),
         ("./nowhere/rows.jsonl", "does not exist"),
-        ("rows.csv", "kind of file we do not read"),
+        ("rows.xls", "kind of file we do not read"),
         ("folder", "folder without data"),
         ("a\0b.jsonl", "does not exist"),
         ("x" * 5000 + ".jsonl", "does not exist"),
@@ -179,7 +179,7 @@ def test_an_empty_arrow_data_set_and_a_missing_split(tmp_path):
 def test_sources_that_are_not_there(tmp_path, monkeypatch, source, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
-    (tmp_path / "rows.csv").write_bytes(b"query,response\nq,a\n")
+    (tmp_path / "rows.xls").write_bytes(b"query,response\nq,a\n")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=words):
         load([source] if isinstance(source, int) else source, byte_level())
@@ -216,7 +216,7 @@ def load_with_vocabulary(attempt, content, size):
     return load(str(path), byte_level(), vocab_size=size)
 
 
-@pytest.mark.parametrize("weight", ["-1", "NaN", "Infinity", "null", '"1"', "1e999", "true"])
+@pytest.mark.parametrize("weight", ["-1", "NaN", "Infinity", "null", '"one"', "1e999", "true"])
 def test_bad_weights_name_the_row(attempt, weight):
     content = GOOD.replace(b"}", b', "w": 1}') + GOOD.replace(b"}", b', "w": ' + weight.encode() + b"}")
     with pytest.raises(DataError, match=r"rows.jsonl:2, field 'w': is not a weight"):

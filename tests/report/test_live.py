@@ -237,3 +237,51 @@ class TestRemainingTime:
     def test_going_back_in_updates_does_not_break_the_pace(self, monkeypatch):
         live = self.pace(monkeypatch, [(0, 0.0), (10, 20.0), (4, 21.0), (5, 23.0)])
         assert live._pace.seconds_for(1) == pytest.approx(2.0)
+
+
+HOSTILE = "[INST] hi [/INST] :smile: \x1b[31mred\x07\r\u202eabc\u200b\x00 $x^2$"
+SPELLED = "[INST] hi [/INST] :smile: \\x1b[31mred\\x07\\r\\u202eabc\\u200b\\x00 $x^2$".replace("\\r", "\\x0d")
+
+
+class TestDataIsShownAndNotObeyed:
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_names_of_tasks_and_words_of_data(self, terminal, wide):
+        stream = io.StringIO()
+        with Live(stream=stream, terminal=terminal, every_seconds=0) as live:
+            live.start({**INFO, "folder": HOSTILE})
+            tasks = {HOSTILE: {"loss": 1.0, "token_accuracy": 0.5}, "b": {"loss": 1.0, "token_accuracy": 0.5}}
+            live.update(RECORD)
+            live.evaluation({**RECORD, "tasks": tasks})
+            live.note(f"dropped: 3 × {HOSTILE}")
+            live.end({"success": False, "reason": HOSTILE, "folder": HOSTILE})
+        text = stream.getvalue()
+        assert text.count(SPELLED) == 5
+        for character in ("\x1b[31m", "\x07", "\u202e", "\u200b", "\x00"):
+            assert character not in text
+        assert "\r" not in re.sub(r"\r(?=\x1b|$)", "", text)
+
+    def test_a_mixtures_tasks(self, wide):
+        name = "[INST]:smile:\x1b[31m\n"
+        state = {"score": 0.5, "best": 0.6, "lowest": 0.1, "state": "active", "kept": None}
+        standing = {"metric": "exact_match", "stage": 0, "tasks": {name: state, "b": state}}
+        for terminal in (False, True):
+            stream = io.StringIO()
+            with Live(stream=stream, terminal=terminal) as live:
+                live.start(INFO)
+                live.mixture(standing)
+                live.update(RECORD)
+                if terminal:
+                    live._screen.refresh()
+                live.evaluation({"moment": "m", "scores": {name: 0.5, "b": 0.25}, "pooled": 0.5})
+                live.end({"reason": "ended", "more": {}})
+            assert stream.getvalue().count("[INST]:smile:\\x1b[31m⏎") >= 2
+            assert "\x1b[31m" not in stream.getvalue()
+
+    def test_a_stream_that_knows_ascii_only(self):
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding="ascii")
+        live = Live(stream=stream, terminal=False)
+        live.start({**INFO, "folder": "größe"})
+        live.end(RESULT)
+        stream.flush()
+        assert b"gr\\xf6\\xdfe" in raw.getvalue()

@@ -1,0 +1,117 @@
+"""README.md of a data set: the `configs` in its head say which files are which split (the hub's manual configuration).
+
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+---
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repsft_fast.errors import DataError, describe
+
+MAX_HEAD_BYTES = 2**18  # of the YAML at the top; more is not a head
+HEAD = re.compile(rb"\A(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+
+
+def read_card(folder: Path, name: str, files: list[str]) -> tuple[dict[str, set[str]] | None, list[str]]:
+    """({split: the files of it, of those there are} or None where the card says nothing of files, what is to be said).
+
+    Raises DataError when it cannot be known what is meant.
+    """
+    card = folder / "README.md"
+    where = f"{name.rstrip('/')}/README.md"
+    if not card.is_file():
+        return None, []
+    try:
+        with card.open("rb") as stream:
+            head = HEAD.match(stream.read(MAX_HEAD_BYTES))
+    except OSError as error:
+        raise DataError(describe(where, f"cannot be read ({error.strerror})", todo="check its permissions")) from None
+    if head is None or b"configs" not in head[1]:
+        return None, []
+    try:
+        said = yaml.safe_load(head[1])
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return None, [f"{where}: its head is no YAML ({str(error).splitlines()[0]}); split by the files' names"]
+    configs = said.get("configs") if isinstance(said, dict) else None
+    if configs is None:
+        return None, []
+    config = _the_one(configs, where)
+    if config.get("data_files") is None and config.get("data_dir") is None:
+        return None, []
+    splits: dict[str, set[str]] = {}
+    for split, patterns in _patterns(config, where).items():
+        splits[split] = {file for pattern in patterns for file in files if matcher(pattern, where).fullmatch(file)}
+    return splits, []
+
+
+def matcher(pattern: str, where: str) -> re.Pattern[str]:
+    """A glob over paths inside a folder: * and ? stay within a name, ** does not, [] is a class, {a,b} a choice."""
+    parts = []
+    for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\]|\{[^{}]*\}|[^*?]", pattern):
+        if piece == "**/":
+            parts.append("(?:.*/)?")
+        elif piece == "**":
+            parts.append(".*")
+        elif piece == "*":
+            parts.append("[^/]*")
+        elif piece == "?":
+            parts.append("[^/]")
+        elif piece.startswith("[") and len(piece) > 2:
+            sign, inner = ("^", piece[2:-1]) if piece[1] == "!" else ("", piece[1:-1])
+            inner = inner.replace("\\", "\\\\").replace("[", "\\[").replace("^", "\\^")
+            parts.append(f"(?!/)[{sign}{inner}]")
+        elif piece.startswith("{") and len(piece) > 1:
+            parts.append(f"(?:{'|'.join(map(re.escape, piece[1:-1].split(',')))})")
+        else:
+            parts.append(re.escape(piece))
+    try:
+        return re.compile("".join(parts), re.DOTALL)
+    except re.error:
+        raise DataError(describe(where, f"{pattern} is no pattern for files", todo="name the files")) from None
+
+
+def _the_one(configs: Any, where: str) -> dict[str, Any]:
+    """The only subset, or the default one."""
+    if not isinstance(configs, list) or not configs or not all(isinstance(config, dict) for config in configs):
+        raise DataError(describe(where, "its configs are no list of subsets", todo="name the files in place of the folder"))
+    names = [str(config.get("config_name", "default")) for config in configs]
+    chosen = [config for config, name in zip(configs, names) if config.get("default") is True or name == "default"]
+    if len(configs) > 1 and len(chosen) != 1:
+        todo = "name the files of one in place of the folder"
+        raise DataError(describe(where, "describes several subsets and no default", expected=" | ".join(names), todo=todo))
+    return chosen[0] if len(configs) > 1 else configs[0]
+
+
+def _patterns(config: dict[str, Any], where: str) -> dict[str, list[str]]:
+    """{split: patterns}, from the forms the hub takes: a path, paths, or {split, path}s."""
+    files = config.get("data_files")
+    base = config.get("data_dir") or ""
+    entries = files if isinstance(files, list) else [files if files is not None else "**"]
+    if isinstance(files, dict):
+        entries = [{"split": split, "path": path} for split, path in files.items()]
+    splits: dict[str, list[str]] = {}
+    for entry in entries:
+        entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+        split, paths = entry.get("split", "train"), entry.get("path")
+        paths = paths if isinstance(paths, list) else [paths]
+        if not isinstance(split, str) or not isinstance(base, str) or not all(isinstance(path, str) and path for path in paths):
+            raise DataError(describe(where, "its data_files are no paths", todo="name the files in place of the folder"))
+        for path in paths:
+            pattern = "/".join(part for part in f"{base}/{path}".split("/") if part not in ("", "."))
+            if ".." in pattern.split("/") or "://" in path or path.startswith("/"):
+                raise DataError(
+                    describe(where, f"{path} leads out of the folder", todo="name the files in place of the folder")
+                )
+            splits.setdefault(split, []).append(pattern)
+    return splits

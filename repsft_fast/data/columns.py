@@ -1,0 +1,238 @@
+"""Which columns of a row are used, which are refused, and which are counted and named as unused.
+
+Every column of a row that is not null is one of three things:
+
+used      the row's form reads it (FORMATS), or data.task_column or data.weight_column names it
+refused   its name says that it belongs to the prompt or decides what is trained, and the row's form does not read it:
+          trained without it, the row would mean something else. Empty values ("", [], {}) say nothing and pass, and so
+          does text that stands in the columns that are read (some sets keep the system prompt a second time beside messages).
+unused    everything else: counted, and named once
+
+What a name means is decided once per form and set of columns; a row costs one look-up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from repsft_fast.errors import DataError, describe, did_you_mean
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kind of row is made of. Every item is one thing under its names, the usual one first."""
+
+    needed: tuple[tuple[str, ...], ...]
+    optional: tuple[tuple[str, ...], ...] = ()
+    prompt_parts: frozenset[str] = frozenset()  # in such a row these names would be part of the prompt
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for names in (*self.needed, *self.optional) for name in names)
+
+    def missing(self, row: Mapping[str, Any]) -> str | None:
+        """The first thing that is needed and null or not there."""
+        return next((names[0] for names in self.needed if all(row.get(name) is None for name in names)), None)
+
+
+SYSTEM = ("system", "system_prompt", "system_message")
+HISTORY = ("history",)
+TOOLS = ("tools", "functions")
+KWARGS = ("chat_template_kwargs",)
+MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
+_CHAT = (SYSTEM, TOOLS, KWARGS)
+_QUESTION = frozenset(("instruction", "input", "context", "prompt", "query", "question"))
+
+# The order is the order of detection.
+FORMATS: dict[str, Form] = {
+    "input_ids": Form(
+        (("input_ids",),),
+        (("labels",), *((name,) for name in MASKS), ("attention_mask",), ("seq_lengths",), ("position_ids",), ("cu_seqlens",)),
+    ),
+    "messages": Form((("messages",),), _CHAT),
+    "conversations": Form((("conversations", "conversation"),), _CHAT),
+    "prompt": Form((("prompt",), ("completion",)), _CHAT, frozenset(("input", "context"))),
+    "alpaca": Form((("instruction",), ("output", "response")), (("input", "context"), HISTORY, *_CHAT), _QUESTION),
+    "query": Form((("query", "question"), ("response", "answer")), (HISTORY, *_CHAT), _QUESTION),
+    "segments": Form((("segments",),)),
+    "text": Form((("text",),)),
+}
+
+# Words of a name that says what is trained or how.
+_STEERING = re.compile(
+    r"\w*weights?|\w*weighting|train|training|trained|trainable|loss(es)?|loss\w*mask|\w*mask(s|ed)?|\w*labels?|\w*kwargs"
+    r"|seq_?lens?|seqlens?|ignore"
+)
+_STEERING_NAMES = re.compile(
+    r"(seq|sequence)_?(lengths?|lens?|idx|ids?)|cu_?seqlens?\w*|position_?ids?|pos_?ids?|(segment|document|doc)_ids"
+    r"|chat_?template|enable_thinking|add_generation_prompt|add_(eos|bos)(_token)?"
+)
+# Words of a name that holds a part of the text, unless it only counts or points.
+_HOLDING = re.compile(r"history|histories|systems?|sys|tools?|functions?|images?|audios?|videos?|prefix|prefill|suffix")
+_HOLDING_NAMES = re.compile(
+    r"reasoning(_content|_text)?|thinking|thoughts?|rationale|developer(_prompt|_message)?|pixel_values"
+)
+_POINTING = re.compile(
+    r"^(has|is|num|n)_|_(id|ids|index|idx|time|date|at|hash|counts?|tokens|lengths?|len|lang|language|score|source|type|name)$"
+)
+_HARMLESS = frozenset(("parallel_tool_calls", "tool_choice", "special_tokens_mask", "token_type_ids"))
+
+
+def kind_of(name: str) -> str | None:
+    """steering | holding | None: what the name of a column promises."""
+    if name in _HARMLESS:
+        return None
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # sampleWeight
+    lower = re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
+    words = lower.split("_")
+    if _STEERING_NAMES.fullmatch(lower) or any(_STEERING.fullmatch(word) for word in words):
+        return "steering"
+    if _HOLDING_NAMES.fullmatch(lower):
+        return "holding"
+    return "holding" if any(_HOLDING.fullmatch(word) for word in words) and not _POINTING.search(lower) else None
+
+
+def says_nothing(value: object) -> bool:
+    """Null, "", [], {}, and an object of such values (which is what arrow makes of an absent one)."""
+    if isinstance(value, Mapping):
+        return all(says_nothing(item) for item in value.values())
+    return value is None or (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _repeats(value: object, read: list[Any]) -> bool:
+    """Is it text that what is read holds already? Short text must be all of a field: it stands somewhere by chance."""
+    said = value.strip() if isinstance(value, str) else ""
+    if not said:
+        return False
+    texts = list(_texts(read))
+    return any(said == text.strip() for text in texts) or (len(said) >= 20 and any(said in text for text in texts))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the columns of one set are."""
+
+    used: tuple[str, ...]
+    unused: tuple[str, ...]
+    suspects: tuple[tuple[str, str], ...]  # (column, kind): refused unless it says nothing
+    also: str | None  # another form that the unused columns make whole
+
+
+class Columns:
+    """Checks every row's columns and counts them, over all sources."""
+
+    def __init__(self, *, task: str | None, weight: str | None, ignored: Iterable[str]):
+        self.task, self.weight = task, weight
+        names = list(ignored)
+        self.ignored = frozenset(name for name in names if "[]." not in name)
+        self.ignored_fields = [name.partition("[].")[::2] for name in names if "[]." in name]
+        self._plans: dict[tuple[str, tuple[str, ...]], Plan] = {}
+        self._rows: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self._fields: Counter[str] = Counter()
+
+    def fields_of(self, column: str) -> frozenset[str]:
+        """The fields of this column's turns that may be passed over."""
+        return frozenset(field for name, field in self.ignored_fields if name == column)
+
+    def visible(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row without the columns that are to be left unused."""
+        if not self.ignored or self.ignored.isdisjoint(row):
+            return row
+        return {name: value for name, value in row.items() if name not in self.ignored}
+
+    def check(self, row: Mapping[str, Any], form: str, where: str) -> None:
+        """Raises DataError for a column that is refused."""
+        plan = self._plan(self._key(row, form))
+        for name, kind in plan.suspects:
+            value = row[name]
+            if says_nothing(value):
+                continue
+            if kind != "steering" and _repeats(value, [row[used] for used in plan.used]):
+                self._fields[name] += 1
+                continue
+            wrong = {
+                "steering": f"may say what is trained, and {form!r} rows do not use it",
+                "holding": f"may be a part of the text, and {form!r} rows do not use it",
+                "prompt": f"looks like a part of the prompt, and {form!r} rows do not use it",
+            }[kind]
+            unused = f"data.ignore_columns: [{name}] leaves it unused"
+            uses = f"data.weight_column: {name} uses it" if "weight" in name.lower() and self.weight is None else "rename it"
+            if kind != "steering":
+                uses = "write it into the text or into messages"
+            raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(value), todo=f"{uses}, {unused}"))
+        if form == "input_ids":
+            self._no_list_beside_ids(row, plan, where)
+
+    def _no_list_beside_ids(self, row: Mapping[str, Any], plan: Plan, where: str) -> None:
+        """A list with one value per token says something about every token."""
+        for name in plan.unused:
+            value = row[name]
+            is_list = hasattr(value, "__len__") and not isinstance(value, str | bytes | Mapping)
+            ids = row["input_ids"]
+            if is_list and hasattr(ids, "__len__") and len(value) == len(ids) > 0 and name not in {*_HARMLESS, *self.ignored}:
+                wrong = "has a value for every token, and 'input_ids' rows do not use it"
+                todo = f"rename it ({' | '.join(sorted(FORMATS['input_ids'].names))}), or data.ignore_columns: [{name}]"
+                raise DataError(describe(f"{where}, field {name!r}", wrong, todo=todo))
+
+    def count(self, row: Mapping[str, Any], form: str, fields: Iterable[str] = ()) -> None:
+        """Counts a row that was read; `fields` of its turns were not used ("messages[].id")."""
+        self._rows[self._key(row, form)] += 1
+        self._fields.update(fields)
+
+    def account(self) -> tuple[dict[str, int], dict[str, int], Counter[tuple[str, str]]]:
+        """(columns used, columns unused → rows that had them, (form, other form the rows are whole in) → rows)."""
+        used, unused, also = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+        for key, rows in self._rows.items():
+            plan = self._plan(key)
+            used.update(dict.fromkeys(plan.used, rows))
+            unused.update(dict.fromkeys(plan.unused, rows))
+            if plan.also is not None:
+                also[key[0], plan.also] += rows
+        return dict(used), dict(unused + self._fields), also
+
+    def never_seen(self) -> list[str]:
+        """Names in data.ignore_columns that no row has: slips of the pen, in words."""
+        seen = {name for _, keys in self._rows for name in keys}
+        missing = sorted(self.ignored - seen)
+        near = {name: did_you_mean(name, seen) for name in missing}
+        return [f"data.ignore_columns: no row has {n!r}" + (f"; did you mean {near[n]}?" if near[n] else "") for n in missing]
+
+    def _key(self, row: Mapping[str, Any], form: str) -> tuple[str, tuple[str, ...]]:
+        return form, tuple([name for name, value in row.items() if value is not None])
+
+    def _plan(self, key: tuple[str, tuple[str, ...]]) -> Plan:
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._made(*key)
+        return plan
+
+    def _made(self, form: str, columns: tuple[str, ...]) -> Plan:
+        known = {*FORMATS[form].names, *(name for name in (self.task, self.weight) if name is not None)}
+        used = tuple(name for name in columns if name in known and name not in self.ignored)
+        rest = [name for name in columns if name not in used]
+        whole = dict.fromkeys(rest, True)
+        also = next((other for other, shape in FORMATS.items() if other != form and shape.missing(whole) is None), None)
+        parts = FORMATS[form].prompt_parts - (FORMATS[also].names if also else frozenset())
+        suspects = [(name, "prompt" if name in parts else kind_of(str(name))) for name in rest if name not in self.ignored]
+        refused = tuple((name, kind) for name, kind in suspects if kind is not None)
+        unused = tuple(name for name in rest if name not in dict(refused))
+        return Plan(used, unused, refused, also)
+
+
+def unused_line(unused: Mapping[str, int]) -> list[str]:
+    """The one warning that names what was not used; none where everything was."""
+    named = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(unused.items(), key=lambda pair: (-pair[1], pair[0])))
+    return [f"columns not used: {named}"] if named else []
