@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -180,7 +181,10 @@ def taught_to_stop(tmp_path, **changes):
 def test_a_trained_saved_and_loaded_model_stops(tmp_path, capsys):
     result = taught_to_stop(tmp_path)
     said = "trained turns end with <|im_end|>, which joins the saved model's eos_token_id (was <|begin|>)"
-    assert capsys.readouterr().out.count(said) == 1
+    out = capsys.readouterr().out
+    assert out.count(said) == 1
+    assert "read: " in out
+    assert list(result.more["read"].values()) == [len(Path(file).read_text().splitlines()) for file in result.more["read"]]
     assert all(answer["finished"] for answer in result.more["answers"])
     assert [answer["answer"] for answer in result.more["answers"]] == ["b"] * 3
     folders = [tmp_path / "run", *sorted((tmp_path / "run" / "checkpoints").glob("gen-*/hf"))]

@@ -82,6 +82,7 @@ def _check_call(function: Mapping[str, Any], text: str, squeezed: str, place: st
 def check_context(messages: list[dict[str, Any]], text: str, where: str) -> None:
     """What comes before a trained turn: the text and the calls of every message. Earlier reasoning may go: templates drop it
     on purpose."""
+    squeezed = squeeze(text) if any(message.get("tool_calls") for message in messages) else ""
     for number, message in enumerate(messages):
         said = message.get("content") or ""
         if message["role"] == "assistant":
@@ -96,7 +97,12 @@ def check_context(messages: list[dict[str, Any]], text: str, where: str) -> None
                 )
             )
         for position, call in enumerate(message.get("tool_calls") or ()):
-            _check_call(call["function"], text, squeeze(text), f"{where}, turn {number + 1}, field 'tool_calls[{position}]'")
+            _check_call(call["function"], text, squeezed, f"{where}, turn {number + 1}, field 'tool_calls[{position}]'")
+
+
+def turns_whose_thinking_stands(messages: list[dict[str, Any]], text: str) -> set[int]:
+    thoughts = {n: split_thinking(message)[0] for n, message in enumerate(messages) if message["role"] == "assistant"}
+    return {number for number, thought in thoughts.items() if thought and _stands(thought, text)}
 
 
 def says_something(message: Mapping[str, Any], content: str) -> bool:

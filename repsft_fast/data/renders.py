@@ -40,6 +40,10 @@ class Renders:
         return self.render(self.messages)
 
     @property
+    def is_rendered(self) -> bool:
+        return "_whole" in self.__dict__
+
+    @property
     def whole(self) -> str:
         return self._whole[0]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.formats import Conversation, check_kwargs
-from repsft_fast.data.kept import check_context, says_something, split_thinking, squeeze
+from repsft_fast.data.kept import check_context, says_something, split_thinking, squeeze, turns_whose_thinking_stands
 from repsft_fast.data.placeholders import Piece as Piece
 from repsft_fast.data.placeholders import Placeholders, special_strings, without_placeholders
 from repsft_fast.data.placeholders import special_pattern as special_pattern
@@ -200,9 +200,19 @@ class ChatTemplate:
         where: str,
         notes: set[str],
     ) -> tuple[str, list[Span]]:
-        """Text and trained spans in the first spelling of the row in which the template keeps everything."""
+        """Text and trained spans in the first spelling of the row in which the template keeps everything.
+
+        Reasoning before the trained turns may go, since templates drop it on purpose. But a template loses a field that it does
+        not know, too: of the spellings the one that keeps the most is taken, and one in which reasoning goes that stood in
+        another is none (its loss would only hide what was wrong there).
+        """
         first: Exception | None = None
-        for spelling in self._spellings(messages):
+        stood: set[int] = set()
+        best: tuple[set[int], Renders, list[Span]] | None = None
+        thoughts = {n for n, message in enumerate(messages) if message["role"] == "assistant" and split_thinking(message)[0]}
+        for spelling in self._spellings(messages, bool(thoughts)):
+            if best is not None and spelling.reasoning == "content":
+                continue
             render = partial(self._render_spelled, spelling, tools, kwargs)
             about = f"{bool(tools)} {sorted(kwargs.items())}"
             renders = Renders(render, messages, self.specials, lambda turn: f"{where}, turn {turn + 1}", self._questions, about)
@@ -213,9 +223,16 @@ class ChatTemplate:
                 raise
             except Exception as error:  # a template may raise anything
                 first = first or error
+                stood |= turns_whose_thinking_stands(messages, renders.whole) if thoughts and renders.is_rendered else set()
                 continue
-            notes |= renders.notes
-            return renders.whole, sorted(span for of_turn in spans.values() for span in of_turn)
+            kept = turns_whose_thinking_stands(messages, renders.whole) if thoughts else set()
+            if best is None or len(kept) > len(best[0]):
+                best = kept, renders, sorted(span for of_turn in spans.values() for span in of_turn)
+            if kept == thoughts:
+                break
+        if best is not None and stood <= best[0]:
+            notes |= best[1].notes
+            return best[1].whole, best[2]
         assert first is not None
         raise first
 
@@ -230,16 +247,15 @@ class ChatTemplate:
         spelled = messages if spelling == Spelling() else [spelling(message) for message in messages]
         return self.render(spelled, tools, prompt, kwargs)
 
-    def _spellings(self, messages: list[dict[str, Any]]) -> list[Spelling]:
+    def _spellings(self, messages: list[dict[str, Any]], thinks: bool) -> list[Spelling]:
         """Those that can make a difference to these messages, our own first."""
-        thoughts = [message for message in messages if message["role"] == "assistant" and split_thinking(message)[0]]
         calls = [call for message in messages for call in message.get("tool_calls") or ()]
         objects = any(isinstance(call["function"].get("arguments"), Mapping) for call in calls)
         silent = any(message.get("tool_calls") and not message["content"].strip() for message in messages)
         names = [""]
-        if thoughts:
+        if thinks:
             names += ["thinking", "reasoning"]
-            if any("</think>" in message["content"] for message in thoughts):
+            if any("</think>" in message["content"] for message in messages):
                 names.insert(1, "reasoning_content")
             if "think>" in self.template + self.tool_template:
                 names.append("content")

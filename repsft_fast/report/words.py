@@ -1,6 +1,7 @@
 """Figures as people read them, short enough for one line."""
 
 import math
+from collections.abc import Mapping
 
 MISSING = "–"
 
@@ -62,3 +63,10 @@ def duration(seconds: float | None) -> str:
     if days:
         return f"{days} d {hours:02d}:{minutes:02d}"
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rows_of(files: Mapping[str, int], most: int = 8) -> str:
+    """train.jsonl (1,204 rows), more.jsonl (2 rows), and 3 more (57 rows)."""
+    named = [f"{name} ({count(rows)} row{'' if rows == 1 else 's'})" for name, rows in list(files.items())[:most]]
+    rest = list(files.values())[most:]
+    return ", ".join([*named, *([f"and {len(rest)} more ({count(sum(rest))} rows)"] if rest else [])])

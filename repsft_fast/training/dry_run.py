@@ -12,7 +12,7 @@ from repsft_fast.data.plan import Plan, summary
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, ModelError, describe
 from repsft_fast.report.visible import escaping, one_line
-from repsft_fast.report.words import count, percent, size
+from repsft_fast.report.words import count, percent, rows_of, size
 from repsft_fast.training.budget import budget_of
 from repsft_fast.training.parts import Data, build_model, build_plan, build_tokenizer, load_data, vocabulary_of
 from repsft_fast.training.rehearsal import rehearse, saved_per_token
@@ -43,6 +43,7 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
         "samples": f"{count(len(data.train.index))} in {len(data.task_names)} task(s)"
         + (f", validation {count(len(data.validation.index))}" if data.validation else "")
         + (f", test {count(len(data.test.index))}" if data.test else ""),
+        "read": rows_of(data.files) or "nothing",
         "dropped": ", ".join(f"{n} × {reason}" for reason, n in sorted(data.dropped.items())) or "nothing",
         "updates": f"{count(budget.updates)} ({budget.reason}), {count(budget.updates_per_epoch)} per epoch, "
         f"{budget.epochs:.4g} epochs, warm-up {budget.warmup_updates}",

@@ -136,7 +136,13 @@ def result_of(parts: Parts, reporter: Reporter, code: Any, words: str, last_epoc
         validation_loss=(progress.best or {}).get("loss"),
         tasks=last_epoch.get("tasks", {}),
         versions=versions(parts.world.device),
-        more={"vetoed": progress.vetoed, "dropped": dict(parts.data.dropped), "work": progress.all_work.values(), **more},
+        more={
+            "vetoed": progress.vetoed,
+            "read": dict(parts.data.files),
+            "dropped": dict(parts.data.dropped),
+            "work": progress.all_work.values(),
+            **more,
+        },
     )
 
 

@@ -59,6 +59,7 @@ class Data:
     held_out: list[Sample]  # a few held-out samples whose prompts are answered at evaluations and at the end
     digest: str  # of tokens and targets: ranks and resumed runs must agree on it
     ends: Ends = field(default_factory=Ends)  # which tokens end the trained turns
+    files: dict[str, int] = field(default_factory=dict)  # what was read → rows
 
 
 @dataclass
@@ -151,7 +152,8 @@ def load_data(config: Config, tokenizer: Any, device: torch.device, vocabulary: 
     splits, loaded = load_samples(config, tokenizer, vocabulary)
     held = {name: samples for name in ("validation", "test") if (samples := getattr(splits, name))}
     data = resident(config, splits.train, held, dict(loaded.dropped), loaded.warnings, device)
-    return replace(data, ends=find_ends(splits.train, tokenizer, cut_at=cut_at(_data_settings(config))))
+    ends = find_ends(splits.train, tokenizer, cut_at=cut_at(_data_settings(config)))
+    return replace(data, ends=ends, files=loaded.files)
 
 
 def resident(

@@ -8,6 +8,7 @@ from typing import Any
 
 from repsft_fast.metrics import JsonLines, UpdateRecord, summarise
 from repsft_fast.report.live import Live
+from repsft_fast.report.words import rows_of
 from repsft_fast.throughput import Work, peak_memory_bytes
 from repsft_fast.trackers import Trackers
 from repsft_fast.training.parts import Parts
@@ -47,6 +48,8 @@ class Reporter:
                 "ranks": parts.world.size,
             }
         )
+        if parts.data.files:
+            self.note(f"read: {rows_of(parts.data.files)}")
         for text in [*config.warnings, *parts.data.warnings]:
             self.note(text)
         if parts.data.dropped:

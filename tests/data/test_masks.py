@@ -393,3 +393,14 @@ def test_the_header_inside_a_block_is_given_whatever_the_turn_thinks():
     result = [user("u"), says("a1"), {"role": "tool", "content": "r"}, says("a2")]
     assert trained(template, result) == [f"a1{END}", f"a2{END}"]
     assert trained(template, [says("a0"), user("u"), says("a1")]) == [f"a0{END}", f"a1{END}"]
+
+
+def test_a_spelling_in_which_other_reasoning_is_lost_is_none():
+    """Under a name that the template does not read, the reasoning before a trained turn would go, and hide what is wrong."""
+    chat = [user("u"), says("a1"), user("v"), says("a2", reasoning_content="WHY"), {"role": "tool", "content": "r"}, says("a3")]
+    strict = (
+        "{% if 'WHY' in messages | tojson and not messages | selectattr('thinking', 'defined') | list %}W{% endif %}" + QWEN3
+    )
+    with pytest.raises(DataError, match="turn 2: the chat template"):
+        shown(strict, chat, trainable=(1, 5))
+    assert trained(QWEN3, chat, trainable=(1, 5))[0] == f"a1{END}"

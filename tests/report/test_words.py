@@ -2,7 +2,7 @@
 
 import pytest
 
-from repsft_fast.report.words import count, duration, number, percent, size
+from repsft_fast.report.words import count, duration, number, percent, rows_of, size
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,8 @@ def test_size(value, text):
 )  # fmt: skip
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_rows_of_files_are_counted_to_the_last():
+    assert rows_of({"a.jsonl": 1, "b.jsonl": 1204}) == "a.jsonl (1 row), b.jsonl (1,204 rows)"
+    assert rows_of({f"{n}.jsonl": n for n in range(10)}, most=2) == "0.jsonl (0 rows), 1.jsonl (1 row), and 8 more (44 rows)"
