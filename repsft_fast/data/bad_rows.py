@@ -33,7 +33,8 @@ class BadRows:
     def error(self, rows: int) -> DataError:
         """What is said when bad rows are not to be dropped; `rows` were looked at."""
         if self.count == 1:
-            return DataError(f"{self.first[0][1]} (or set data.on_bad_row: drop)")
+            message = self.first[0][1]
+            return DataError(message if "data.on_bad_row" in message else f"{message} (or set data.on_bad_row: drop)")
         shown = "the first five:" if self.count > SHOWN else "they are:"
         todo = "mend them, or set data.on_bad_row: drop"
         lines = "\n".join(f"  {message}" for _, message in self.first)

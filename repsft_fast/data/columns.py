@@ -72,6 +72,11 @@ _STEERING_NAMES = re.compile(
     r"(seq|sequence)_?(lengths?|lens?|idx|ids?)|cu_?seqlens?\w*|position_?ids?|pos_?ids?|(segment|document|doc)_ids"
     r"|chat_?template|enable_thinking|add_generation_prompt|add_(eos|bos)(_token)?"
 )
+# Beside token ids these say where the prompt ends.
+_BORDER = re.compile(
+    r"(prompt|source|src|input|context|question|target|tgt|response|completion|answer|assistant|label|loss)s?"
+    r"_?(lens?|lengths?|starts?|ends?|offsets?|pos|positions?|begin|idx|index|spans?)"
+)
 # Words of a name that holds a part of the text, unless it only counts or points.
 _HOLDING = re.compile(r"history|histories|systems?|sys|tools?|functions?|images?|audios?|videos?|prefix|prefill|suffix")
 _HOLDING_NAMES = re.compile(
@@ -83,13 +88,15 @@ _POINTING = re.compile(
 _HARMLESS = frozenset(("parallel_tool_calls", "tool_choice", "special_tokens_mask", "token_type_ids"))
 
 
-def kind_of(name: str) -> str | None:
+def kind_of(name: str, form: str = "") -> str | None:
     """steering | holding | None: what the name of a column promises."""
     if name in _HARMLESS:
         return None
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # sampleWeight
     lower = re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
     words = lower.split("_")
+    if form == "input_ids" and _BORDER.fullmatch(lower):
+        return "steering"
     if _STEERING_NAMES.fullmatch(lower) or any(_STEERING.fullmatch(word) for word in words):
         return "steering"
     if _HOLDING_NAMES.fullmatch(lower):
@@ -226,7 +233,9 @@ class Columns:
         whole = dict.fromkeys(rest, True)
         also = next((other for other, shape in FORMATS.items() if other != form and shape.missing(whole) is None), None)
         parts = FORMATS[form].prompt_parts - (FORMATS[also].names if also else frozenset())
-        suspects = [(name, "prompt" if name in parts else kind_of(str(name))) for name in rest if name not in self.ignored]
+        suspects = [
+            (name, "prompt" if name in parts else kind_of(str(name), form)) for name in rest if name not in self.ignored
+        ]
         refused = tuple((name, kind) for name, kind in suspects if kind is not None)
         unused = tuple(name for name in rest if name not in dict(refused))
         return Plan(used, unused, refused, also)

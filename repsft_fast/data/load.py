@@ -40,6 +40,7 @@ CHUNK_ROWS = 2048  # rows in flight: bounds the memory, amortises the fork and t
 
 NO_TEXT = "no text, or only special tokens"
 NO_ASSISTANT = "no assistant turn with text"
+NOT_MARKED = "no turn is marked as trained"
 NOT_TRAINED = "no trained token"
 ZERO_WEIGHT = "weight 0"
 OVER_LONG = "over-long"
@@ -304,7 +305,8 @@ class _Builder:
             if isinstance(conversation, Conversation):
                 value = next(answer)
                 good = value is not None and not isinstance(value, DataError)
-                rendered.append(Rendered.from_json(value) if good else value or NO_ASSISTANT)
+                none = NOT_MARKED if conversation.trainable == () else NO_ASSISTANT
+                rendered.append(Rendered.from_json(value) if good else value or none)
             elif isinstance(conversation, DataError) or isinstance(item.parsed, Pretokenised):
                 rendered.append(conversation)
             else:

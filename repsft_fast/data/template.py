@@ -69,19 +69,24 @@ def find_template(tokenizer: Any, override: str | None) -> str | None:
 class Spelling:
     """How messages are handed to a template."""
 
-    reasoning: str = ""  # the field it is put into; content: into the text, as <think>…</think>; "": where it stands
+    # Where reasoning stands. "": in the row's way, the field under both names that templates read; fields: that of the text,
+    # too; a field's name: there alone; content: in the text, as <think>…</think>.
+    reasoning: str = ""
     arguments_as_text: bool = False  # a call's arguments as JSON text
     null_content: bool = False  # None in place of the empty content of a turn that only calls tools
 
     def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
         spelled = dict(message)
-        thought, answer = split_thinking(spelled) if self.reasoning and spelled["role"] == "assistant" else ("", "")
-        if thought:
+        thought, answer = split_thinking(message) if message["role"] == "assistant" else ("", "")
+        if not self.reasoning and thought and thought == message.get("reasoning_content"):
+            spelled["thinking"] = thought
+        elif self.reasoning and thought:
             spelled.pop("reasoning_content", None)
             if self.reasoning == "content":
                 spelled["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
             else:
-                spelled |= {"content": answer, self.reasoning: thought}
+                names = ("reasoning_content", "thinking") if self.reasoning == "fields" else (self.reasoning,)
+                spelled |= {"content": answer, **dict.fromkeys(names, thought)}
         if self.arguments_as_text and spelled.get("tool_calls"):
             spelled["tool_calls"] = [
                 {**call, "function": {**call["function"], "arguments": _as_text(call["function"].get("arguments"))}}
@@ -202,17 +207,13 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """Text and trained spans in the first spelling of the row in which the template keeps everything.
 
-        Reasoning before the trained turns may go, since templates drop it on purpose. But a template loses a field that it does
-        not know, too: of the spellings the one that keeps the most is taken, and one in which reasoning goes that stood in
-        another is none (its loss would only hide what was wrong there).
+        Reasoning before the trained turns may go where the template was handed it in the way it reads: templates drop it on
+        purpose. In a spelling that it may not know it would go because nobody looked, so there all of it must stand.
         """
         first: Exception | None = None
-        stood: set[int] = set()
-        best: tuple[set[int], Renders, list[Span]] | None = None
+        stood: set[int] = set()  # turns whose reasoning stood in a spelling that failed otherwise
         thoughts = {n for n, message in enumerate(messages) if message["role"] == "assistant" and split_thinking(message)[0]}
         for spelling in self._spellings(messages, bool(thoughts)):
-            if best is not None and spelling.reasoning == "content":
-                continue
             render = partial(self._render_spelled, spelling, tools, kwargs)
             about = f"{bool(tools)} {sorted(kwargs.items())}"
             renders = Renders(render, messages, self.specials, lambda turn: f"{where}, turn {turn + 1}", self._questions, about)
@@ -225,14 +226,10 @@ class ChatTemplate:
                 first = first or error
                 stood |= turns_whose_thinking_stands(messages, renders.whole) if thoughts and renders.is_rendered else set()
                 continue
-            kept = turns_whose_thinking_stands(messages, renders.whole) if thoughts else set()
-            if best is None or len(kept) > len(best[0]):
-                best = kept, renders, sorted(span for of_turn in spans.values() for span in of_turn)
-            if kept == thoughts:
-                break
-        if best is not None and stood <= best[0]:
-            notes |= best[1].notes
-            return best[1].whole, best[2]
+            needed = stood if spelling.reasoning in ("", "fields", "content") else thoughts
+            if not needed or needed <= turns_whose_thinking_stands(messages, renders.whole):
+                notes |= renders.notes
+                return renders.whole, sorted(span for of_turn in spans.values() for span in of_turn)
         assert first is not None
         raise first
 
@@ -244,7 +241,8 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         prompt: bool = False,
     ) -> tuple[str, list[Span]]:
-        spelled = messages if spelling == Spelling() else [spelling(message) for message in messages]
+        as_it_is = spelling == Spelling() and not any(message.get("reasoning_content") for message in messages)
+        spelled = messages if as_it_is else [spelling(message) for message in messages]
         return self.render(spelled, tools, prompt, kwargs)
 
     def _spellings(self, messages: list[dict[str, Any]], thinks: bool) -> list[Spelling]:
@@ -254,9 +252,8 @@ class ChatTemplate:
         silent = any(message.get("tool_calls") and not message["content"].strip() for message in messages)
         names = [""]
         if thinks:
-            names += ["thinking", "reasoning"]
-            if any("</think>" in message["content"] for message in messages):
-                names.insert(1, "reasoning_content")
+            names += ["fields"] if any("</think>" in message["content"] for message in messages) else []
+            names += ["reasoning_content", "thinking", "reasoning"]
             if "think>" in self.template + self.tool_template:
                 names.append("content")
         return [

@@ -50,7 +50,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("thinking", "reasoning")
 # Names of unused fields that may say what is trained, or how the turn is to be rendered; and names that may hold its text.
 STEERING = re.compile(
-    "weight|train|loss|learn|mask|label|target|ignore|supervis|kwargs|enable|eos|end_of|think|thought|reason|rationale",
+    "weight|train|loss|learn|mask|label|target|ignore|supervis|kwargs|enable|eos|end_of|think|thought|reason|rationale"
+    "|skip|exclude|include|discard|backprop|gradient",
     re.IGNORECASE,
 )
 HOLDING = re.compile(

@@ -383,6 +383,7 @@ def test_a_long_chat_whose_openers_differ_is_masked_by_prefixes():
 def test_the_header_inside_a_block_is_given_whatever_the_turn_thinks():
     """As DeepSeek's training templates: the prompt begins to think, an answer may not; another header behind a result."""
     template = (
+        "<|begin|>"  # transformers 5.0 does not see a block that begins the text
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
         "{{ '<|eot_id|>' if loop.index0 and loop.previtem.role == 'tool' else '<|start_header_id|>' }}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
@@ -399,7 +400,7 @@ def test_a_spelling_in_which_other_reasoning_is_lost_is_none():
     """Under a name that the template does not read, the reasoning before a trained turn would go, and hide what is wrong."""
     chat = [user("u"), says("a1"), user("v"), says("a2", reasoning_content="WHY"), {"role": "tool", "content": "r"}, says("a3")]
     strict = (
-        "{% if 'WHY' in messages | tojson and not messages | selectattr('thinking', 'defined') | list %}W{% endif %}" + QWEN3
+        "{% if 'WHY' in messages | tojson and not messages | selectattr('reasoning', 'defined') | list %}W{% endif %}" + QWEN3
     )
     with pytest.raises(DataError, match="turn 2: the chat template"):
         shown(strict, chat, trainable=(1, 5))

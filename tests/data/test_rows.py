@@ -344,3 +344,23 @@ def test_the_first_bad_rows_are_named_in_the_order_of_the_file(read):
         read(rows, byte_level(deaf))
     places = [line.strip().partition(",")[0] for line in str(caught.value).splitlines()[1:-1]]
     assert [place.rpartition(":")[2] for place in places] == ["1", "2", "4", "5", "6"]
+
+
+def test_beside_token_ids_a_length_of_the_prompt_says_what_is_trained(read):
+    for name in ("prompt_length", "source_len", "response_start", "answer_span", "inputLength"):
+        with pytest.raises(DataError, match=f"'{name}': may say what is trained"):
+            read([{"input_ids": [1, 2, 3], name: 1}])
+        assert read([{"messages": TURNS, name: 1}]).columns_unused == {name: 1}
+    assert read([{"input_ids": [1, 2, 3], "length": 3}]).columns_unused == {"length": 1}
+
+
+def test_a_row_whose_turns_are_all_marked_as_not_trained_is_dropped_for_that(read):
+    marked = {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}
+    assert read([marked, {"messages": TURNS}]).dropped == {"no turn is marked as trained": 1}
+
+
+def test_the_way_out_is_said_once(read):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    with pytest.raises(DataError) as caught:
+        read([{"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}])
+    assert str(caught.value).count("data.on_bad_row") == 1
