@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from repsft_fast.errors import DataError, describe
 
@@ -22,6 +22,14 @@ class Render(Protocol):
     def __call__(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]: ...
 
 
+class Question(NamedTuple):
+    """What a chat of one question shows of a template."""
+
+    opener: str = ""  # what the generation prompt adds
+    opening: frozenset[str] = frozenset()  # the special tokens in front of the user's text
+    always: tuple[str, ...] = ()  # those that the chat ends in without a prompt, last first, if one of them opens a turn
+
+
 @dataclass
 class Renders:
     """One conversation and its prefixes, each rendered once."""
@@ -30,7 +38,7 @@ class Renders:
     messages: list[dict[str, Any]]
     specials: tuple[str, ...]
     place: Callable[[int], str]  # a turn's number → its name in errors
-    questions: dict[str, tuple[str, str]] = field(default_factory=dict)  # of one template, kept between its conversations
+    questions: dict[str, Question] = field(default_factory=dict)  # of one template, kept between its conversations
     about: str = ""  # what they depend on besides the template
     notes: set[str] = field(default_factory=set)
     _prefixes: dict[tuple[int, bool], str] = field(default_factory=dict)
@@ -72,43 +80,41 @@ class Renders:
     @property
     def opener(self) -> str:
         """What the generation prompt adds to a chat, as far as one can tell without this one."""
-        asked, prompted = self._question
-        return prompted[len(asked) :] if prompted.startswith(asked) else ""
+        return self.question.opener
 
     @property
-    def question(self) -> tuple[list[str], list[str]]:
-        """The special tokens in front of a user's text, and those that a chat of one question ends in; last first."""
-        asked, _ = self._question
-        before, _, behind = asked.partition(ANYBODY["content"])
-        closing = _tokens(behind, self.specials)
-        # What closes the user's turn closes a system turn before it, too: it opens nothing.
-        return [special for special in _tokens(before, self.specials) if special not in closing[-1:]], closing
-
-    @property
-    def _question(self) -> tuple[str, str]:
-        """A chat of one question, without and with the generation prompt; rendered once a template."""
-        if self.about not in self.questions:
+    def question(self) -> Question:
+        """A chat of one question; looked at once a template."""
+        known = self.questions.get(self.about)
+        if known is None:
             try:
-                self.questions[self.about] = self.render([ANYBODY])[0], self.render([ANYBODY], True)[0]
+                known = _asked(self.render([ANYBODY])[0], self.render([ANYBODY], True)[0], self.specials)
             except MemoryError:
                 raise
             except Exception:  # a template may raise anything; it does not take a chat of one turn
-                self.questions[self.about] = "", ""
-        return self.questions[self.about]
+                known = Question()
+            self.questions[self.about] = known
+        return known
+
+
+def _asked(asked: str, prompted: str, specials: tuple[str, ...]) -> Question:
+    before, _, behind = asked.partition(ANYBODY["content"])
+    closing = [special for special, _ in closing_tokens(behind, specials)]
+    # What closes the user's turn closes a system turn before it, too: it opens nothing.
+    opening = {special for special, _ in closing_tokens(before, specials)} - set(closing[-1:])
+    opener = prompted[len(asked) :] if prompted.startswith(asked) else ""
+    return Question(opener, frozenset(opening), tuple(closing) if opening.intersection(closing) else ())
 
 
 def closing_tokens(text: str, specials: tuple[str, ...], start: int = 0) -> list[tuple[str, int]]:
     """The special tokens that the text ends in, white space aside, last first: (token, where it begins)."""
     found: list[tuple[str, int]] = []
     end = len(text.rstrip())
-    while special := next((special for special in specials if text.endswith(special, start, end)), ""):
+    while text.endswith(specials, start, end):
+        special = next(special for special in specials if text.endswith(special, start, end))
         found.append((special, end - len(special)))
-        end = len(text[start : end - len(special)].rstrip()) + start
+        end = start + len(text[start : end - len(special)].rstrip())
     return found
-
-
-def _tokens(text: str, specials: tuple[str, ...]) -> list[str]:
-    return [special for special, _ in closing_tokens(text, specials)]
 
 
 def thinking_of(prompt: str) -> str:

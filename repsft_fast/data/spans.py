@@ -94,13 +94,13 @@ def _ends_of_turn(text: str, start: int, specials: tuple[str, ...]) -> list[int]
 
 def _without_opener(renders: Renders, full: str) -> str:
     """Some templates end every chat with the opener of an answer (Command R7B): that is not part of the turn before it."""
-    openers, closing = renders.question
+    _, opening, always = renders.question
     common = []
-    for (special, start), expected in zip(closing_tokens(full, renders.specials), closing):
+    for (special, start), expected in zip(closing_tokens(full, renders.specials) if always else (), always):
         if special != expected:
             break
         common.append((special, start))
-    return next((full[:start] for special, start in reversed(common) if special in openers), full)
+    return next((full[:start] for special, start in reversed(common) if special in opening), full)
 
 
 def _that_stays(renders: Renders, full: str, ends: list[int]) -> int:

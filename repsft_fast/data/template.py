@@ -22,7 +22,7 @@ from repsft_fast.data.kept import check_context, says_something, split_thinking,
 from repsft_fast.data.placeholders import Piece as Piece
 from repsft_fast.data.placeholders import Placeholders, special_strings, without_placeholders
 from repsft_fast.data.placeholders import special_pattern as special_pattern
-from repsft_fast.data.renders import Renders, Span
+from repsft_fast.data.renders import Question, Renders, Span
 from repsft_fast.data.spans import turn_spans
 from repsft_fast.errors import DataError, describe
 
@@ -123,7 +123,7 @@ class ChatTemplate:
         self.variables: dict[str, Any] = {f"{name}_token": "" for name in ("bos", "eos", "pad", "unk")}
         tokens = tokenizer.special_tokens_map.items()
         self.variables |= {name: str(token) for name, token in tokens if not isinstance(token, list)} | own
-        self._questions: dict[str, tuple[str, str]] = {}
+        self._questions: dict[str, Question] = {}
         self._templates: dict[str, tuple[Any, bool, Any]] = {}
         self.placeholders = Placeholders(() if parse_special else self.specials)
 
@@ -215,7 +215,7 @@ class ChatTemplate:
         thoughts = {n for n, message in enumerate(messages) if message["role"] == "assistant" and split_thinking(message)[0]}
         for spelling in self._spellings(messages, bool(thoughts)):
             render = partial(self._render_spelled, spelling, tools, kwargs)
-            about = f"{bool(tools)} {sorted(kwargs.items())}"
+            about = f"{bool(tools)} {sorted(kwargs.items())}" if tools or kwargs else ""
             renders = Renders(render, messages, self.specials, lambda turn: f"{where}, turn {turn + 1}", self._questions, about)
             try:
                 spans = turn_spans(renders, turns)

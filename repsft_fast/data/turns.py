@@ -103,6 +103,10 @@ def read_turns(
     marks: list[bool | None] = []
     unknown: dict[str, None] = {}
     for number, turn in enumerate(turns):
+        if type(turn) is dict and len(turn) == 2 and not ignored and (plain := _plain(turn, role_key, content_key)) is not None:
+            messages.append(plain)
+            marks.append(None)
+            continue
         place = f"{where}, field '{field}[{number}]"
         if not isinstance(turn, Mapping):
             got, todo = type(turn).__name__, "write it as an object with role and content"
@@ -114,6 +118,14 @@ def read_turns(
     if any(mark is not None for mark in marks):
         trainable = tuple(n for n, mark in enumerate(marks) if messages[n]["role"] == "assistant" and mark is not False)
     return Turns(messages, trainable, tuple(unknown))
+
+
+def _plain(turn: dict[Any, Any], role_key: str, content_key: str) -> dict[str, Any] | None:
+    """Nearly every turn: a known role, and ASCII text. Anything else is read with care."""
+    name, said = turn.get(role_key), turn.get(content_key)
+    if type(name) is str and name in ROLES and name not in CALL_ROLES and type(said) is str and said.isascii():
+        return {"role": ROLES[name], "content": said}
+    return None
 
 
 @dataclass(frozen=True)
