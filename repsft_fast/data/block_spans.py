@@ -50,8 +50,8 @@ def _owners(renders: Renders, assistants: list[int]) -> dict[int, list[Span]]:
     left = renders.blocks
     for turn in assistants:
         if turn == len(renders.messages) - 1:
-            before = renders.prefix(turn)
-            owned[turn] = [block for block in left if block[0] >= len(before)] if renders.whole.startswith(before) else []
+            begins = _begins(renders, turn)
+            owned[turn] = [block for block in left if begins is not None and block[0] >= begins]
             left = owned[turn]
         else:
             text, blocks = renders.render(renders.messages[: turn + 1])
@@ -60,6 +60,15 @@ def _owners(renders: Renders, assistants: list[int]) -> dict[int, list[Span]]:
         while len(owned[turn]) > 1 and _closes_only(renders, *owned[turn][-2:]):
             owned[turn] = owned[turn][:-1]
     return {turn: [(start, end) for start, end in blocks if start < end] for turn, blocks in owned.items()}
+
+
+def _begins(renders: Renders, turn: int) -> int | None:
+    """Where the last turn begins, header included: where the text before it ends, or its generation prompt begins."""
+    before = renders.prefix(turn)
+    if renders.whole.startswith(before):
+        return len(before)
+    prompt = renders.prompt(turn)  # a template that ends every chat with another token (Phi 3's eos) has no such prefix
+    return len(prompt) - len(renders.opener) if renders.whole.startswith(prompt) else None
 
 
 def _closes_only(renders: Renders, before: Span, block: Span) -> bool:

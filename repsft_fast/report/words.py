@@ -66,7 +66,11 @@ def duration(seconds: float | None) -> str:
 
 
 def rows_of(files: Mapping[str, int], most: int = 8) -> str:
-    """train.jsonl (1,204 rows), more.jsonl (2 rows), and 3 more (57 rows)."""
-    named = [f"{name} ({count(rows)} row{'' if rows == 1 else 's'})" for name, rows in list(files.items())[:most]]
+    """train.jsonl (1,204 rows), more.jsonl (2 rows), and 3 more (57 rows). Long paths by their end."""
+    named = [f"{_end_of(name)} ({count(rows)} row{'' if rows == 1 else 's'})" for name, rows in list(files.items())[:most]]
     rest = list(files.values())[most:]
     return ", ".join([*named, *([f"and {len(rest)} more ({count(sum(rest))} rows)"] if rest else [])])
+
+
+def _end_of(path: str, most: int = 48) -> str:
+    return path if len(path) <= most else f"…{path[1 - most :]}"

@@ -95,6 +95,14 @@ def test_blocks_belong_to_turns_also_when_not_every_turn_has_one():
     eos = "{% if loop.last %}{% generation %}<|eot_id|>{% endgeneration %}{% endif %}"
     ended = marked(f"{{% generation %}}{{{{m.content}}}}{END}\n{{% endgeneration %}}" + eos)
     assert trained(ended, FOUR) == [f"a1{END}", f"a2{END}"]
+    # As TRL's for Phi 3: every chat ends in that token, an answered one in a block of it.
+    always = (
+        "{% if add_generation_prompt %}{% elif messages[-1].role == 'assistant' %}"
+        "{% generation %}<|eot_id|>{% endgeneration %}{% else %}<|eot_id|>{% endif %}"
+    )
+    ended = marked(f"{{% generation %}}{{{{m.content}}}}{END}\n{{% endgeneration %}}") + always
+    assert trained(ended, FOUR) == [f"a1{END}", f"a2{END}"]
+    assert trained(ended, FOUR, train_on="last") == [f"a2{END}"]
 
 
 def test_answers_that_a_template_runs_together_are_refused():
