@@ -35,7 +35,6 @@ class Conversation:
     tools: list[Any] | None = None
     trainable: tuple[int, ...] | None = None  # indices of the assistant turns the row lets be trained; None = all of them
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # the row's, over the setting's
-    notes: tuple[str, ...] = ()  # counted by the caller, as warnings
 
 
 @dataclass(frozen=True)

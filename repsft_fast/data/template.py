@@ -19,9 +19,7 @@ from typing import Any
 
 from repsft_fast.data.formats import Conversation, check_kwargs
 from repsft_fast.data.kept import check_context, says_something, split_thinking, squeeze, turns_whose_thinking_stands
-from repsft_fast.data.placeholders import Piece as Piece
-from repsft_fast.data.placeholders import Placeholders, special_strings, without_placeholders
-from repsft_fast.data.placeholders import special_pattern as special_pattern
+from repsft_fast.data.placeholders import Piece, Placeholders, special_strings, without_placeholders
 from repsft_fast.data.renders import Question, Renders, Span
 from repsft_fast.data.spans import turn_spans
 from repsft_fast.errors import DataError, describe

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from repsft_fast.errors import DataError, describe
+
+Item = TypeVar("Item")
 
 LEVELS = 64  # of nesting: templates and json.dumps recurse
 INT_BITS = 13_000  # Python writes no integer of more than 4,300 digits
@@ -97,14 +99,19 @@ def checked(value: object, where: str, merged: bool = False, depth: int = 0) -> 
 
 def read_tools(value: object, where: str, *, merged: bool = False) -> list[Any] | None:
     """The tools of a row (column `tools`, or OpenAI's older `functions`), or None. `where` names row and field."""
+    return _listed(value, where, "tools", _tool, merged) or None
+
+
+def _listed(value: object, where: str, what: str, read: Callable[[object, str, bool], Item], merged: bool) -> list[Item]:
+    """Every item of a list, or of its JSON text; none of null, "" and []."""
     if isinstance(value, str):
         value, merged = json_of(value, where) if value.strip() else None, False
     if is_empty(value):
-        return None
+        return []
     if not isinstance(value, list | tuple):
-        todo = "put it in a list"
-        raise DataError(describe(where, "is not a list of tools", expected="a list", got=type(value).__name__, todo=todo))
-    return [_tool(tool, f"{where}[{number}]", merged) for number, tool in enumerate(value)]
+        wrong, todo = f"is not a list of {what}", "put it in a list"
+        raise DataError(describe(where, wrong, expected="a list", got=type(value).__name__, todo=todo))
+    return [read(item, f"{where}[{number}]", merged) for number, item in enumerate(value)]
 
 
 def _tool(tool: object, where: str, merged: bool) -> dict[str, Any]:
@@ -126,14 +133,7 @@ def _tool(tool: object, where: str, merged: bool) -> dict[str, Any]:
 
 def read_tool_calls(value: object, where: str, *, merged: bool = False) -> list[dict[str, Any]]:
     """The calls of one turn; null, [] and "" are none. `where` names row and field."""
-    if isinstance(value, str):
-        value, merged = json_of(value, where) if value.strip() else None, False
-    if is_empty(value):
-        return []
-    if not isinstance(value, list | tuple):
-        todo = "put the call in a list"
-        raise DataError(describe(where, "is not a list of calls", expected="a list", got=type(value).__name__, todo=todo))
-    return [_call(call, f"{where}[{number}]", merged) for number, call in enumerate(value)]
+    return _listed(value, where, "calls", _call, merged)
 
 
 def _call(call: object, where: str, merged: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from csrc_triton import adamw8bit
 from repsft_fast.ops import adamw8bit_reference as reference
 from repsft_fast.optim import build_optimizer, state_tensors
 from repsft_fast.training.syncs import SyncCounter
+from tests.gpu.adamw_sides import moments
 
 BLOCK = reference.BLOCK
 
@@ -26,14 +27,6 @@ def interpreted(monkeypatch):
 def scalars(step: int, *, veto=0.0, clip=1.0, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999)) -> reference.Scalars:
     first, second = reference.corrections(*betas, torch.tensor(step))
     return reference.Scalars(lr, *betas, 1e-8, weight_decay, first, second, torch.tensor(clip), torch.tensor(veto))
-
-
-def moments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    if not reference.has_8bit_moments(shape):
-        return {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
-    scales = reference.scale_shape(shape)
-    sizes = {"exp_avg": shape, "exp_avg_scale": scales, "exp_avg_sq": shape, "exp_avg_sq_scale": scales}
-    return {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
 
 
 class Both:
