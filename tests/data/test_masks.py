@@ -321,11 +321,11 @@ def test_a_long_chat_with_a_turn_that_the_template_loses_is_refused():
         shown(losing, chat)
 
 
-def test_a_thousand_turns_take_seconds_not_minutes():
+def test_a_thousand_turns_take_a_fraction_of_a_second():
     began = time.process_time()
     text, _ = shown(LLAMA3, long_chat(1000))
     assert text.count("«") == 500
-    assert time.process_time() - began < 5  # 0.1 s on an idle machine; with every prefix rendered 28 s
+    assert time.process_time() - began < 1  # CPU seconds: 0.07 on an idle machine, 1.5 with every prefix rendered
 
 
 def test_limits_count_processor_time(monkeypatch):
