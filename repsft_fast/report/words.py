@@ -66,11 +66,13 @@ def duration(seconds: float | None) -> str:
 
 
 def rows_of(files: Mapping[str, int], most: int = 8) -> str:
-    """train.jsonl (1,204 rows), more.jsonl (2 rows), and 3 more (57 rows). Long paths by their end."""
-    named = [f"{_end_of(name)} ({count(rows)} row{'' if rows == 1 else 's'})" for name, rows in list(files.items())[:most]]
+    """train.jsonl (1,204 rows), more.jsonl (2 rows), and 3 more (57 rows). Long paths by their last name."""
+    named = [f"{_short(name)} ({count(rows)} row{'' if rows == 1 else 's'})" for name, rows in list(files.items())[:most]]
     rest = list(files.values())[most:]
     return ", ".join([*named, *([f"and {len(rest)} more ({count(sum(rest))} rows)"] if rest else [])])
 
 
-def _end_of(path: str, most: int = 48) -> str:
-    return path if len(path) <= most else f"…{path[1 - most :]}"
+def _short(path: str, most: int = 48) -> str:
+    """A long path by its last name, a long name by both its ends."""
+    name = path if len(path) <= most else path.rstrip("/").rpartition("/")[2]
+    return name if len(name) <= most else f"{name[: most - 17]}…{name[-16:]}"

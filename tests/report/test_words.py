@@ -70,6 +70,8 @@ def test_duration(seconds, text):
 def test_rows_of_files_are_counted_to_the_last():
     assert rows_of({"a.jsonl": 1, "b.jsonl": 1204}) == "a.jsonl (1 row), b.jsonl (1,204 rows)"
     assert rows_of({f"{n}.jsonl": n for n in range(10)}, most=2) == "0.jsonl (0 rows), 1.jsonl (1 row), and 8 more (44 rows)"
-    assert rows_of({"/a/very/long/way/to/a/file/that/somebody/keeps/train.jsonl": 2}) == (
-        "…" + "/a/very/long/way/to/a/file/that/somebody/keeps/train.jsonl"[-47:] + " (2 rows)"
+    assert rows_of({"/a/very/long/way/to/a/file/that/somebody/keeps/train.jsonl": 2}) == "train.jsonl (2 rows)"
+    assert (
+        rows_of({f"/cache/chain_sum_{'size=60_' * 9}seed=12.jsonl": 2})
+        == "chain_sum_size=60_size=60_size=…60_seed=12.jsonl (2 rows)"
     )
