@@ -23,6 +23,13 @@ def of(*overrides, **named):
     return Config.of({**LEAST, **dict(*overrides), **named})
 
 
+def nested(depth):
+    value: dict = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 def written(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
@@ -113,6 +120,31 @@ class TestYaml:
         inside = "{model_type: llama, rope_theta: 1e6, rms_norm_eps: 1e-6, attention_dropout: 0.5}"
         config = Config.of(written(tmp_path, LEAST_YAML.replace("{path: m}", f"{{config: {inside}}}")))
         assert config.model.config == {"model_type": "llama", **numbers}
+
+    @pytest.mark.parametrize("name", ["tokenizer.template_kwargs", "model.config"])
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ({"a": float("inf")}, "finite, not inf"),
+            ({"a": {"b": [float("nan")]}}, "finite, not nan"),
+            ({"a": {None: 1}}, "keys are text, not None"),
+            ({1: 2, "1": 3}, "keys differ as text"),
+            ({"a": b"x"}, "not bytes"),
+            (nested(60), "at most 50 deep"),
+        ],
+    )
+    def test_free_settings_that_would_not_come_back_from_their_record(self, name, value, expected):
+        with pytest.raises(ConfigError, match=f"{name}: cannot be used, expected .*{expected}"):
+            of({name: value, **({"model.path": None} if name == "model.config" else {})})
+
+    def test_free_settings_too_deep_to_be_shown(self):
+        with pytest.raises(ConfigError, match="nested too deep to show"):
+            of({"tokenizer.template_kwargs": nested(5000)})
+
+    def test_a_library_s_own_config_is_one_to_give(self):
+        config = of({"model.path": None, "model.config": {"model_type": "llama", "id2label": {0: "no"}, "betas": (1, 2)}})
+        assert config.model.config == {"model_type": "llama", "id2label": {"0": "no"}, "betas": [1, 2]}
+        assert Config.of(config.to_dict()) == config
 
     @pytest.mark.parametrize("word", ["2026-11-21", "1:30", "off", "no", "=", "0o17"])
     def test_words_that_older_yaml_takes_for_something_else(self, tmp_path, word):

@@ -37,6 +37,25 @@ def _word(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any, deep: int = 0) -> Any:
+    """Free settings in the form JSON keeps (lists, text keys), so that the run's own record of them reads back equal."""
+    if deep > _DEEPEST:
+        raise ValueError(f"Input should be nested at most {_DEEPEST} deep")
+    if isinstance(value, dict):
+        if odd := [key for key in value if type(key) not in (str, int)]:
+            raise ValueError(f"Input should be a mapping whose keys are text, not {odd[0]!r}")
+        if len({str(key) for key in value}) < len(value):
+            raise ValueError("Input should be a mapping whose keys differ as text")
+        return {str(key): _plain(inner, deep + 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, deep + 1) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"Input should be finite, not {value}")
+    if value is not None and type(value) not in (str, bool, int, float):
+        raise ValueError(f"Input should be numbers, text, true, false, null, lists and mappings, not {type(value).__name__}")
+    return value
+
+
 def _instead(given: Any, chosen: str, default: str) -> Any:
     """Of two settings that exclude each other, naming one switches the other's default off."""
     if isinstance(given, dict) and given.get(chosen) is not None and default not in given:
@@ -45,6 +64,7 @@ def _instead(given: Any, chosen: str, default: str) -> Any:
 
 
 _LARGEST = 2**63 - 1  # what an int64 counter and torch's seeds can hold
+_DEEPEST = 50  # of free settings, such as a model's config: real ones are 3 or 4 deep
 
 Text = Annotated[str, BeforeValidator(_word), Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -56,6 +76,7 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_LARGEST)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_LARGEST)]
 Bytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=0)]
 SomeBytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=1)]
+Free = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Sources = Text | list[Text] | dict[str, Text | list[Text]]
 
 
@@ -96,7 +117,7 @@ class Model(Section):
     """Folder or hub id of the model."""
     gguf_file: Text | None = None
     """GGUF file inside the folder, de-quantised when loaded."""
-    config: dict[str, Any] | None = None
+    config: Free | None = None
     """Architecture (with its model_type) for a model with random weights, instead of path."""
     init: Literal["auto", "pretrained", "random"] = "auto"
     """Weights to start from; auto: pretrained with a path, random with a config."""
@@ -125,7 +146,7 @@ class Tokenizer(Section):
     """Folder or hub id; null: the model's own."""
     chat_template: Text | None = None
     """Jinja chat template, or the path of a file with one; null: the tokenizer's own."""
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: Free = {}
     """Variables for the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go over them."""
     special_tokens: Literal["text", "parse"] = "text"
     """Special-token strings in the data, as in rendered chats: text keeps them text, parse makes them the tokens."""
