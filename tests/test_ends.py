@@ -155,9 +155,9 @@ class TestSaving:
         assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [OLD, END]
 
 
-def taught_to_stop(tmp_path, **changes):
+def taught_to_stop(tmp_path, *, resume=False, on_update=None, **changes):
     """A run on ChatML rows from a base model whose eos is another token."""
-    from repsft_fast import train
+    from repsft_fast.training.trainer import train
     from tests import runs
 
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "b"}]} for q in "ace"]
@@ -172,10 +172,10 @@ def taught_to_stop(tmp_path, **changes):
         stop__token_accuracy=1.0,
         evaluate__generate_samples=3,
         evaluate__generate_tokens=8,
-        checkpoint__every_updates=10,
+        checkpoint__every_updates=5,
         **changes,
     )
-    return train(settings)
+    return train(settings, resume=resume, on_update=on_update)
 
 
 def test_a_trained_saved_and_loaded_model_stops(tmp_path, capsys):
@@ -196,3 +196,22 @@ def test_a_trained_saved_and_loaded_model_stops(tmp_path, capsys):
     ids = prompt["input_ids"]
     out = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert BASE.decode(out[0, ids.shape[1] :]) == "b<|im_end|>"
+
+
+def test_a_run_that_was_killed_and_goes_on_says_so_too(tmp_path):
+    def killed(work):
+        if work.updates == 7:  # of 14, after a checkpoint
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        taught_to_stop(tmp_path, on_update=killed)
+    run = tmp_path / "run"
+    assert not (run / "generation_config.json").exists()
+    first = {path.name for path in (run / "checkpoints").glob("gen-*")}
+    assert taught_to_stop(tmp_path, resume=True).success
+    later = {path.name for path in (run / "checkpoints").glob("gen-*")} - first
+    assert first, "it went on from a checkpoint"
+    folders = [run, *(run / "checkpoints" / name / "hf" for name in later)]
+    assert len(folders) > 1
+    for folder in folders:
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [OLD, END], folder
