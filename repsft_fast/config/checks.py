@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from repsft_fast.config.sections import Settings, Sources
+from repsft_fast.config.sections import Settings
+from repsft_fast.config.values import Sources
 from repsft_fast.errors import describe
 
 Finding = tuple[tuple[str, ...], str]  # the settings read, and what is wrong with them together

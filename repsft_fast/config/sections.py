@@ -3,57 +3,25 @@
 Every section is frozen and refuses unknown keys. What several sections must agree on is in `checks`.
 """
 
-import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, model_validator
 
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-5` as text and `yes` as true: text that is a number is one, a truth value is not."""
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number, not true or false")
-    return value.strip() if isinstance(value, str) else value
-
-
-def _whole(value: Any) -> Any:
-    """Whole numbers may be written `51200`, `51_200` or `5.12e4`."""
-    value = _number(value)
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return int(number) if math.isfinite(number) and number.is_integer() and "e" in value.lower() else value
-    return value
-
-
-def _word(value: Any) -> Any:
-    """YAML 1.1 reads `off` and `no` as false; a setting that is a word wants the word."""
-    if isinstance(value, bool):
-        raise ValueError(
-            f"Input should be text, not {str(value).lower()} (YAML reads bare yes, no, on and off so: quote the word)"
-        )
-    return value
-
-
-def _plain(value: Any, deep: int = 0) -> Any:
-    """Free settings in the form JSON keeps (lists, text keys), so that the run's own record of them reads back equal."""
-    if deep > _DEEPEST:
-        raise ValueError(f"Input should be nested at most {_DEEPEST} deep")
-    if isinstance(value, dict):
-        if odd := [key for key in value if type(key) not in (str, int)]:
-            raise ValueError(f"Input should be a mapping whose keys are text, not {odd[0]!r}")
-        if len({str(key) for key in value}) < len(value):
-            raise ValueError("Input should be a mapping whose keys differ as text")
-        return {str(key): _plain(inner, deep + 1) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner, deep + 1) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"Input should be finite, not {value}")
-    if value is not None and type(value) not in (str, bool, int, float):
-        raise ValueError(f"Input should be numbers, text, true, false, null, lists and mappings, not {type(value).__name__}")
-    return value
+from repsft_fast.config.values import (
+    AtLeastTwo,
+    Bytes,
+    Count,
+    Fraction,
+    Free,
+    NotNegative,
+    Part,
+    Positive,
+    Share,
+    SomeBytes,
+    Sources,
+    Text,
+    Whole,
+)
 
 
 def _instead(given: Any, chosen: str, default: str) -> Any:
@@ -61,23 +29,6 @@ def _instead(given: Any, chosen: str, default: str) -> Any:
     if isinstance(given, dict) and given.get(chosen) is not None and default not in given:
         return {**given, default: None}
     return given
-
-
-_LARGEST = 2**63 - 1  # what an int64 counter and torch's seeds can hold
-_DEEPEST = 50  # of free settings, such as a model's config: real ones are 3 or 4 deep
-
-Text = Annotated[str, BeforeValidator(_word), Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-Part = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_LARGEST)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_LARGEST)]
-Bytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=0)]
-SomeBytes = Annotated[ByteSize, BeforeValidator(_whole), Field(ge=1)]
-Free = Annotated[dict[str, Any], BeforeValidator(_plain)]
-Sources = Text | list[Text] | dict[str, Text | list[Text]]
 
 
 class Section(BaseModel):
@@ -183,7 +134,7 @@ class Data(Section):
     """Train on this many samples; subsets are nested by seed (400 is contained in 800). null: all."""
     overlong: Literal["drop", "truncate", "raise"] = "drop"
     """What happens to samples longer than max_tokens; always counted and said."""
-    max_tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] | None = None
+    max_tokens: AtLeastTwo | None = None
     """Longest sample in tokens; null: batch.row_tokens."""
     cache_folder: Text | None = None
     """Where tokenised data is cached; null: the user's cache folder."""
@@ -198,7 +149,7 @@ class Batch(Section):
     """Samples per update; null when batch.tokens is set."""
     tokens: Count | None = None
     """Tokens per update, instead of a number of samples."""
-    row_tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 4096
+    row_tokens: AtLeastTwo = 4096
     """Tokens in one packed row = one forward and backward pass; lower it when memory runs out."""
     bucket_tokens: Literal["auto"] | Count = "auto"
     """Rows are padded to a multiple of this; auto: 128 on a GPU or with model.compile, else 1."""
@@ -269,7 +220,7 @@ class Budget(Section):
 class Stop(Section):
     """Rules that end a run before its budget. Ending by rule is success."""
 
-    token_accuracy: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = 0.97
+    token_accuracy: Share | None = 0.97
     """Stop when token accuracy on the training data reaches this; null: never."""
     probe_samples: Count | None = None
     """Measure it on this many fixed training samples; null: over the last whole epoch's training pass, for free."""
