@@ -74,6 +74,8 @@ class Msft(Train):
 class Inspect(Settings, WithSettings):
     """Show samples as the model will see them: trained tokens marked, lengths, and what was dropped and why."""
 
+    DEFAULTS: ClassVar[Mapping[str, str]] = {"run.folder": "not-written", "budget.epochs": "1"}  # which only a run needs
+
     show: int = Field(3, description="How many samples to show")
 
     @staticmethod

@@ -76,6 +76,8 @@ def inspect(config: Config, *, show: int = 3) -> None:
     from repsft_fast.data.sample import Loaded
     from repsft_fast.training.parts import _data_settings, build_tokenizer, load_samples, vocabulary_of
 
+    if show < 0:
+        raise ConfigError(describe("--show", "is too small", expected="at least 0", got=show))
     console = visible.console()
     tokenizer = build_tokenizer(config)
     splits, account = load_samples(config, tokenizer, vocabulary_of(config, tokenizer))

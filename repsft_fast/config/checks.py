@@ -134,6 +134,11 @@ def _data_and_batch(config: Settings) -> Iterator[Finding]:
             ("data.task_column", "data.train"),
             describe("data.task_column", "data.train already names the tasks", todo="drop one of the two"),
         )
+    if data.task_column is not None and data.task_column == data.weight_column:
+        yield (
+            ("data.weight_column", "data.task_column"),
+            describe("data.weight_column", "names data.task_column too", got=data.weight_column, todo="correct one of the two"),
+        )
     if batch.samples is None and batch.tokens is None:
         yield ("batch.samples", "batch.tokens"), describe("batch", "has neither samples nor tokens", todo="set batch.samples")
     if batch.samples is not None and batch.tokens is not None:

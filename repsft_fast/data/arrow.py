@@ -13,13 +13,24 @@ from repsft_fast.data.folders import choose_split
 from repsft_fast.errors import DataError, describe
 from repsft_fast.hub import offline, why_not_reached
 
+IPC_FILE = b"ARROW1"  # how arrow's file form begins, as pyarrow and polars write it
+
 
 def open_table(path: Path, name: str, kind: str) -> Any:
     """The `datasets.Dataset` of one parquet or arrow file. Raises DataError when it cannot be read."""
     import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     def read() -> Any:
-        return datasets.Dataset.from_parquet(str(path)) if kind == "parquet" else datasets.Dataset.from_file(str(path))
+        if kind == "parquet":  # one without rows `datasets` cannot read
+            return datasets.Dataset.from_parquet(str(path)) if pq.read_metadata(path).num_rows else []
+        with path.open("rb") as stream:
+            is_stream = stream.read(len(IPC_FILE)) != IPC_FILE
+        if is_stream:  # as `datasets` writes it
+            return datasets.Dataset.from_file(str(path))
+        batches = pa.ipc.open_file(pa.memory_map(str(path)))
+        return datasets.Dataset(datasets.table.InMemoryTable(batches.read_all())) if batches.num_record_batches else []
 
     return _read(read, name, kind.split()[0])
 
@@ -46,6 +57,9 @@ def open_hub(name: str, split: str, held_out: bool) -> Any:
     import datasets
 
     repository, _, subset = name.partition(":")
+    if repository in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        wrong = f"is not a file here ({Path(repository).absolute()}), and to `datasets` it is no data set but all files here"
+        raise DataError(describe(name, wrong, todo="name the files or their folder"))
     unreached = why_not_reached(repository, "dataset")
     try:
         with _quiet(), offline(unreached is not None):
@@ -72,8 +86,10 @@ def _read(read: Any, name: str, kind: str) -> Any:
             return read()
     except Exception as error:
         # `datasets` has no common base class for what it raises, and a hostile file can raise nearly anything.
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise DataError(describe(name, f"cannot be read as {kind} ({cause})", todo="write it again")) from error
+        first = error.__cause__ or error  # `datasets` wraps what says more
+        cause = f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}"
+        todo = "write it again, or its rows as .jsonl"
+        raise DataError(describe(name, f"cannot be read as {kind} ({cause})", todo=todo)) from error
 
 
 @contextlib.contextmanager

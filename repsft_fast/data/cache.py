@@ -19,7 +19,7 @@ import numpy as np
 
 from repsft_fast.data.sample import Loaded, Sample
 
-VERSION = 2  # raise it when the same input would give other samples
+VERSION = 3  # raise it when the same input would give other samples
 ACCOUNTS = ("columns_used", "columns_unused", "files")
 
 

@@ -12,6 +12,7 @@ configs:
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +22,51 @@ from repsft_fast.errors import DataError, describe
 
 MAX_HEAD_BYTES = 2**18  # of the YAML at the top; more is not a head
 HEAD = re.compile(rb"\A(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_USED = {"config_name", "data_files", "data_dir", "default", "description", "version", "drop_labels"}  # or harmless
 
 
-def read_card(folder: Path, name: str, files: list[str]) -> tuple[dict[str, set[str]] | None, list[str]]:
-    """({split: the files of it, of those there are} or None where the card says nothing of files, what is to be said).
+@dataclass(frozen=True)
+class Card:
+    """What the head says of files."""
 
-    Raises DataError when it cannot be known what is meant.
-    """
+    splits: dict[str, set[str]] | None = None  # {split: its files, of those there are}; None: the files' names say it
+    missing: dict[str, list[str]] = field(default_factory=dict)  # {split: patterns that match none of the files}
+    folder: str = ""  # where splits is None: the folder in which all the data lies, with a / at its end
+    notes: tuple[str, ...] = ()  # what is to be said
+
+
+def read_card(folder: Path, name: str, files: list[str]) -> Card:
+    """What the card says of `files`. Raises DataError when it cannot be known what is meant."""
     card = folder / "README.md"
     where = f"{name.rstrip('/')}/README.md"
     if not card.is_file():
-        return None, []
+        return Card()
     try:
         with card.open("rb") as stream:
             head = HEAD.match(stream.read(MAX_HEAD_BYTES))
     except OSError as error:
         raise DataError(describe(where, f"cannot be read ({error.strerror})", todo="check its permissions")) from None
     if head is None or b"configs" not in head[1]:
-        return None, []
+        return Card()
     try:
         said = yaml.safe_load(head[1])
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        return None, [f"{where}: its head is no YAML ({str(error).splitlines()[0]}); split by the files' names"]
+        return Card(notes=(f"{where}: its head is no YAML ({str(error).splitlines()[0]}); split by the files' names",))
     configs = said.get("configs") if isinstance(said, dict) else None
     if configs is None:
-        return None, []
+        return Card()
     config = _the_one(configs, where)
-    if config.get("data_files") is None and config.get("data_dir") is None:
-        return None, []
+    unused = sorted(map(str, config.keys() - _USED))
+    notes = (f"{where}: how to read the files is not taken from it: {', '.join(unused)}",) if unused else ()
     splits: dict[str, set[str]] = {}
+    missing: dict[str, list[str]] = {}
     for split, patterns in _patterns(config, where).items():
-        splits[split] = {file for pattern in patterns for file in files if matcher(pattern, where).fullmatch(file)}
-    return splits, []
+        found = {pattern: {file for file in files if matcher(pattern, where).fullmatch(file)} for pattern in patterns}
+        splits[split] = set().union(*found.values())
+        missing[split] = [pattern for pattern in patterns if not found[pattern]]
+    if config.get("data_files") is None:  # a folder alone: what lies in it is split by its names
+        return Card(folder=next(iter(_patterns(config, where).values()))[0].removesuffix("**"), notes=notes)
+    return Card(splits, missing, notes=notes)
 
 
 def matcher(pattern: str, where: str) -> re.Pattern[str]:
@@ -114,4 +128,6 @@ def _patterns(config: dict[str, Any], where: str) -> dict[str, list[str]]:
                     describe(where, f"{path} leads out of the folder", todo="name the files in place of the folder")
                 )
             splits.setdefault(split, []).append(pattern)
+    if not splits:
+        raise DataError(describe(where, "its data_files name none", todo="name the files in place of the folder"))
     return splits

@@ -70,17 +70,29 @@ _STEERING = re.compile(
 )
 _STEERING_NAMES = re.compile(
     r"(seq|sequence)_?(lengths?|lens?|idx|ids?)|cu_?seqlens?\w*|position_?ids?|pos_?ids?|(segment|document|doc)_ids"
-    r"|chat_?template|enable_thinking|add_generation_prompt|add_(eos|bos)(_token)?"
+    r"|chat_?template|add_(eos|bos)(_token)?|add_generation_prompt|continue_final_message|last_turn_only|target_turns?|kto_tag|(is_)?(un)?(desirable|preferred)"
 )
+# Variables of chat templates.
+_VARIABLES = re.compile(
+    r"reasoning_effort|model_identity|thinking_(mode|effort|budget|enabled)"
+    r"|(enable|disable|keep|preserve|force|use|no)_(\w+_)?thinking"
+)
+# These may say yes or no to the row as a whole.
+_LEAVING_OUT = re.compile(r"(is_|to_)?(exclude|skip|discard|drop|delete|remove|reject)(e?d|ped)?")
+_KEEPING = re.compile(r"(is_|to_)?(keep|include|included|use|used|valid|sft)")
 # Beside token ids these say where the prompt ends.
+_PART = r"(prompt|source|src|input|context|question|target|tgt|response|completion|answer|assistant|label|loss)s?"
 _BORDER = re.compile(
-    r"(prompt|source|src|input|context|question|target|tgt|response|completion|answer|assistant|label|loss)s?"
-    r"_?(lens?|lengths?|starts?|ends?|offsets?|pos|positions?|begin|idx|index|spans?)"
+    rf"((n|num)_)?{_PART}"
+    r"(_?(lens?|lengths?|starts?|ends?|offsets?|pos|positions?|begin|idx|index|spans?|tokens?|token_ids|ids|count|size))+"
+    rf"|(n|num|len)_{_PART}"
 )
+# … and these how many of them there are.
+_COUNT = re.compile(r"((n|num|input|total|token|seq|sequence)_)?(len|length|tokens|input_len|input_length|input_tokens)")
 # Words of a name that holds a part of the text, unless it only counts or points.
 _HOLDING = re.compile(r"history|histories|systems?|sys|tools?|functions?|images?|audios?|videos?|prefix|prefill|suffix")
 _HOLDING_NAMES = re.compile(
-    r"reasoning(_content|_text)?|thinking|thoughts?|rationale|developer(_prompt|_message)?|pixel_values"
+    r"reasoning(_content|_text)?|thinking|thoughts?|rationale|developer(_prompt|_message)?|pixel_values|documents"
 )
 _POINTING = re.compile(
     r"^(has|is|num|n)_|_(id|ids|index|idx|time|date|at|hash|counts?|tokens|lengths?|len|lang|language|score|source|type|name)$"
@@ -89,19 +101,27 @@ _HARMLESS = frozenset(("parallel_tool_calls", "tool_choice", "special_tokens_mas
 
 
 def kind_of(name: str, form: str = "") -> str | None:
-    """steering | holding | None: what the name of a column promises."""
+    """steering | variable | denying | holding | None: what the name of a column promises."""
     if name in _HARMLESS:
         return None
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # sampleWeight
-    lower = re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
+    lower = _spelled(name)
     words = lower.split("_")
     if form == "input_ids" and _BORDER.fullmatch(lower):
         return "steering"
     if _STEERING_NAMES.fullmatch(lower) or any(_STEERING.fullmatch(word) for word in words):
         return "steering"
+    if _VARIABLES.fullmatch(lower):
+        return "variable"
+    if _LEAVING_OUT.fullmatch(lower) or _KEEPING.fullmatch(lower):
+        return "denying"
     if _HOLDING_NAMES.fullmatch(lower):
         return "holding"
     return "holding" if any(_HOLDING.fullmatch(word) for word in words) and not _POINTING.search(lower) else None
+
+
+def _spelled(name: str) -> str:
+    """sampleWeight, Sample-Weight → sample_weight"""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_")
 
 
 def says_nothing(value: object) -> bool:
@@ -109,6 +129,16 @@ def says_nothing(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(says_nothing(item) for item in value.values())
     return value is None or (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _denies(name: str, value: object) -> bool:
+    return isinstance(value, bool | int) and value == (_LEAVING_OUT.fullmatch(_spelled(name)) is not None)
+
+
+def _is_count(name: str, value: object, ids: object) -> bool:
+    """Does it count tokens? With ids: and these ones?"""
+    counts = isinstance(value, int) and not isinstance(value, bool) and _COUNT.fullmatch(_spelled(name)) is not None
+    return counts and (ids is None or (hasattr(ids, "__len__") and len(ids) == value))
 
 
 def _repeats(value: object, read: list[Any]) -> bool:
@@ -167,29 +197,46 @@ class Columns:
             value = row[name]
             if says_nothing(value):
                 continue
-            if kind != "steering" and _repeats(value, [row[used] for used in plan.used]):
+            harmless = kind == "denying" and not _denies(name, value)
+            if harmless or (form == "input_ids" and _is_count(name, value, row["input_ids"])):
+                self._fields[name] += 1
+                continue
+            if kind in ("holding", "prompt") and _repeats(value, [row[used] for used in plan.used]):
                 self._fields[name] += 1
                 continue
             wrong = {
                 "steering": f"may say what is trained, and {form!r} rows do not use it",
+                "denying": "says that the row is not to be trained on",
+                "variable": f"may change what the chat template writes, and {form!r} rows do not use it",
                 "holding": f"may be a part of the text, and {form!r} rows do not use it",
                 "prompt": f"looks like a part of the prompt, and {form!r} rows do not use it",
             }[kind]
             unused = f"data.ignore_columns: [{name}] leaves it unused"
             uses = f"data.weight_column: {name} uses it" if "weight" in name.lower() and self.weight is None else "rename it"
-            if kind != "steering":
+            if kind == "denying":
+                uses = "remove the row"
+            elif kind == "variable":
+                uses = "put it into chat_template_kwargs"
+            elif kind != "steering":
                 uses = "write it into the text or into messages"
             raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(value), todo=f"{uses}, {unused}"))
         if form == "input_ids":
-            self._no_list_beside_ids(row, plan, where)
+            self._beside_ids(row, plan, where)
 
-    def _no_list_beside_ids(self, row: Mapping[str, Any], plan: Plan, where: str) -> None:
-        """A list with one value per token says something about every token."""
+    def _beside_ids(self, row: Mapping[str, Any], plan: Plan, where: str) -> None:
+        """A list with one value per token says something about every token, and another count of them: some are not meant."""
         for name in plan.unused:
             value = row[name]
+            if name not in self.ignored and _is_count(name, value, None) and not _is_count(name, value, row["input_ids"]):
+                shown = row.get("attention_mask")
+                if shown is None or not hasattr(shown, "__iter__") or value != sum(1 for flag in shown if flag):
+                    todo = f"mend one of the two, rename it, or data.ignore_columns: [{name}]"
+                    wrong = "is not the length of input_ids"
+                    raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(value), todo=todo))
             is_list = hasattr(value, "__len__") and not isinstance(value, str | bytes | Mapping)
             ids = row["input_ids"]
-            if is_list and hasattr(ids, "__len__") and len(value) == len(ids) > 0 and name not in {*_HARMLESS, *self.ignored}:
+            harmless = name in self.ignored or (name in _HARMLESS and (name != "token_type_ids" or len(set(value)) < 2))
+            if is_list and hasattr(ids, "__len__") and len(value) == len(ids) > 0 and not harmless:
                 wrong = "has a value for every token, and 'input_ids' rows do not use it"
                 todo = f"rename it ({' | '.join(sorted(FORMATS['input_ids'].names))}), or data.ignore_columns: [{name}]"
                 raise DataError(describe(f"{where}, field {name!r}", wrong, todo=todo))
@@ -233,8 +280,12 @@ class Columns:
         whole = dict.fromkeys(rest, True)
         also = next((other for other, shape in FORMATS.items() if other != form and shape.missing(whole) is None), None)
         parts = FORMATS[form].prompt_parts - (FORMATS[also].names if also else frozenset())
+        # Beside labels or a mask the prompt's length says nothing new.
+        marked = form == "input_ids" and not {"labels", *MASKS}.isdisjoint(used)
         suspects = [
-            (name, "prompt" if name in parts else kind_of(str(name), form)) for name in rest if name not in self.ignored
+            (name, "prompt" if name in parts else kind_of(str(name), "" if marked else form))
+            for name in rest
+            if name not in self.ignored
         ]
         refused = tuple((name, kind) for name, kind in suspects if kind is not None)
         unused = tuple(name for name in rest if name not in dict(refused))

@@ -40,6 +40,10 @@ def csv_rows(lines: Iterator[str], name: str, kind: str, limit: int) -> Iterator
 
 
 def _header(cells: list[str], where: str, kind: str) -> list[str]:
+    for cell in cells[1:]:
+        if cell.strip() and cell[0].isspace():  # then cells begin with it too, or with a quote that quotes nothing
+            todo = f"remove the white space behind each {DELIMITERS[kind]!r}, or write the rows as .jsonl"
+            raise DataError(describe(where, f"has white space in front of column {cell.strip()!r}", todo=todo))
     names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

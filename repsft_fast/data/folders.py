@@ -13,13 +13,16 @@ path names two splits, the same rows twice, a missing shard. All of these are re
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from repsft_fast.data.card import read_card
+from repsft_fast.data.card import Card, matcher, read_card
+from repsft_fast.data.columns import FORMATS
 from repsft_fast.data.filetypes import SUFFIXES, check_regular, holds_data, kind_of, known_unread, refusal, stem_of
 from repsft_fast.errors import DataError, describe
 
@@ -34,8 +37,10 @@ _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 _GLUED = r"(?:sets?|data|datasets?|files?|splits?|rows|samples|examples)?"
 _WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))}){_GLUED}(?![^\W\d_])", re.IGNORECASE)
 _SHARD = re.compile(r"(?P<family>.+?)-(?P<number>\d{5})-of-(?P<total>\d{5})")
+_PART = re.compile(r"(?P<family>.*?)[-_.]?(?<!\d)(?P<number>\d+)[-_.]of[-_.](?P<total>\d+)(?:[-_.].*)?", re.IGNORECASE)
 _METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
 _METADATA |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.json"}
+_METADATA |= {"trainer_state.json", "adapter_config.json", "model.safetensors.index.json", "all_results.json"}
 _NAMED_AT_MOST = 5
 
 
@@ -58,18 +63,21 @@ def choose_files(folder: Path, name: str, split: str, held_out: bool) -> tuple[l
     Raises DataError where it cannot be known which files are meant, naming the splits or places there are.
     """
     found, others = _walk(folder, name)
-    card, notes = read_card(folder, name, [file.inside for file in found])
-    if card is not None:
-        chosen_split = choose_split(split, list(card), held_out)
+    card = read_card(folder, name, [file.inside for file in found])
+    notes, splits = list(card.notes), card.splits
+    if splits is not None:
+        chosen_split = choose_split(split, list(splits), held_out)
         if chosen_split is None:
-            raise _no_split(name, split, list(card))
-        chosen = [file for file in found if file.inside in card[chosen_split]]
-        _check_card(card, chosen_split, name)
-        found = [_with_split(file, next((s for s in card if file.inside in card[s]), None)) for file in found]
+            raise _no_split(name, split, list(splits))
+        chosen = [file for file in found if file.inside in splits[chosen_split]]
+        _check_card(splits, card, chosen_split, name, {other.relative_to(folder).as_posix(): other for other in others})
+        found = [_with_split(file, next((s for s in splits if file.inside in splits[s]), None)) for file in found]
     else:
+        elsewhere = [file for file in found if not file.inside.startswith(card.folder)]
+        found = [file for file in found if file not in elsewhere]
         if not found:
-            raise _no_data(name, others)
-        found = _with_family_splits([_with_split(file, _split_in(file)) for file in found])
+            raise _no_data(f"{name.rstrip('/')}/{card.folder}" if card.folder else name, others)
+        found = _with_glued_splits(_with_family_splits([_with_split(file, _split_in(file)) for file in found]))
         names = sorted({file.split for file in found if file.split is not None})
         if names:
             chosen_split = choose_split(split, names, held_out)
@@ -81,7 +89,8 @@ def choose_files(folder: Path, name: str, split: str, held_out: bool) -> tuple[l
             chosen_split = None
         chosen = [file for file in found if file.split == chosen_split]
         _one_place(chosen, name)
-    _whole(chosen, others, name, chosen_split, one_set=card is None)
+        found += elsewhere
+    _whole(chosen, others, name, chosen_split, one_set=splits is None)
     chosen_inside = {file.inside for file in chosen}
     unread = [f"{file.inside} ({file.split or 'no split'})" for file in found if file.inside not in chosen_inside]
     _apart(chosen, [file for file in found if file.inside not in chosen_inside and file.split is not None], name)
@@ -140,6 +149,76 @@ def _with_family_splits(files: list[DataFile]) -> list[DataFile]:
     return renamed
 
 
+def _with_glued_splits(files: list[DataFile]) -> list[DataFile]:
+    """mytrain.jsonl beside mytest.jsonl: a word in a word (contest) counts where it alone tells two names apart."""
+    named: dict[tuple[tuple[str, ...], str], dict[str, list[DataFile]]] = {}
+    for file in files:
+        for word, split in _SPLIT_OF.items() if file.split is None and file.kind != "arrow" else ():
+            before, found, behind = stem_of(file.path).lower().rpartition(word)
+            if found:
+                rest = re.sub(r"\d+", "0", f"{before}/{behind}")
+                named.setdefault((file.dirs, rest), {}).setdefault(split, []).append(file)
+    splits = {
+        file.inside: split
+        for by_split in named.values()
+        if len(by_split) > 1
+        for split, of_split in by_split.items()
+        for file in of_split
+    }
+    return [_with_split(file, splits.get(file.inside, file.split)) for file in files]
+
+
+def rows_of_object(value: dict[str, Any], name: str, split: str, held_out: bool) -> list[Any]:
+    """The rows of a .json file that is one object: itself, the array it holds, or of arrays named as splits the one asked for.
+
+    Raises DataError where it could be several things.
+    """
+    arrays = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
+    forms = _forms_of(value)
+    own = {key for form in forms for key in FORMATS[form].names}  # turns and tools are arrays of objects too
+    more = [
+        key
+        for key, item in arrays.items()
+        if key not in own and _forms_of(item[0]) - (set() if forms == {"text"} else {"text"})
+    ]
+    todo = "write the rows that are meant as .jsonl, one a line"
+    if forms and more:
+        raise DataError(describe(name, f"is a row itself and holds rows in {more[0]!r}", todo=todo))
+    if forms:
+        return [value]
+    splits = [key for key, item in value.items() if _WORD.fullmatch(key) and (key in arrays or item == [])]
+    if splits and arrays.keys() <= set(splits):
+        chosen = choose_split(split, splits, held_out)
+        if chosen is None:
+            raise _no_split(name, split, splits)
+        return list(value[chosen])
+    if len(arrays) > 1:
+        raise DataError(describe(name, "holds several arrays", expected="one", got=", ".join(map(repr, arrays)), todo=todo))
+    return next(iter(arrays.values())) if arrays else [value]
+
+
+def _forms_of(row: dict[str, Any]) -> set[str]:
+    return {form for form, shape in FORMATS.items() if shape.missing(row) is None}
+
+
+def beside_saved(folder: Path, name: str, split: str, held_out: bool) -> tuple[str, ...]:
+    """What is to be said of a folder of save_to_disk: which files and splits in it are not read."""
+    unread = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith((".", "_")) or path.name.lower() in _METADATA or not path.is_file()
+        if not hidden and (kind_of(path) not in (None, "arrow file") or known_unread(path)):
+            unread.append(path.name)
+    try:
+        splits = [str(other) for other in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        splits = []  # a Dataset, or damaged, which its reader says
+    chosen = choose_split(split, splits, held_out)
+    unread += [f"{other} (split)" for other in splits if chosen is not None and other != chosen]
+    more = f" and {len(unread) - _NAMED_AT_MOST} more" if len(unread) > _NAMED_AT_MOST else ""
+    called = f"split {chosen} of " if chosen else ""
+    return (f"{called}{name}: not read: {', '.join(unread[:_NAMED_AT_MOST])}{more}",) if unread else ()
+
+
 def _walk(top: Path, name: str) -> tuple[list[DataFile], list[Path]]:
     """(files that hold rows and folders of save_to_disk, every other file), hidden ones and metadata left out."""
     found: list[DataFile] = []
@@ -182,14 +261,17 @@ def files_below(top: Path, name: str) -> Iterator[DataFile]:
     yield from (file for file in _walk(top, name)[0] if file.kind != "arrow")
 
 
-def _check_card(card: dict[str, set[str]], split: str, name: str) -> None:
-    """The card's files of the split are here, and none of them is in a split that is held apart from it."""
+def _check_card(splits: dict[str, set[str]], card: Card, split: str, name: str, others: dict[str, Path]) -> None:
+    """The card's files of the split are all here, and none of them is in a split that is held apart from it."""
     where = f"{name.rstrip('/')}/README.md"
-    if not card[split]:
+    for pattern in card.missing[split]:
+        for inside, path in others.items():
+            if matcher(pattern, where).fullmatch(inside) and known_unread(path):
+                raise refusal(path, f"{name.rstrip('/')}/{inside}")
         todo = "fetch the files, or name files in place of the folder"
-        raise DataError(describe(where, f"names files of split {split} that are not here", todo=todo))
-    for other, files in card.items():
-        if split_called(other) not in (None, split_called(split)) and (both := sorted(files & card[split])):
+        raise DataError(describe(where, f"names files of split {split} that are not here", got=pattern, todo=todo))
+    for other, files in splits.items():
+        if split_called(other) not in (None, split_called(split)) and (both := sorted(files & splits[split])):
             wrong = f"says that {both[0]} is {split} and {other}"
             raise DataError(describe(where, wrong, todo="name the files in place of the folder"))
 
@@ -247,14 +329,18 @@ def _whole(files: list[DataFile], others: list[Path], name: str, split: str | No
             wrong = f"holds {stems[key].inside} and {file.inside}: the same rows in two forms?"
             raise DataError(describe(name, wrong, todo=todo))
         stems[key] = file
-        if shard := _SHARD.match(file.path.name):
+        if shard := _PART.fullmatch(stem_of(file.path)):
             families.setdefault((file.dirs, shard["family"]), []).append((int(shard["number"]), int(shard["total"])))
     for (dirs, family), shards in families.items():
         called = "/".join((*dirs, family))
         if (whole := stems.get((dirs, family.lower()))) is not None:
             wrong = f"holds {whole.inside} and its shards: the same rows in two forms?"
             raise DataError(describe(name, wrong, todo=f"remove one, or name the one to read ({base}/{called}-*)"))
-        if shards[0][1] != len(shards) or sorted(number for number, _ in shards) != list(range(len(shards))):
+        numbers = sorted(number for number, _ in shards)
+        if {total for _, total in shards} != {len(shards)} or numbers not in (
+            list(range(len(shards))),
+            list(range(1, len(shards) + 1)),
+        ):
             totals = sorted({total for _, total in shards})
             wrong = f"does not hold the shards of {called} once each"
             todo = f"fetch what is missing and remove what is old, or name the files ({base}/{called}-*)"

@@ -163,7 +163,7 @@ def _with_system(
         if first.get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
             trainable = tuple(number + 1 for number in trainable) if trainable is not None else None
-        elif first["content"] != system:
+        elif first["content"].strip() != system.strip():
             wrong, todo = "says another thing than the system turn", f"keep one, or data.ignore_columns: [{name}]"
             raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(system), todo=todo))
     tools = [read_tools(row.get(name), f"{where}, field {name!r}", merged=merged) for name in TOOLS]
@@ -191,6 +191,11 @@ def check_kwargs(value: object, where: str, *, merged: bool = False) -> dict[str
         if name in RESERVED_KWARGS or name.endswith("_token") or not name.isidentifier():
             wrong = "is not a variable to set" if name.isidentifier() else "is not a name of a variable"
             raise DataError(describe(f"{where}, {name!r}", wrong, todo="remove it: the conversation itself gives these"))
+        if isinstance(found[name], str) and found[name].strip().lower() in ("true", "false"):  # a template takes both for true
+            todo = f"write {found[name].strip().lower()} without quotes"
+            raise DataError(
+                describe(f"{where}, {name!r}", "is text", expected="true or false", got=repr(found[name]), todo=todo)
+            )
     return found
 
 

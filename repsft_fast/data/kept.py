@@ -32,7 +32,7 @@ def check_turn(message: dict[str, Any], text: str, place: str) -> None:
     """A trained turn: its text, its reasoning, every tool's name and every argument. DataError naming what is lost."""
     thought, answer = split_thinking(message)
     # Reasoning that stands in the text may be written in another way by the template, as long as both parts are there.
-    apart = thought and not message.get("reasoning_content") and not _stands(message["content"], text)
+    apart = answer != (message.get("content") or "") and not _stands(message["content"], text)
     said = {"content": answer, "reasoning_content": thought} if apart else message
     for field in ("content", "reasoning_content"):
         if said.get(field) and not _stands(said[field], text):
@@ -45,19 +45,27 @@ def check_turn(message: dict[str, Any], text: str, place: str) -> None:
                     todo=_WAY_OUT[field],
                 )
             )
-    if thought and _ENDED_BEFORE.search(squeeze(text).partition(squeeze(thought))[0]):
+    if thought.strip() and _ENDED_BEFORE.search(squeeze(text).partition(squeeze(thought))[0]):
         wrong = "the chat template closes the thinking before the row's reasoning"
         todo = "set tokenizer.chat_template to one that writes it once, tokenizer.template_kwargs, or data.on_bad_row: drop"
         raise DataError(describe(place, wrong, got=repr(text[:60]), todo=todo))
+    # Templates that look for </think> anywhere would make the first half of an answer that mentions it the reasoning.
+    mentions = "</think>" in answer and "<think>" not in answer and not CLOSED.search(answer)
+    if mentions and not thought and answer.strip() not in text:
+        wrong = "the chat template takes the text in front of </think> for reasoning"
+        todo = "write <think> in front of it where it is, or data.on_bad_row: drop"
+        raise DataError(describe(place, wrong, expected=repr(answer.strip()[:60]), got=repr(text[:60]), todo=todo))
     for number, call in enumerate(message.get("tool_calls") or ()):
         _check_call(call["function"], text, squeeze(text), f"{place}, field 'tool_calls[{number}]'")
 
 
+CLOSED = re.compile(r"^\s*</think>\s*$", re.MULTILINE)  # on a line of its own: a thinking's end, not the word for one
 _ENDED_BEFORE = re.compile(r"</think(ing)?>|\[/THINK\]", re.IGNORECASE)
 _WAY_OUT = {
     "content": "set tokenizer.chat_template to one that keeps it, or data.on_bad_row: drop",
     "reasoning_content": (
-        "set tokenizer.chat_template to one that keeps it, put it into content as <think>…</think>, or data.on_bad_row: drop"
+        "set data.train_on: last, set tokenizer.chat_template to one that keeps it, put it into content as <think>…</think>"
+        " where the template has no place for it, or data.on_bad_row: drop"
     ),
 }
 
@@ -75,8 +83,24 @@ def _check_call(function: Mapping[str, Any], text: str, squeezed: str, place: st
         written = json.dumps(arguments, ensure_ascii=False)
         if squeeze(str(arguments)) in squeezed and squeeze(written) not in squeezed:
             raise DataError(describe(place, "the chat template writes the arguments in Python's form", expected=written[:80]))
+    if isinstance(arguments, str) and _is_bare(arguments, squeezed):
+        wrong = "the chat template writes arguments that are not JSON into the JSON of its call"
+        todo = "write the arguments as an object, set tokenizer.chat_template, or data.on_bad_row: drop"
+        raise DataError(describe(place, wrong, got=_short(arguments), todo=todo))
     if isinstance(arguments, str) and arguments[:1] == "{" and squeeze(json.dumps(arguments, ensure_ascii=False)) in squeezed:
         raise DataError(describe(place, "the chat template encodes the arguments twice", expected=arguments[:80]))
+
+
+def _is_bare(arguments: str, squeezed: str) -> bool:
+    """Does text that is not JSON stand without quotes where JSON has a value?"""
+    bare = squeeze(arguments)
+    if not any(f'"{key}":{bare}' in squeezed for key in ("arguments", "parameters")):
+        return False
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def check_context(messages: list[dict[str, Any]], text: str, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.data import cache
-from repsft_fast.data.bad_rows import BAD_ROW, BadRows
+from repsft_fast.data.bad_rows import BAD_ROW, BadRows, IgnoredFields, check_column
 from repsft_fast.data.bounded import bounded_map
 from repsft_fast.data.columns import Columns, unused_line
 from repsft_fast.data.encode import Encoder
@@ -31,7 +32,7 @@ from repsft_fast.data.placeholders import special_pattern
 from repsft_fast.data.plain import plain_pieces, with_ends
 from repsft_fast.data.pretokenised import Pretokenised
 from repsft_fast.data.sample import Loaded, Sample
-from repsft_fast.data.sources import Source, SourceSpec, list_sources, open_rows
+from repsft_fast.data.sources import Source, SourceSpec, list_sources, open_rows, without_copies
 from repsft_fast.data.splits import Splits, carve, nested_subset, overlap_warnings
 from repsft_fast.data.template import ChatTemplate, Rendered, find_template
 from repsft_fast.errors import DataError, describe
@@ -39,7 +40,7 @@ from repsft_fast.errors import DataError, describe
 CHUNK_ROWS = 2048  # rows in flight: bounds the memory, amortises the fork and the tokenizer's batch
 
 NO_TEXT = "no text, or only special tokens"
-NO_ASSISTANT = "no assistant turn with text"
+NO_ASSISTANT = "no assistant turn to train on"
 NOT_MARKED = "no turn is marked as trained"
 NOT_TRAINED = "no trained token"
 ZERO_WEIGHT = "weight 0"
@@ -121,6 +122,7 @@ def _load(
     if isinstance(sources, dict) and settings.task_column is not None:
         raise DataError(describe("data.task_column", "contradicts {task: path}", todo="use one of the two"))
     opened = [(source, *open_rows(source, settings.split)) for source in listed]
+    without_copies(opened)
     build = _Builder(tokenizer, settings, vocab_size)
     if settings.cache_folder is None or first_rows is not None:
         loaded = build([(source, islice(rows, first_rows)) for source, rows, _ in opened])
@@ -219,6 +221,7 @@ class _Builder:
         loaded, self.notes = Loaded([]), Counter[str]()
         self.columns = Columns(task=settings.task_column, weight=settings.weight_column, ignored=settings.ignore_columns)
         self.bad, self.rows = BadRows(), 0
+        self.fields = IgnoredFields(settings.ignore_columns)
         for source, rows in sources:
             first, before, dropped, bad = self.rows, len(loaded.samples), Counter(loaded.dropped), self.bad.count
             items = self._items(source, rows, loaded)
@@ -239,10 +242,10 @@ class _Builder:
         for (form, other), count in also.items():
             self.notes[f"rows are whole {other!r} rows too, and read as {form!r} (data.format chooses)"] = count
         loaded.warnings += [f"{count} {note}" for note, count in sorted(self.notes.items())]
-        loaded.warnings += [*self.bad.warnings(), *self.columns.never_seen()]
+        loaded.warnings += [*self.bad.warnings(), *self.columns.never_seen(), *self.fields.never_seen()]
         if self.template_text and "strftime_now" in self.template_text:
             loaded.warnings.append("the chat template writes today's date: samples differ from day to day unless cached")
-        unread = [name for name in settings.template_kwargs if name not in (self.template_text or "")]
+        unread = [name for name in settings.template_kwargs if not re.search(rf"\b{name}\b", self.template_text or "")]
         loaded.warnings += [f"tokenizer.template_kwargs: the chat template does not read {name}" for name in unread]
         return loaded
 
@@ -254,8 +257,11 @@ class _Builder:
         form, settings = self.settings.format, self.settings
         for row, where in rows:
             self.rows += 1
+            self.fields.look(row)
             task, weight = source.task or "default", 1.0
             try:
+                check_column(row, settings.task_column, "data.task_column", where)
+                check_column(row, settings.weight_column, "data.weight_column", where)
                 if form == "auto" and isinstance(row, dict):
                     form = detect(self.columns.visible(row), where)
                 parsed = parse(row, form if form != "auto" else "messages", where, merged=source.merged, columns=self.columns)

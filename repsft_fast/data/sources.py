@@ -30,7 +30,7 @@ from repsft_fast.data.filetypes import (
     refusal,
     torn,
 )
-from repsft_fast.data.folders import choose_files, files_below
+from repsft_fast.data.folders import beside_saved, choose_files, files_below, rows_of_object
 from repsft_fast.errors import DataError, describe
 from repsft_fast.hub import near_path, why_local
 
@@ -67,6 +67,10 @@ def list_sources(sources: SourceSpec, split: str = "train", beside: Sequence[Sou
     pairs = sources.items() if isinstance(sources, Mapping) else [(None, sources)]
     for task, value in pairs:
         values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if task is not None and not (str(task).strip() and values):
+            raise DataError(
+                describe("data", f"task {task!r} has no {'source' if str(task).strip() else 'name'}", todo="write one")
+            )
         named += [(task, item) for item in values]
     if not named:
         raise DataError(describe("data", "names no source", expected="a path, a list of paths, {task: path} or a hub id"))
@@ -122,7 +126,7 @@ def _expand(value: object, split: str, held_out: bool) -> list[Source]:
 def _folder(path: Path, name: str, split: str, held_out: bool) -> list[Source]:
     _check_split_name(split, name)
     if any((path / index).is_file() for index in ("state.json", "dataset_dict.json")):
-        return [Source(name, "arrow", path, None)]
+        return [Source(name, "arrow", path, None, notes=beside_saved(path, name, split, held_out))]
     files, notes = choose_files(path, name, split, held_out)
     listed = [Source(f"{name.rstrip('/')}/{file.inside}", file.kind, file.path, None) for file in files]
     return [replace(listed[0], notes=tuple(notes)), *listed[1:]]
@@ -137,9 +141,10 @@ def _check_split_name(split: str, name: str) -> None:
 def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
     """A glob, a hub id, or a slip of the pen."""
     if "://" in name:
-        raise DataError(
-            describe(name, "is a URL, which is not fetched", todo="download it and name the file, or name a hub id")
-        )
+        hub = re.match(r"(?:hf://|https?://(?:www\.)?huggingface\.co/)datasets/([\w.-]+/[\w.-]+)", name)
+        todo = f"name the hub id: {hub[1]}" if hub else "download it and name the file, or name a hub id"
+        todo = f"write the path: {name[7:]}" if name.startswith("file:///") else todo
+        raise DataError(describe(name, "is a URL, which is not fetched", todo=todo))
     if any(sign in name for sign in "*?[") and "\0" not in name:
         return _glob(name, path, split, held_out)
     repository, _, subset = name.partition(":")
@@ -150,6 +155,8 @@ def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source
         return [Source(name, "hub", None, None)]
     near = near_path(path)
     todo = f"did you mean {near}?" if near else f"check the path ({why}: the hub is not asked)"
+    if "$" in name:
+        todo = "write the path out: variables are not filled in"
     raise DataError(describe(name, "does not exist", todo=todo))
 
 
@@ -213,6 +220,16 @@ def _without_doubles(listed: list[Source]) -> list[Source]:
     return listed
 
 
+def without_copies(opened: Sequence[tuple[Source, Any, str]]) -> None:
+    """Files of one task with the same bytes are one file twice, as `_without_doubles` has it. opened: (source, …, hash)."""
+    seen: dict[tuple[str | None, str], Source] = {}
+    for source, _, digest in opened:
+        first = seen.setdefault((source.task, digest), source)
+        if first is not source and source.path is not None:
+            todo = "name one of them; data.weight_column or mixture.weights make rows count more"
+            raise DataError(describe(source.name, f"is a copy of {first.name}, byte for byte", todo=todo))
+
+
 def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], str]:
     """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are lines."""
     if source.path is None:
@@ -221,7 +238,7 @@ def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], st
     else:
         digest = _hash_files(source.path)
         if source.kind in ("jsonl", "json", "csv", "tsv"):
-            return _read(source), digest
+            return _read(source, split), digest
         if source.kind == "arrow":
             dataset = open_saved(source.path, source.name, split, source.held_out)
         else:
@@ -251,12 +268,12 @@ def _check_table(source: Source) -> None:
         check_beginning(beginning, source.name)
 
 
-def _read(source: Source) -> Iterator[tuple[Any, str]]:
+def _read(source: Source, split: str) -> Iterator[tuple[Any, str]]:
     assert source.path is not None
     place = [f"{source.name}"]
     try:
         if source.kind == "json":
-            yield from _json_rows(source, place)
+            yield from _json_rows(source, split, place)
         elif source.kind == "jsonl":
             yield from _json_lines(source, place)
         else:
@@ -312,10 +329,29 @@ def _text(data: bytes, where: str) -> str:
         raise DataError(describe(where, "is not UTF-8", expected="UTF-8", got=got, todo="convert the file")) from None
 
 
+class _Twice(ValueError):
+    """A name that one object gives to two values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = dict(pairs)
+    if len(made) < len(pairs):
+        for name, value in pairs:
+            if made[name] != value:
+                raise _Twice(name)
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _decode(data: bytes, where: str, torn: bool = False) -> Any:
     text = _text(data, where)
     try:
-        return json.loads(text)
+        return _JSON.decode(text)
+    except _Twice as error:
+        todo = "keep the one that is meant"
+        raise DataError(describe(where, f"names {error.args[0]!r} twice, with two values", todo=todo)) from None
     except RecursionError:
         todo = "write what is nested as text"
         raise DataError(describe(where, "is nested too deeply", expected="a row of text fields", todo=todo)) from None
@@ -324,7 +360,7 @@ def _decode(data: bytes, where: str, torn: bool = False) -> Any:
         raise DataError(describe(where, wrong, todo="repair or remove the line")) from None
 
 
-def _json_rows(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
+def _json_rows(source: Source, split: str, place: list[str]) -> Iterator[tuple[Any, str]]:
     """A .json file: an array of rows, an object that holds one such array, or JSON lines under another name."""
     assert source.path is not None
     with open_bytes(source.path) as stream:
@@ -344,9 +380,7 @@ def _json_rows(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
         return
     value = _decode(data, source.name)
     if isinstance(value, dict):
-        arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-        is_row = any(key in value for key in ("messages", "conversations"))
-        value = arrays[0] if len(arrays) == 1 and not is_row else [value]
+        value = rows_of_object(value, source.name, split, source.held_out)
     if not isinstance(value, list):
         todo = "write an array of rows, or one row a line as .jsonl"
         wrong = "holds no rows"

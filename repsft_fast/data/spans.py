@@ -121,5 +121,6 @@ def _opens(text: str, message: dict[str, Any]) -> bool:
     said = (message.get("content") or "").strip()
     if not said or message.get("reasoning_content") or message.get("tool_calls"):
         return False
-    at = text.find(said)
-    return at > 0 and bool(text[:at].strip()) and "<think>" not in text[:at]
+    begun = text.lstrip().removeprefix("<think>")
+    behind = begun.partition("</think>")[2]
+    return said in text and not any(rest.lstrip().startswith(said) for rest in (text, begun, behind))

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.formats import Conversation, check_kwargs
-from repsft_fast.data.kept import check_context, says_something, split_thinking, squeeze, turns_whose_thinking_stands
+from repsft_fast.data.kept import CLOSED, check_context, says_something, split_thinking, squeeze, turns_whose_thinking_stands
 from repsft_fast.data.placeholders import Piece, Placeholders, special_strings, without_placeholders
-from repsft_fast.data.renders import Question, Renders, Span
+from repsft_fast.data.renders import ANYBODY, Question, Renders, Span, closing_tokens
 from repsft_fast.data.spans import turn_spans
 from repsft_fast.errors import DataError, describe
 
@@ -42,6 +42,7 @@ class Rendered:
 NOTE_SPECIAL = "rows hold special-token strings, kept as text (tokenizer.special_tokens: parse makes them tokens)"
 NOTE_TOOLS = "rows have tools that the chat template ignores"
 NOTE_KWARGS = "rows have chat_template_kwargs that the chat template does not read"
+NOTE_NAMES = "rows name the speakers of turns, and the chat template does not write the names"
 NOTE_MARKED = "rows have turns marked as trained that are not, since data.train_on is last"
 NOTE_ENDLESS = "turns end without a special token in the chat template: the model will not learn to stop"
 
@@ -75,16 +76,16 @@ class Spelling:
 
     def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
         spelled = dict(message)
-        thought, answer = split_thinking(message) if message["role"] == "assistant" else ("", "")
+        thought, answer = split_thinking(message) if message["role"] == "assistant" else ("", message["content"])
         if not self.reasoning and thought and thought == message.get("reasoning_content"):
             spelled["thinking"] = thought
-        elif self.reasoning and thought:
+        elif self.reasoning and (thought or answer != message["content"]):  # an empty thinking in the text says nothing
             spelled.pop("reasoning_content", None)
             if self.reasoning == "content":
                 spelled["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
             else:
                 names = ("reasoning_content", "thinking") if self.reasoning == "fields" else (self.reasoning,)
-                spelled |= {"content": answer, **dict.fromkeys(names, thought)}
+                spelled |= {"content": answer, **(dict.fromkeys(names, thought) if thought.strip() else {})}
         if self.arguments_as_text and spelled.get("tool_calls"):
             spelled["tool_calls"] = [
                 {**call, "function": {**call["function"], "arguments": _as_text(call["function"].get("arguments"))}}
@@ -122,6 +123,7 @@ class ChatTemplate:
         tokens = tokenizer.special_tokens_map.items()
         self.variables |= {name: str(token) for name, token in tokens if not isinstance(token, list)} | own
         self._questions: dict[str, Question] = {}
+        self._fields_only: dict[tuple[bool, str], bool] = {}
         self._templates: dict[str, tuple[Any, bool, Any]] = {}
         self.placeholders = Placeholders(() if parse_special else self.specials)
 
@@ -177,13 +179,27 @@ class ChatTemplate:
         if marks:
             notes.add(NOTE_SPECIAL)
         text, spans = self._first_kept(messages, tools, turns, conversation.template_kwargs, where, notes)
+        if not self.placeholders.specials:  # special tokens of the row are tokens
+            self._check_ends(text, spans, where)
         if not all(text[:end].endswith(self.specials) for _, end in spans):
             notes.add(NOTE_ENDLESS)
         if tools and not any(squeeze(str(tool.get("function", tool).get("name", ""))) in squeeze(text) for tool in tools):
             notes.add(NOTE_TOOLS)
-        if any(name not in self.template + self.tool_template for name in conversation.template_kwargs):
+        speakers = {message["name"] for message in messages if message.get("name") and message["role"] != "tool"}
+        if any(squeeze(name) not in squeeze(text) for name in speakers):
+            notes.add(NOTE_NAMES)
+        if not all(re.search(rf"\b{name}\b", self.template + self.tool_template) for name in conversation.template_kwargs):
             notes.add(NOTE_KWARGS)
         return Rendered(tuple(self.placeholders.pieces(text, spans, marks, where)), tuple(sorted(notes)))
+
+    def _check_ends(self, text: str, spans: list[tuple[int, int]], where: str) -> None:
+        """A row's text that ends in the end of turn, which the template writes once more, would train two."""
+        for start, end in spans:
+            closing = [special for special, _ in closing_tokens(text[:end], self.specials, start)]
+            if closing[1:2] == closing[:1] != []:
+                wrong = f"has a turn that ends in {closing[0]}, and the chat template writes it again"
+                todo = "remove it from the turn's text, or set tokenizer.special_tokens: text"
+                raise DataError(describe(where, wrong, got=repr(text[start:end][-60:]), todo=todo))
 
     def _asked(self, conversation: Conversation, spoken: list[int]) -> tuple[list[int], set[str]]:
         """Which turns are to be trained: those the row allows, of them the last one where only that is asked for."""
@@ -211,7 +227,15 @@ class ChatTemplate:
         first: Exception | None = None
         stood: set[int] = set()  # turns whose reasoning stood in a spelling that failed otherwise
         thoughts = {n for n, message in enumerate(messages) if message["role"] == "assistant" and split_thinking(message)[0]}
-        for spelling in self._spellings(messages, bool(thoughts)):
+        in_text = [
+            n for n, message in enumerate(messages) if message["role"] == "assistant" and "</think>" in message["content"]
+        ]
+        fields_only = bool(in_text) and self._reads_fields_only(tools, kwargs)
+        for turn in in_text if fields_only else ():
+            if split_thinking(messages[turn])[1] == messages[turn]["content"] and CLOSED.search(messages[turn]["content"]):
+                wrong = "closes a thinking that its text does not begin, and the chat template has another place for it"
+                raise DataError(describe(f"{where}, turn {turn + 1}", wrong, todo="write <think> in front of it"))
+        for spelling in self._spellings(messages, bool(thoughts), bool(in_text), fields_only):
             render = partial(self._render_spelled, spelling, tools, kwargs)
             about = f"{bool(tools)} {sorted(kwargs.items())}" if tools or kwargs else ""
             renders = Renders(render, messages, self.specials, lambda turn: f"{where}, turn {turn + 1}", self._questions, about)
@@ -243,16 +267,37 @@ class ChatTemplate:
         spelled = messages if as_it_is else [spelling(message) for message in messages]
         return self.render(spelled, tools, prompt, kwargs)
 
-    def _spellings(self, messages: list[dict[str, Any]], thinks: bool) -> list[Spelling]:
+    def _reads_fields_only(self, tools: list[Any] | None, kwargs: Mapping[str, Any]) -> bool:
+        """Does the template write a turn's reasoning in marks of its own, and know none in the text? Asked once a template.
+
+        There <think>…</think> would be trained as a part of the answer (harmony's final channel), beside the template's own
+        place for thinking.
+        """
+        template = self.tool_template if tools else self.template
+        about = bool(tools), json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""
+        if about not in self._fields_only:
+            thought = "Nobody was there."
+            answer = {"role": "assistant", "content": "I am.", "reasoning_content": thought}
+            try:
+                asked = [Spelling("fields")(message) for message in (ANYBODY, answer)]
+                written = "</think>" not in template and thought in self.render(asked, tools, False, kwargs)[0]
+            except MemoryError:
+                raise
+            except Exception:  # a template may raise anything; it does not take this chat
+                written = False
+            self._fields_only[about] = written
+        return self._fields_only[about]
+
+    def _spellings(self, messages: list[dict[str, Any]], thinks: bool, in_text: bool, fields_only: bool) -> list[Spelling]:
         """Those that can make a difference to these messages, our own first."""
         calls = [call for message in messages for call in message.get("tool_calls") or ()]
         objects = any(isinstance(call["function"].get("arguments"), Mapping) for call in calls)
         silent = any(message.get("tool_calls") and not message["content"].strip() for message in messages)
         names = [""]
-        if thinks:
-            names += ["fields"] if any("</think>" in message["content"] for message in messages) else []
+        if thinks or in_text:
+            names = ["fields"] if fields_only else ["", "fields"] if in_text else [""]
             names += ["reasoning_content", "thinking", "reasoning"]
-            if "think>" in self.template + self.tool_template:
+            if not fields_only and "think>" in self.template + self.tool_template:
                 names.append("content")
         return [
             Spelling(reasoning, text, null)

@@ -27,14 +27,15 @@ from repsft_fast.data.tool_calls import (
 )
 from repsft_fast.errors import DataError, describe
 
-CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # the assistant's turns whose content is calls
+CALL_ROLES = ("function_call", "function_calls", "tool_call", "tool_calls")  # the assistant's turns whose content is calls
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(CALL_ROLES, "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
-    **dict.fromkeys(("tool_response", "tool_result", "tool_results", "function_response"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "tool_results", "tool_output", "tool_outputs"), "tool"),
+    **dict.fromkeys(("function_response", "function_result", "function_output"), "tool"),
 }
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
@@ -51,13 +52,14 @@ THINKING_PARTS = ("thinking", "reasoning")
 # Names of unused fields that may say what is trained, or how the turn is to be rendered; and names that may hold its text.
 STEERING = re.compile(
     "weight|train|loss|learn|mask|label|target|ignore|supervis|kwargs|enable|eos|end_of|think|thought|reason|rationale"
-    "|skip|exclude|include|discard|backprop|gradient",
+    "|skip|exclude|include|discard|backprop|gradient|scratchpad|^cot$|_cot$|^cot_",
     re.IGNORECASE,
 )
+DENYING = re.compile("(is_)?(end_?turn|eot|sft|keep|use|used|selected)", re.IGNORECASE)  # … where they say no
 HOLDING = re.compile(
     "tool|function|call|param|argument|image|audio|video|file|document|context|attach|channel|recipient|prefix|suffix|partial"
     "|continue|text|value|content|message|prompt|instruct|query|input|output|result|response|answer|completion|solution|refus"
-    "|role|system",
+    "|role|system|prefill|frozen|observation|^(parts|code|body)$",
     re.IGNORECASE,
 )
 # … unless they only count or point, or tell how a generation ended.
@@ -148,6 +150,8 @@ def _message(
         calls = _calls(turn, names.content if is_call else (), role, place, merged)
     content, thoughts = (None, {}) if is_call else _content(turn, names, place, unknown)
     reasoning = _reasoning(turn, thoughts, role, place) if thoughts or not _THINKING.isdisjoint(turn) else None
+    if reasoning and content:
+        content, reasoning = _said_once(content, reasoning, place)
     mark = None if _MARKING.isdisjoint(turn) else _mark(turn, role, place)
     for key, value in turn.items():
         if key not in _KNOWN and key not in names.role and key not in names.content:
@@ -186,7 +190,7 @@ def _role(turn: Mapping[str, Any], keys: tuple[str, ...], place: str) -> tuple[s
     is_call = False
     for key in [key for key in keys if key in turn] or keys[:1]:
         value = turn.get(key)
-        name = value.strip().lower() if isinstance(value, str) else ""
+        name = re.sub(r"[\s-]+", "_", value.strip().lower()) if isinstance(value, str) else ""
         if name not in ROLES:
             expected, todo = " | ".join(ROLES), "rename it, or remove the turn"
             raise DataError(describe(f"{place}.{key}'", "is not a role", expected=expected, got=shown(value), todo=todo))
@@ -262,6 +266,31 @@ def _reasoning(turn: Mapping[str, Any], thoughts: dict[str, str], role: str, pla
     return reasoning
 
 
+# Thinking in front of the text, in the marks of any family; its opening mark may stand in the prompt.
+_THOUGHT = re.compile(
+    r"\s*(?P<opened>[<\[◁]\|?(?:\w+:)?th(?:ink(?:ing)?|ought)\|?[>\]▷])?(?P<thought>.*?)"
+    r"[<\[◁]\|?/(?:\w+:)?th(?:ink(?:ing)?|ought)\|?[>\]▷](?P<answer>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _said_once(content: str, reasoning: str, place: str) -> tuple[str, str | None]:
+    """(text, reasoning), one of them without the thinking that both say: as they are, it would be trained twice.
+
+    <think> in the text can be handed to every template, whether it has a field or not; other marks to those that have one.
+    """
+    found = _THOUGHT.match(content)
+    if found is None:
+        return content, reasoning
+    if "".join(found["thought"].split()) == "".join(reasoning.split()):
+        return (content, None) if found["opened"] == "<think>" else (found["answer"].lstrip("\n"), reasoning)
+    if found["opened"]:
+        wrong = "thinks one thing in the text and another in its field"
+        todo = "keep the one that is meant"
+        raise DataError(describe(f"{place}'", wrong, expected=shown(reasoning[:60]), got=shown(content[:60]), todo=todo))
+    return content, reasoning
+
+
 def _calls(turn: Mapping[str, Any], values: tuple[str, ...], role: str, place: str, merged: bool) -> list[dict[str, Any]]:
     """The turn's calls, from whichever fields hold them: tool_calls, OpenAI's older function_call (one call, no list), and
     the `values` of ShareGPT's turns from function_call (one call or several, mostly as JSON text)."""
@@ -313,7 +342,8 @@ def _unused(key: object, value: object, path: str, place: str, names: _Names, un
     name = f"{path}{key}"
     if name in names.ignored:
         return
-    steers = STEERING.search(key) and key not in SILENT
+    denies = value in (False, 0) and DENYING.fullmatch(key) if isinstance(value, bool | int) else None
+    steers = denies or (STEERING.search(key) and key not in SILENT)
     holds = HOLDING.search(key) and not POINTING.search(key) and value is not False
     if (steers or holds) and not is_empty(value):
         wrong = "may say what the text is or what is trained, and is not a field we read"

@@ -148,7 +148,7 @@ def test_rows_with_nothing_to_train_on_are_dropped_and_counted(write):
     ]
     for template in (None, BLOCKS):
         loaded = load(write(chats), byte_level(), DataSettings(chat_template=template))
-        assert (len(loaded.samples), dict(loaded.dropped)) == (1, {"no assistant turn with text": 3})
+        assert (len(loaded.samples), dict(loaded.dropped)) == (1, {"no assistant turn to train on": 3})
     text = load(write([{"text": t} for t in ("", " \n", "<|im_end|><|begin|>", "words")]), byte_level())
     assert (len(text.samples), dict(text.dropped)) == (1, {"no text, or only special tokens": 3})
     masked = [{"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [], "labels": []}, {"input_ids": [3]}, IDS[0]]
@@ -174,7 +174,7 @@ def test_chunks_do_not_show(write, monkeypatch):
     whole = load(write(rows), byte_level())
     monkeypatch.setattr(load_module, "CHUNK_ROWS", 3)
     assert load(write(rows), byte_level()) == whole
-    assert whole.dropped == {"no assistant turn with text": 7}
+    assert whole.dropped == {"no assistant turn to train on": 7}
 
 
 def test_settings_are_checked():

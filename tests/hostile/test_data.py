@@ -65,7 +65,7 @@ def test_a_damaged_line_is_named(attempt, content, place, words):
         GOOD.rstrip(),
         b"\n\n" + GOOD,
         rb'{"query": "q", "response": "a", "other": "\ud800", "deep": [[[[1]]]]}',
-        b'{"query": "other", "query": "q", "response": "a"}',
+        b'{"query": "q", "query": "q", "response": "a"}',
     ],
 )
 def test_harmless_oddities_are_read_exactly(attempt, content):
@@ -190,7 +190,7 @@ def test_filtered_to_nothing_names_the_source_and_the_reasons(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"query": "q", "response": " "}\n' * 2 + GOOD.replace(b'"a"', b'"' + b"a" * 99 + b'"'))
     sources_given = {"a": tmp_path / "a.jsonl", "b": tmp_path / "b.jsonl"}
     with pytest.raises(
-        DataError, match=r"b.jsonl: none of its 3 rows is usable .2 × no assistant turn with text, 1 × over-long"
+        DataError, match=r"b.jsonl: none of its 3 rows is usable .2 × no assistant turn to train on, 1 × over-long"
     ):
         load(sources_given, byte_level(), DataSettings(max_tokens=60))
 
