@@ -63,7 +63,7 @@ def _exact_span(renders: Renders, turn: int) -> Span:
 
 
 _OTHER_PROMPT = (
-    "set tokenizer.template_kwargs (enable_thinking: false) or tokenizer.chat_template so that they agree,"
+    "set tokenizer.template_kwargs (enable_thinking: false, or true) or tokenizer.chat_template so that they agree,"
     " write the reasoning as the template does, or set data.on_bad_row: drop"
 )
 
