@@ -57,7 +57,6 @@ _LARGEST = 2**63 - 1  # what an int64 counter and torch's seeds can hold
 _DEEPEST = 50  # of free settings, such as a model's config: real ones are 3 or 4 deep
 
 Text = Annotated[str, BeforeValidator(as_word), Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(as_number)]
 Positive = Annotated[float, BeforeValidator(as_number), Field(gt=0)]
 NotNegative = Annotated[float, BeforeValidator(as_number), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(as_number), Field(ge=0, le=1)]

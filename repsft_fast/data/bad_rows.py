@@ -1,14 +1,8 @@
-"""Rows that cannot be trained on: counted, the first five kept in words, and one error or one warning at the end.
-
-And fields of turns in data.ignore_columns that no row has: they would have to be looked for in every row, too.
-"""
+"""Rows that cannot be trained on: counted, the first five kept in words, and one error or one warning at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
-from repsft_fast.errors import DataError, describe, did_you_mean
+from repsft_fast.errors import DataError, describe
 
 BAD_ROW = "cannot be trained on (data.on_bad_row: drop)"
 SHOWN = 5
@@ -58,46 +52,3 @@ class BadRows:
         places = ", ".join(place for place, _ in self.first)
         more = ", …" if self.count > SHOWN else ""
         return [f"{self.count} rows cannot be trained on and were dropped: {places}{more}; the first: {self.first[0][1]}"]
-
-
-def check_column(row: object, column: str | None, setting: str, where: str) -> None:
-    """Raises DataError where a row has not the column that a setting names."""
-    if column is not None and isinstance(row, dict) and column not in row:
-        near = did_you_mean(column, map(str, row))
-        todo = f"did you mean {near}?" if near else f"write it into every row, or drop {setting}"
-        raise DataError(describe(f"{where}, field {column!r}", f"is missing, and {setting} names it", todo=todo))
-
-
-class IgnoredFields:
-    """Fields like "messages[].name" that no turn has had so far. Those that stay are slips of the pen."""
-
-    def __init__(self, names: Iterable[str]):
-        self.missing = [name for name in names if "[]." in name]
-        self._seen: set[str] = set()
-
-    def look(self, row: object) -> None:
-        for path in list(self.missing):
-            if self._holds(row, path, ""):
-                self.missing.remove(path)
-
-    def _holds(self, value: Any, path: str, above: str) -> bool:
-        """Does the path lead to a field? a[].b: in any item of the list a."""
-        name, _, rest = path.partition("[].")
-        if not isinstance(value, dict):
-            return False
-        if above:
-            self._seen.update(f"{above}{key}" for key in value)
-        inner = value.get(name)
-        if not rest:
-            return name in value
-        return any([self._holds(item, rest, f"{above}{name}[].") for item in (inner if isinstance(inner, list) else [])])
-
-    def never_seen(self) -> list[str]:
-        return [f"data.ignore_columns: no row has {path!r}{self._meant(path)}" for path in sorted(self.missing)]
-
-    def _meant(self, path: str) -> str:
-        above, _, name = path.rpartition("[].")
-        near = did_you_mean(
-            name, [field for place, _, field in (seen.rpartition("[].") for seen in self._seen) if place == above]
-        )
-        return f"; did you mean {above}[].{near}?" if near else ""

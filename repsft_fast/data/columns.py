@@ -3,8 +3,9 @@
 Every column of a row that is not null is one of three things:
 
 used      the row's form reads it (FORMATS), or data.task_column or data.weight_column names it
-refused   its name says that it belongs to the prompt or decides what is trained, and the row's form does not read it:
-          trained without it, the row would mean something else. Empty values ("", [], {}) say nothing and pass, and so
+refused   its name says that it belongs to the prompt, decides what is trained or changes what the chat template writes, and
+          the row's form does not read it, or it says that the row is not to be trained on: trained without it, the row
+          would mean something else. Empty values ("", [], {}) say nothing and pass, and so
           does text that stands in the columns that are read (some sets keep the system prompt a second time beside messages).
 unused    everything else: counted, and named once
 
@@ -296,3 +297,46 @@ def unused_line(unused: Mapping[str, int]) -> list[str]:
     """The one warning that names what was not used; none where everything was."""
     named = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(unused.items(), key=lambda pair: (-pair[1], pair[0])))
     return [f"columns not used: {named}"] if named else []
+
+
+def check_column(row: object, column: str | None, setting: str, where: str) -> None:
+    """Raises DataError where a row has not the column that a setting names."""
+    if column is not None and isinstance(row, dict) and column not in row:
+        near = did_you_mean(column, map(str, row))
+        todo = f"did you mean {near}?" if near else f"write it into every row, or drop {setting}"
+        raise DataError(describe(f"{where}, field {column!r}", f"is missing, and {setting} names it", todo=todo))
+
+
+class IgnoredFields:
+    """Fields like "messages[].name" that no turn has had so far. Those that stay are slips of the pen."""
+
+    def __init__(self, names: Iterable[str]):
+        self.missing = [name for name in names if "[]." in name]
+        self._seen: set[str] = set()
+
+    def look(self, row: object) -> None:
+        for path in list(self.missing):
+            if self._holds(row, path, ""):
+                self.missing.remove(path)
+
+    def _holds(self, value: Any, path: str, above: str) -> bool:
+        """Does the path lead to a field? a[].b: in any item of the list a."""
+        name, _, rest = path.partition("[].")
+        if not isinstance(value, dict):
+            return False
+        if above:
+            self._seen.update(f"{above}{key}" for key in value)
+        inner = value.get(name)
+        if not rest:
+            return name in value
+        return any([self._holds(item, rest, f"{above}{name}[].") for item in (inner if isinstance(inner, list) else [])])
+
+    def never_seen(self) -> list[str]:
+        return [f"data.ignore_columns: no row has {path!r}{self._meant(path)}" for path in sorted(self.missing)]
+
+    def _meant(self, path: str) -> str:
+        above, _, name = path.rpartition("[].")
+        near = did_you_mean(
+            name, [field for place, _, field in (seen.rpartition("[].") for seen in self._seen) if place == above]
+        )
+        return f"; did you mean {above}[].{near}?" if near else ""

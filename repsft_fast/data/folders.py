@@ -74,7 +74,7 @@ def choose_files(folder: Path, name: str, split: str, held_out: bool) -> tuple[l
         found = [_with_split(file, next((s for s in splits if file.inside in splits[s]), None)) for file in found]
     else:
         elsewhere = [file for file in found if not file.inside.startswith(card.folder)]
-        found = [file for file in found if file not in elsewhere]
+        found = [file for file in found if file.inside.startswith(card.folder)]
         if not found:
             raise _no_data(f"{name.rstrip('/')}/{card.folder}" if card.folder else name, others)
         found = _with_glued_splits(_with_family_splits([_with_split(file, _split_in(file)) for file in found]))

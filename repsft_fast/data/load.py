@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.data import cache
-from repsft_fast.data.bad_rows import BAD_ROW, BadRows, IgnoredFields, check_column
+from repsft_fast.data.bad_rows import BAD_ROW, BadRows
 from repsft_fast.data.bounded import bounded_map
-from repsft_fast.data.columns import Columns, unused_line
+from repsft_fast.data.columns import Columns, IgnoredFields, check_column, unused_line
 from repsft_fast.data.encode import Encoder
 from repsft_fast.data.formats import (
     FORMATS,
