@@ -142,6 +142,15 @@ def _is_count(name: str, value: object, ids: object) -> bool:
     return counts and (ids is None or (hasattr(ids, "__len__") and len(ids) == value))
 
 
+def _divides(value: Any, count: int) -> bool:
+    """Are these lengths that sum to `count`, or borders from 0 to it?"""
+    numbers = [int(number) for number in value if isinstance(number, int) and not isinstance(number, bool)]
+    if len(numbers) != len(value) or len(numbers) < 2:
+        return False
+    borders = len(numbers) > 2 and numbers[0] == 0 and numbers[-1] == count and numbers == sorted(set(numbers))
+    return borders or (sum(numbers) == count and min(numbers) > 0)
+
+
 def _repeats(value: object, read: list[Any]) -> bool:
     """Is it text that what is read holds already? Short text must be all of a field: it stands somewhere by chance."""
     said = value.strip() if isinstance(value, str) else ""
@@ -236,6 +245,10 @@ class Columns:
                     raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(value), todo=todo))
             is_list = hasattr(value, "__len__") and not isinstance(value, str | bytes | Mapping)
             ids = row["input_ids"]
+            if is_list and hasattr(ids, "__len__") and name not in self.ignored and _divides(value, len(ids)):
+                wrong = "divides the ids into several samples, and is not a name we read"
+                todo = f"rename it seq_lengths or cu_seqlens, or data.ignore_columns: [{name}]"
+                raise DataError(describe(f"{where}, field {name!r}", wrong, got=repr(list(value)), todo=todo))
             harmless = name in self.ignored or (name in _HARMLESS and (name != "token_type_ids" or len(set(value)) < 2))
             if is_list and hasattr(ids, "__len__") and len(value) == len(ids) > 0 and not harmless:
                 wrong = "has a value for every token, and 'input_ids' rows do not use it"

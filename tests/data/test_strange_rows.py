@@ -297,3 +297,20 @@ def test_a_length_without_the_padding_is_the_rows_own(one):
 def test_token_types_that_divide_the_row_are_refused(one):
     refused(one, {"input_ids": IDS, "token_type_ids": [0, 0, 1]}, "token_type_ids", template=None)
     assert one({"input_ids": IDS, "token_type_ids": [0, 0, 0]}, None)[0] == "·jk"
+
+
+@pytest.mark.parametrize("name", ["document_lengths", "sample_lens", "pack", "chunks"])
+@pytest.mark.parametrize("value", [[2, 2], [0, 2, 4], [1, 1, 2]])
+def test_lengths_or_borders_under_another_name_are_not_one_sample(one, name, value):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], name: value}
+    with pytest.raises(
+        DataError, match=rf"{name}.*: divides the ids into several samples.*rename it seq_lengths or cu_seqlens"
+    ):
+        one(row)
+    assert one(row, ignore_columns=(name,))[1].samples[0].ids == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("value", [[4], [2, 3], [0, 3], [0, 4], [True, True], ["a", "b"], [0.5, 3.5]])
+def test_other_lists_are_named_and_no_more(one, value):
+    _, loaded = one({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "pack": value})
+    assert loaded.columns_unused == {"pack": 1}
