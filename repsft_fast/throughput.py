@@ -41,13 +41,13 @@ class ModelShape:
     def of(model: Any) -> "ModelShape":
         """Read it from an HF causal LM. Adapters and norms are left out: they are small and not always matmuls."""
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = _number(config, "num_attention_heads")  # 0: layers without attention, as Mamba's
+        width = heads * _number(config, "head_dim") or _number(config, "hidden_size") * bool(heads)
         skip = ("embed_tokens", "lm_head", "wte", "wpe", "lora_")
         matrices = sum(
             p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not any(word in name for word in skip)
         )
-        return ModelShape(matrices, config.num_hidden_layers, heads * head_dim, config.hidden_size, config.vocab_size)
+        return ModelShape(matrices, config.num_hidden_layers, width, config.hidden_size, config.vocab_size)
 
     def flops(self, tokens: int, trained: int, sum_squared_lengths: int) -> float:
         """Forward and backward, by the formula at the head of this file."""
@@ -56,6 +56,12 @@ class ModelShape:
             + 6.0 * self.hidden * self.vocabulary * trained
             + 6.0 * self.layers * self.attention_width * sum_squared_lengths
         )
+
+
+def _number(config: Any, name: str) -> int:
+    """A whole number of a configuration, 0 where it has none (or one for each layer)."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
 
 
 @dataclass

@@ -95,7 +95,7 @@ def fake_run(
             monkeypatch.setattr(building, "build_model", build_model)
             for module in (building, load):  # checks that look at numbers, once, before anything is trained
                 monkeypatch.setattr(module, "check_head", lambda *_: None)
-            monkeypatch.setattr(building, "check_no_leak", lambda *_: None)
+            monkeypatch.setattr(building, "check_no_leak", lambda *_, **__: None)
             monkeypatch.setitem(attention._grouped, 0, True)  # what a real GPU would have answered by now
             made = runs.settings(folder, **{"batch__row_tokens": 512, "model__layer_kernels": "none", **changes})
             made["model"] |= {"config": model, **({"compute_dtype": "bfloat16"} if meta else {})}

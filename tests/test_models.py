@@ -137,9 +137,22 @@ class TestHead:
         model.set_attn_implementation("eager")
         torch.testing.assert_close(loss, (full_logits_losses(model, row) * row.weights).sum(), rtol=1e-6, atol=0)
 
-    def test_a_bias_is_refused(self):
-        with pytest.raises(ModelError, match="PhiForCausalLM's output head has a bias"):
-            build(PhiConfig(**SMALL))
+    def test_a_bias_is_added(self):
+        model = build(PhiConfig(**SMALL), param_dtype=torch.float64)
+        with torch.no_grad():
+            model.lm_head.bias.copy_(torch.randn(61))
+        row = tiny.row(tiny.documents((7, 12, 5), vocabulary=61), length=32)
+        loss, stats = model.loss(row)
+        expected = full_logits_losses(model, row)
+        torch.testing.assert_close(stats.loss, expected[row.trained_rows], rtol=1e-12, atol=0)
+        loss.backward()
+        found = model.lm_head.bias.grad
+        model.zero_grad()
+        parts = torch.split(row.tokens[0], row.segment_lengths)
+        logits = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in parts])
+        losses = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none", ignore_index=-100)
+        (losses * row.weights).sum().backward()
+        torch.testing.assert_close(found, model.lm_head.bias.grad, rtol=1e-9, atol=1e-12)
 
     def test_a_transform_nobody_named_is_refused(self):
         model = build()
@@ -168,14 +181,14 @@ class TestLeaks:
     def test_one_long_document_in_place_of_three_is_caught(self, monkeypatch):
         whole = staticmethod(lambda row, backend="auto": Packed(row.cu_seqlens[[0, -1]], (row.tokens.numel(),), 99, backend))
         monkeypatch.setattr(Packed, "of", whole)
-        with pytest.raises(ModelError, match=r"model.attention: a packed document changes with its neighbours.*repsft/sdpa"):
+        with pytest.raises(ModelError, match=r"does not take packed rows \(a document of 9 positions changes.*repsft/sdpa"):
             check_no_leak(build(attention="sdpa"))
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_transformers_own_attention_cannot_run_without_its_mask(self, implementation):
         model = build()
         model.set_attn_implementation(implementation)
-        with pytest.raises(RuntimeError, match="must match the size"):  # the empty mask does not fit
+        with pytest.raises(ModelError, match=r"does not take packed rows \(.*must match.*batch.pack: false"):  # no mask fits
             check_no_leak(model)
 
     def test_positions_that_go_on_are_caught(self):

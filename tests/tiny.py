@@ -74,8 +74,8 @@ def row(
         targets += [IGNORE_INDEX] * skipped + list(sample[1:])[skipped:]
         weights += [0.0] * skipped + [1 / denominator / (trained if average == "sample" else 1)] * trained
         segments += [number] * (len(sample) - 1)
-    tokens += [0] * padding
-    positions += range(padding)
+    tokens += [samples[0][0] if samples else 0] * padding
+    positions += [0] * padding
     targets += [IGNORE_INDEX] * padding
     weights += [0.0] * padding
     total = real + padding

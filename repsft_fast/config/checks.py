@@ -34,6 +34,8 @@ def warnings(config: Settings) -> list[str]:
             "model.param_dtype: bfloat16 weights without a float32 copy stall once updates are smaller than bfloat16's step, "
             "which happens after many epochs; use float32, or optim.name: adamw8bit, which rounds stochastically"
         )
+    if config.model.save_dtype != "auto" and config.model.lora is not None and not config.model.lora.merge:
+        found.append("model.save_dtype: has no effect on adapters, saved as they are kept; set model.lora.merge, or drop it")
     if config.mixture.policy is None:
         plain = type(config.mixture)()
         unused = [name for name in type(plain).model_fields if getattr(config.mixture, name) != getattr(plain, name)]
@@ -82,6 +84,27 @@ def _model(config: Settings) -> Iterator[Finding]:
         yield (
             ("model.gguf_file", "model.path"),
             describe("model.gguf_file", "needs the folder it lies in", todo="set model.path"),
+        )
+    if model.resize_vocabulary and model.lora is not None:
+        yield (
+            ("model.resize_vocabulary", "model.lora"),
+            describe(
+                "model.resize_vocabulary",
+                "adapters leave the embedding frozen, so new tokens would never be learned",
+                got="true with model.lora",
+                todo="drop one of the two",
+            ),
+        )
+    source = getattr(model.lora, "from", None)
+    if source is not None and (model.path is None or model.init == "random"):
+        yield (
+            ("model.lora.from", "model.path", "model.config", "model.init"),
+            describe(
+                "model.lora.from",
+                "adapters mean nothing beside random weights",
+                got=source,
+                todo="set model.path to the model they were trained beside, and no model.config or model.init: random",
+            ),
         )
     if model.layer_kernels == "liger" and model.compile:
         yield (

@@ -5,7 +5,7 @@ Every section is frozen and refuses unknown keys. What several sections must agr
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, create_model, model_validator
 
 from repsft_fast.config.values import (
     AtLeastTwo,
@@ -46,7 +46,12 @@ class Run(Section):
     """Bit-equal reruns and resumes on the same kind of machine; a GPU has them only so, by some slower kernels."""
 
 
-class Lora(Section):
+# `from` is a word of Python's own, so this one setting cannot be written in a class's body.
+_FROM: Any = (Text | None, Field(None, description="Folder of adapters to go on from; model.path is their base model."))
+_LoraFrom: type[Section] = create_model("_LoraFrom", __base__=Section, **{"from": _FROM})
+
+
+class Lora(_LoraFrom):  # type: ignore[valid-type,misc]  # made while running
     """Low-rank adapters (peft) in place of full fine-tuning."""
 
     rank: Count = 16
@@ -56,9 +61,10 @@ class Lora(Section):
     dropout: Part = 0.0
     """Dropout before the adapter."""
     target_modules: Text | list[Text] = "all-linear"
-    """Names of the linear layers that get adapters, or all-linear."""
+    """Ends of names of the layers that get adapters, or all-linear: those of the backbone without routers. Experts kept in one
+    parameter get them where they are named, such as [all-linear, experts.down_proj]."""
     merge: bool = False
-    """Merge the adapters into the weights of the saved model."""
+    """Merge the adapters into the weights of the saved model; they are saved first, in the folder adapter."""
 
 
 class Model(Section):
@@ -76,6 +82,10 @@ class Model(Section):
     """How the weights are kept; auto: float32. Plain bfloat16 stalls after many epochs."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """How they are computed with; auto: bfloat16 on a GPU, float32 on a CPU."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """How they are saved; auto: in the types they were loaded in, random ones as they are kept. Adapters stay float32."""
+    resize_vocabulary: bool = False
+    """Give the model rows for tokens that only its tokenizer has; each begins as the mean of the others."""
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "sdpa"] = "auto"
     """Attention over packed rows; auto: the fastest one that can be imported."""
     layer_kernels: Literal["auto", "liger", "none"] = "auto"
@@ -151,6 +161,8 @@ class Batch(Section):
     """Tokens per update, instead of a number of samples."""
     row_tokens: AtLeastTwo = 4096
     """Tokens in one packed row = one forward and backward pass; lower it when memory runs out."""
+    pack: bool = True
+    """Several samples share a row; false: one sample a row, for architectures that cannot keep them apart (docs/models.md)."""
     bucket_tokens: Literal["auto"] | Count = "auto"
     """Rows are padded to a multiple of this; auto: 128 on a GPU or with model.compile, else 1."""
 

@@ -13,6 +13,8 @@ updates of 8·T tokens 98.3 % of the slots are real instead of 97.5 %.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,14 +30,47 @@ FEW_SAMPLES = 48
 EMPTY = np.empty(0, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Samples that may not share a row: those on different sides of a length at which the model computes something else, and
+    those longer than `alone_above`, each of which gets a row of its own. Default: all may."""
+
+    lengths: tuple[int, ...] = ()  # a sample of n positions and one of more than n never meet
+    alone_above: int | None = None  # 0: one sample a row
+
+    def groups(self, order: list[int], sizes: list[int]) -> Iterator[list[int]]:
+        """`order`, longest first, cut into lists whose samples may share rows."""
+        if self == TOGETHER:
+            yield order
+            return
+        borders = sorted(self.lengths, reverse=True)
+        group: list[int] = []
+        for i in order:
+            if self.alone_above is not None and sizes[i] > self.alone_above:
+                yield [i]
+                continue
+            if group and any(sizes[i] <= border < sizes[group[-1]] for border in borders):
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+
+TOGETHER = Apart()
+
+
 def pack(
     lengths: np.ndarray,  # [M] integer, positions of every sample, 1 … capacity
     capacity: int,  # T
     *,
     bucket: int = 1,
     ranks: int = 1,
+    apart: Apart = TOGETHER,
 ) -> list[list[np.ndarray]]:  # per rank its rows, each [S] int64 indices into lengths
     """Pack samples into rows of at most `capacity` positions and deal the rows to `ranks` ranks.
+
+    apart: which samples may not share a row, because of the model.
 
     Every rank gets the same number of rows, so no rank waits for a microbatch that never comes. Where the rows do not
     divide, the costliest are split in two (a short row wastes less than a padding-only one); empty rows come only when
@@ -60,8 +95,10 @@ def pack(
         check_lengths(lengths, capacity)
     if len(sizes) == 1:  # one sample per update has nothing to weigh; this is its whole planning cost
         return [[np.zeros(1, dtype=np.int64)]] + [[EMPTY] for _ in range(ranks - 1)]
-    few = bucket > 1 and len(sizes) <= FEW_SAMPLES
-    rows = _fullest_rows(order, sizes, capacity) if few else _best_fit_decreasing(order, sizes, capacity)
+    rows: list[list[int]] = []
+    for group in apart.groups(order, sizes):
+        few = bucket > 1 and len(group) <= FEW_SAMPLES
+        rows += _fullest_rows(group, sizes, capacity) if few else _best_fit_decreasing(group, sizes, capacity)
     if ranks == 1:
         return [[np.array(row, dtype=np.int64) for row in rows]]
     return _deal(_split_until_divisible(rows, sizes, ranks), sizes, capacity, bucket, ranks)

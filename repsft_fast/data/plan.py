@@ -19,7 +19,7 @@ from typing import overload
 
 import numpy as np
 
-from repsft_fast.data.packing import check_lengths, pack, padded_length
+from repsft_fast.data.packing import TOGETHER, Apart, check_lengths, pack, padded_length
 from repsft_fast.errors import ConfigError, DataError, describe
 
 AVERAGES = ("sample", "token")
@@ -87,15 +87,16 @@ class Plan:
         batch_samples: int | None = 16,
         batch_tokens: int | None = None,
         average: str = "sample",
+        apart: Apart = TOGETHER,
     ):
         """`batch_tokens`, when given, replaces `batch_samples`: an update is then as many samples, in the epoch's order,
-        as have at most that many positions together (always at least one).
+        as have at most that many positions together (always at least one). apart: samples that share no row.
 
         Raises ConfigError with every impossible setting, DataError for samples that no row holds or weights no loss can have.
         """
         if batch_tokens is not None:
             batch_samples = None
-        self.index, self.seed, self.ranks, self.average = index, seed, ranks, average
+        self.index, self.seed, self.ranks, self.average, self.apart = index, seed, ranks, average, apart
         self.row_tokens, self.bucket_tokens = row_tokens, bucket_tokens
         self.batch_samples, self.batch_tokens = batch_samples, batch_tokens
         problems = list(self._problems())
@@ -238,7 +239,7 @@ class EpochPlan(Sequence[Update]):
         if len(samples) == 1 and plan.ranks == 1:  # nothing to weigh, and as many updates as samples: keep it cheap
             ranks: tuple[tuple[PlannedRow, ...], ...] = ((self._row(samples, lengths),),)
         else:
-            dealt = pack(lengths, plan.row_tokens, bucket=plan.bucket_tokens, ranks=plan.ranks)
+            dealt = pack(lengths, plan.row_tokens, bucket=plan.bucket_tokens, ranks=plan.ranks, apart=plan.apart)
             ranks = tuple(tuple(self._row(samples[row], lengths[row]) for row in rows) for rows in dealt)
         cursor = Cursor(self.stage, self.epoch, i)
         return Update(cursor, samples, math.fsum(self._divisors[span]), ranks)

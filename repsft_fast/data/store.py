@@ -20,7 +20,6 @@ from repsft_fast.data.sample import Sample
 from repsft_fast.errors import DataError, describe
 from repsft_fast.row import IGNORE_INDEX, Row
 
-PADDING_TOKEN = 0
 ALIGNMENT = 128  # bytes; views of the buffer keep the alignment of fresh tensors, so kernels are not specialised twice
 CU_SEQLENS_STEP = 8
 SHORTEST_BOUND = 128
@@ -84,6 +83,15 @@ class TokenStore:
         return self._tokens.nbytes + self._targets.nbytes
 
     @property
+    def padding_token(self) -> int:
+        """What fills a row behind its samples: the first token of the first sample, a token the model is trained on anyway.
+
+        Never the tokenizer's own padding token or 0: `nn.Embedding(padding_idx=...)` makes that embedding zero, and a norm
+        without epsilon then has no finite gradient (Gemma 3n), which a weight of zero turns into NaN and not into zero.
+        """
+        return int(self._tokens[0])
+
+    @property
     def tier(self) -> str:
         """Where the tokens live: "device", "pinned" (host, rows travel from pinned memory) or "host"."""
         if self._resident is not None:
@@ -97,7 +105,7 @@ class TokenStore:
                 at = int(np.argmax(flat >= vocab_size))
                 sample = int(np.searchsorted(self._offsets, at, side="right")) - 1
                 where = self.sources[sample] or f"sample {sample}"
-                todo = "use the tokenizer of this model"
+                todo = "use the tokenizer of this model, or give it rows for new tokens with model.resize_vocabulary: true"
                 raise DataError(
                     describe(
                         where,
@@ -155,10 +163,10 @@ class TokenStore:
         source = within + np.repeat(self._offsets[ids], lengths)
         if on_device:
             host["source"][:real] = source
-            host["source"][real:] = len(self._tokens)  # the padding token stands behind the last
+            host["source"][real:] = len(self._tokens)  # padding stands behind the last token
         else:
             host["tokens"][:real] = self._tokens[source]
-            host["tokens"][real:] = PADDING_TOKEN
+            host["tokens"][real:] = self.padding_token
             host["targets"][:real] = self._targets[source]
             host["targets"][real:] = IGNORE_INDEX
         host["positions"][:real] = within
@@ -201,7 +209,7 @@ class TokenStore:
 
     def _upload(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets on the device, [N+1] int32 each, the padding slot behind the last."""
-        padded = (np.append(self._tokens, np.int32(PADDING_TOKEN)), np.append(self._targets, np.int32(IGNORE_INDEX)))
+        padded = (np.append(self._tokens, np.int32(self.padding_token)), np.append(self._targets, np.int32(IGNORE_INDEX)))
         tokens, targets = (torch.from_numpy(flat).to(self.device) for flat in padded)
         return tokens, targets
 

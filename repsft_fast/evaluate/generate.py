@@ -30,7 +30,8 @@ def generate(
 ) -> list[Generation]:
     """Greedy replies to token-id prompts, longest prompts first so that a batch wastes little padding.
 
-    Under FSDP every rank must call it with the same prompts. Raises ValueError on an empty prompt.
+    Under FSDP every rank must call it with the same prompts. Raises ValueError on an empty prompt. A model that learned its
+    positions one by one (`model.position_limit`) replies no further than they go.
     """
     if any(len(p) == 0 for p in prompts):
         raise ValueError("prompts: expected at least one token in each, got an empty prompt")
@@ -49,6 +50,12 @@ def generate(
                 prompt = torch.as_tensor(list(prompts[i]), dtype=torch.int64)
                 ids[line, longest - len(prompt) :] = prompt
                 mask[line, longest - len(prompt) :] = 1
+            limit = getattr(model, "position_limit", None)
+            new_tokens = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
+            if new_tokens < 1:
+                for i in batch:
+                    replies[i] = Generation([], False)
+                continue
             # Every new token is another length: compiled layers (static shapes) would be compiled anew for each of them.
             with torch.compiler.set_stance("force_eager"):
                 out: Any = model.generate(  # type: ignore[operator]
@@ -59,7 +66,7 @@ def generate(
                     temperature=None,
                     top_p=None,
                     top_k=None,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=new_tokens,
                     eos_token_id=list(end_ids) or None,
                     pad_token_id=pad_id,
                     synced_gpus=False,

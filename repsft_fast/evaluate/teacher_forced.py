@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from repsft_fast.data.packing import pack, padded_length
+from repsft_fast.data.packing import TOGETHER, Apart, pack, padded_length
 from repsft_fast.data.plan import PlannedRow
 from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World, all_sum
@@ -60,12 +60,22 @@ class TeacherForced:
     Every rank computes its share of the rows; the int64 statistics are summed, so all ranks hold the same numbers.
     """
 
-    def __init__(self, store: TokenStore, samples: Sequence[int], *, row_tokens: int, bucket_tokens: int, world: World):
+    def __init__(
+        self,
+        store: TokenStore,
+        samples: Sequence[int],
+        *,
+        row_tokens: int,
+        bucket_tokens: int,
+        world: World,
+        apart: Apart = TOGETHER,
+    ):
+        """apart: samples that share no row, as in training."""
         self.store = store
         self.world = world
         self.samples = np.asarray(samples, dtype=np.int64)
         lengths = store.index.lengths[self.samples]
-        bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size)[world.rank]
+        bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size, apart=apart)[world.rank]
         # Per row the indices into self.samples, on the device once and for all: in every pass they would be a wait a row.
         lines = torch.from_numpy(np.concatenate([*bins, []]).astype(np.int64)).to(store.device)
         self._lines = lines.split([len(line) for line in bins])

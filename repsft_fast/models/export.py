@@ -1,19 +1,30 @@
-"""Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` reads it, tokenizer and template beside it."""
+"""Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` reads it, tokenizer and template beside it.
+
+In the source's form and type: `models.readable`. Files have the modes that the umask gives, weights too.
+"""
 
 import copy
-from collections.abc import Sequence
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from repsft_fast.distributed import World, full_state
 from repsft_fast.errors import ModelError, describe
-from repsft_fast.models.lora import ADAPTER, has_lora, merged_state
+from repsft_fast.models.lora import ADAPTER, has_lora
+from repsft_fast.models.merge import merged_state
+from repsft_fast.models.readable import ModelForm, model_form, readable_config, write_generation, write_tokenizer
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PIECE = 1 << 18
 
 
 def save_pretrained(
@@ -22,25 +33,24 @@ def save_pretrained(
     folder: str | Path,
     *,
     merge_lora: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype = "auto",
     world: World | None = None,
-) -> None:
+) -> list[str]:
     """Weights as safetensors, configuration, tokenizer. Under FSDP2 every rank must call it; rank 0 writes.
 
-    With LoRA: a peft folder (adapters only), or with `merge_lora` a plain model with the adapters added in.
-    dtype: None = the type the weights are held in. ModelError for `merge_lora` without adapters.
+    With LoRA: a peft folder (adapters only, as they are held), or with `merge_lora` a plain model with the adapters added in.
+    dtype: of the weights. auto: each in the type its source has it in; without weights to start from, as they are held.
+    Returns what is to be said of the cast. ModelError for `merge_lora` without adapters, and for other types.
     """
     adapted = has_lora(model)
     if merge_lora and not adapted:
         raise ModelError(describe("model.lora.merge", "there are no adapters to merge"))
+    _type_of(dtype)
     world = world or World(0, 1, 0, torch.device("cpu"))
     state = full_state(model, world)
     if not world.is_main:
-        return
-    if dtype is not None:
-        cast = {id(value): value.to(dtype) for value in state.values() if value.is_floating_point()}
-        state = {name: cast.get(id(value), value) for name, value in state.items()}  # tied weights stay tied
-    write_state(model, tokenizer, state, folder, merge_lora=merge_lora)
+        return []
+    return write_state(model, tokenizer, state, folder, merge_lora=merge_lora, dtype=dtype)
 
 
 def write_state(
@@ -50,19 +60,74 @@ def write_state(
     folder: str | Path,
     *,
     merge_lora: bool = False,
-) -> None:
+    dtype: str | torch.dtype = "auto",
+) -> list[str]:
     """Write given weights (`model.state_dict()`'s names, whole) in the model's clothes; reads nothing mutable of `model`.
 
     So a thread may call it while training goes on. With LoRA and without `merge_lora` the adapters' names are enough.
+    dtype and what is returned: as in `save_pretrained`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    form = model_form(model)
     if has_lora(model) and not merge_lora:
-        _save_adapters(model, state, folder)
+        _save_adapters(model, state, form, folder)
     else:
-        _save_model(model, merged_state(model, state) if merge_lora else state, folder)
+        state, said = cast(merged_state(model, state) if merge_lora else state, form, dtype)
+        _save_model(model, state, form, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
+    _by_the_umask(folder)
+    return said
+
+
+def cast(
+    state: Mapping[str, Tensor], form: ModelForm, dtype: str | torch.dtype = "auto"
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(weights in the type they are saved in, what is to be said); tied ones stay one tensor.
+
+    A type that cannot hold a finite weight is not taken, for none of them: a run's result is worth more than its size.
+    """
+    chosen = _type_of(dtype)
+    made: dict[int, Tensor] = {}
+    rounded: Counter[torch.dtype] = Counter()
+    total = 0
+    for name, value in state.items():
+        if not value.is_floating_point() or id(value) in made:
+            continue
+        wanted = chosen or form.type_of(name) or value.dtype
+        saved = made[id(value)] = value.to(wanted)
+        total += value.numel()
+        if torch.promote_types(wanted, value.dtype) == wanted:
+            continue  # wide enough for all of them
+        if lost := _too_large(value, wanted):
+            wrong = f"{lost:,} of {name} are larger than {_name(wanted)} can hold ({torch.finfo(wanted).max:,.0f})"
+            todo = "model.save_dtype: bfloat16 holds them"
+            return dict(state), [f"the weights are saved as they are held, not as {_name(wanted)}: {wrong}; {todo}"]
+        rounded[wanted] += _rounded(value, saved)
+    said = []
+    for wanted, count in rounded.items():
+        if count:
+            why = "the source's type; model.save_dtype: float32 keeps them" if chosen is None else "as model.save_dtype says"
+            said.append(f"{count:,} of {total:,} weights are rounded to {_name(wanted)}, {why}")
+    return {name: made.get(id(value), value) for name, value in state.items()}, said
+
+
+def _too_large(value: Tensor, wanted: torch.dtype) -> int:
+    """How many finite weights would become infinite."""
+    largest = torch.finfo(wanted).max
+    if value.numel() == 0 or all(abs(float(end)) <= largest for end in value.aminmax()):
+        return 0
+    return int(torch.count_nonzero(value.to(wanted).isinf() & value.isfinite()))
+
+
+def _rounded(value: Tensor, saved: Tensor) -> int:
+    """How many weights are no longer what they were; in pieces that stay in the processor's cache."""
+    count = 0
+    for exact, got in zip(value.flatten().split(_PIECE), saved.flatten().split(_PIECE), strict=True):
+        count += int(torch.count_nonzero(got.to(exact.dtype).sub_(exact).nan_to_num_()))
+    return count
 
 
 def stop_at(model: PreTrainedModel, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str | None:
@@ -105,24 +170,60 @@ def stops_of(model: PreTrainedModel) -> list[int]:
     return [] if ends is None else [int(ends)] if isinstance(ends, int) else [int(token) for token in ends]
 
 
-def _save_model(model: PreTrainedModel, state: dict[str, Any], folder: Path) -> None:
+def _type_of(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None: the source's."""
+    if dtype in (*_TYPES.values(), torch.float64) and isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in _TYPES:
+        raise ModelError(
+            describe("model.save_dtype", "is no type for weights", expected=f"auto, {', '.join(_TYPES)}", got=dtype)
+        )
+    return _TYPES[str(dtype)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _save_model(model: PreTrainedModel, state: dict[str, Any], form: ModelForm, folder: Path) -> None:
     """Through an empty twin of the model: no adapters in it, no shards, nothing that still calls it quantised."""
+    config = copy.deepcopy(model.config)
+    for name in config._get_generation_parameters():  # transformers refuses to save them here; the source's stay in its file
+        delattr(config, name)
     with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config))  # FSDP2's subclass makes an object of the class it stands before
-    twin.to(next(value.dtype for value in state.values() if value.is_floating_point()))
-    twin.generation_config = model.generation_config
+        twin = type(model)(config)  # FSDP2's subclass makes an object of the class it stands before
+    sizes: Counter[torch.dtype] = Counter()
+    for value in {id(v): v for v in state.values() if v.is_floating_point()}.values():
+        sizes[value.dtype] += value.numel()
+    most = sizes.most_common(1)[0][0]
+    twin.to(most)  # type: ignore[arg-type]  # accelerate hides its signature
+    twin.generation_config = GenerationConfig()
     for name in ("_weight_conversions", "_auto_class"):  # how the file's names differ from the modules'; custom code
         if name in model.__dict__:
             setattr(twin, name, getattr(model, name))
     twin.save_pretrained(folder, state_dict=state)
+    readable_config(model, form, folder, retyped=most != form.most)
+    if twin.can_generate():
+        write_generation(model.generation_config, form, folder)
 
 
-def _save_adapters(model: PreTrainedModel, state: dict[str, Any], folder: Path) -> None:
+def _save_adapters(model: PreTrainedModel, state: dict[str, Any], form: ModelForm, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     adapters = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER)
     tensors = {f"base_model.model.{name}": value.contiguous() for name, value in adapters.items()}
     model.peft_config[ADAPTER].save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)  # where the adapted model stops; its base may stop elsewhere
+    write_generation(model.generation_config, form, folder)  # where the adapted model stops; its base may stop elsewhere
+
+
+def _by_the_umask(folder: Path) -> None:
+    """safetensors makes its files for their owner alone. What the umask gives is seen at a file: asking for it would set it."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        probe = Path(place, "probe")
+        probe.touch()
+        mode = probe.stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        os.chmod(file, mode)

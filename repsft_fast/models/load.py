@@ -9,7 +9,7 @@ Not done here, and refused or said: a mixture-of-experts' auxiliary loss is not 
 named exceptions of law 2.
 """
 
-import contextlib
+import copy
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -17,24 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from repsft_fast.errors import ModelError, describe, did_you_mean
 from repsft_fast.hub import near_path, offline, why_local, why_not_reached
-from repsft_fast.models.checks import check_head
+from repsft_fast.models.checks import check_head, no_packed_rows
+from repsft_fast.models.door import bounded_building, check_counts, check_memory, first_words, library
+from repsft_fast.models.folder import (
+    CONFIG,
+    check_model_files,
+    check_tokenizer_files,
+    check_unquantised,
+    folder_of,
+    stored_weights,
+)
 from repsft_fast.models.gguf import correct, declared
 from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
+from repsft_fast.models.lengths import forget_longest, learned_positions
 from repsft_fast.models.lora import LoraSettings, add_lora
-from repsft_fast.models.loss import Head, LossSettings, attach_loss, supported_dtype
-from repsft_fast.ops.attention import check_backend, register
+from repsft_fast.models.loss import Head, LossSettings, attach_loss, backbone_of, supported_dtype
+from repsft_fast.models.readable import model_form, tokenizer_form
+from repsft_fast.models.vocabulary import grow_vocabulary
+from repsft_fast.models.whole import check_finite, check_header, check_whole
+from repsft_fast.ops.attention import NAME, check_backend, own_attention, register
 
+_NO_INTERFACE = "its layers do not call transformers' attention interface"
 PACKAGE_PREFIX = "package:"
 _CONFIG_KEYS_NOT_PASSED = {"model_type", "architectures", "transformers_version"}
 _NAMED_IN_A_FOLDER = ("config.json", "tokenizer.json", "tokenizer_config.json")
-_UNREADABLE = (SafetensorError, OSError, ValueError, ImportError, KeyError)  # what transformers raises for a path it cannot use
 
 
 def load_model(
@@ -49,11 +61,13 @@ def load_model(
     compile: bool = False,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    packed: bool = True,
     skip_below: float = 0.0,
     layer_kernels: str = "auto",
     random_weights: bool = False,
     chunk_bytes: int | None = None,
     weights_on: torch.device | str | None = None,
+    vocabulary: int | None = None,
 ) -> PreTrainedModel:
     """A causal LM in training mode on `device`, with `model.loss(row)`.
 
@@ -63,10 +77,12 @@ def load_model(
     compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere. Takes effect in `distributed.shard` where it
         differs from param_dtype.
     attention, activation_checkpointing, layer_kernels: see `ops.attention`, `models.layers`.
+    packed: rows hold several documents, kept apart by our attention; False: one each, with the architecture's own attention.
     random_weights: use the path's architecture only.
     chunk_bytes: of logits the head holds at once; None = by device.
     weights_on: cpu, or meta where none are read: `distributed.shard(…, arriving=True)` brings the weights to `device`, group by
         group, and `check_head` comes after that. None = the whole model on `device`.
+    vocabulary: token ids below it get rows of their own where the model has none (`models.vocabulary`).
     device meta: the architecture without memory, to be sized and never trained; no weights are read.
     Raises ModelError when the model cannot be loaded or would not train on what was asked.
     """
@@ -77,35 +93,49 @@ def load_model(
         computed = torch.bfloat16 if device.type == "cuda" else held
     else:
         computed = supported_dtype(compute_dtype, "model.compute_dtype")
-    options = {"dtype": computed if lora is not None else held, "attn_implementation": register()}
+    options: dict[str, Any] = {"dtype": computed if lora is not None else held}
+    if (implementation := register() if packed else own_attention(attention)) is not None:
+        options["attn_implementation"] = implementation
     check_backend(attention)
     check_layer_kernels(layer_kernels, compile)
+    path = str(path_or_config) if isinstance(path_or_config, str | Path) else None
+    config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    # Built without memory first: sizes and names are checked before memory is taken and a weight is read, on every rank alike.
+    where, got = ("model.config", config.model_type) if path is None else ("model.path config.json", path)
     model: Any
+    shape = model = _on_meta(config, trust_remote_code, options, where, got)
+    check_memory(shape, options["dtype"], place, where, got)
+    said = _check_stored(shape, path, gguf_file, options) if path is not None and not random_weights else []
     if place.type == "meta":
-        config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-        with place:
-            model = _from_config(config, trust_remote_code, options)
-        model.tie_weights()  # transformers 5.0 does not, on meta
-        if place != device and isinstance(path_or_config, str | Path) and not random_weights:
-            _generate_as_saved(model, *_located(str(path_or_config), gguf_file)[::2])
-    elif isinstance(path_or_config, str | Path) and not random_weights:
-        model = _from_path(str(path_or_config), gguf_file, trust_remote_code, options)
+        if place != device and path is not None and not random_weights:
+            _generate_as_saved(model, *_located(path, gguf_file)[::2])
+    elif path is not None and not random_weights:
+        model = _from_path(path, gguf_file, trust_remote_code, options)
+        if said is None:  # the hub sent it only now
+            said = _check_stored(shape, path, gguf_file, options)
+        if said is not None:
+            model.tie_weights()  # transformers 5.0 holds a head twice that the file has twice
     else:
-        config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         # Frozen weights are in no checkpoint: a resumption draws them again, and on another device would draw others.
         model = _drawn(config, place if lora is None else torch.device("cpu"), trust_remote_code, options)
     _refuse_what_loss_leaves_out(model)
+    if vocabulary is not None and (grown := grow_vocabulary(model, vocabulary, frozen=lora is not None)):
+        said = [*(said or []), grown]
     head = Head.of(model)
     model.to(place)
     apply_layer_kernels(model, layer_kernels, device, compile=compile)
     if place == device and device.type != "meta":
         check_head(model, head)
-    attach_loss(model, LossSettings(head, attention, skip_below, chunk_bytes))
+    attach_loss(model, LossSettings(head, attention, packed, skip_below, chunk_bytes))
     if lora is not None:
         add_lora(model, LoraSettings.of(lora))
     checkpoint_activations(model, activation_checkpointing)
     compile_layers(model, compile)
+    forget_longest(model)
+    model.position_limit = learned_positions(backbone_of(model))
+    model.load_said = said or []  # words for the user
     model.compute_dtype = computed
+    model_form(model)  # the folder may be gone when the model is saved
     return model.train()
 
 
@@ -122,13 +152,17 @@ def load_tokenizer(
     """
     what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
     folder, gguf, unreached = _located(str(path), gguf_file, setting, what)
-    try:
-        with offline(unreached):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
-    except _UNREADABLE as error:
-        raise _unreadable(error, path, setting, what, folder) from error
+    here = folder_of(folder)
+    if here is not None and not gguf:
+        check_tokenizer_files(here, setting)
+    with library(setting, str(path), instead=lambda error: _unreadable(error, path, setting, what, folder)), offline(unreached):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"a {type(tokenizer).__name__} is no tokenizer")
     if gguf and (file := Path(folder, gguf["gguf_file"])).is_file():
-        correct(tokenizer, declared(file), str(path))
+        with library(f"{setting} {file.name}", str(path), "fetch it again"):
+            correct(tokenizer, declared(file), str(path))
+    tokenizer_form(tokenizer)
     return tokenizer
 
 
@@ -156,17 +190,20 @@ def config_of(
 ) -> PreTrainedConfig:
     """The architecture alone, without weights; arguments and errors as in `load_model`."""
     if isinstance(path_or_config, PreTrainedConfig):
-        return path_or_config
+        config = copy.deepcopy(path_or_config)  # transformers writes into it which attention a model was made with
+        if config._attn_implementation == NAME:
+            config._attn_implementation = None
+        return config
     if isinstance(path_or_config, Mapping):
         kind = path_or_config.get("model_type")
         if not isinstance(kind, str):
             raise ModelError(describe("model.config", "has no model_type", expected="for example llama", got=kind))
         settings = {name: value for name, value in path_or_config.items() if name not in _CONFIG_KEYS_NOT_PASSED}
-        try:
+        check_counts(settings, "model.config")
+        check_unquantised(settings, "model.config", kind)
+        with library("model.config", kind, "correct it"):
             known = AutoConfig.for_model(kind).to_dict()
             made = AutoConfig.for_model(kind, **settings)
-        except (ValueError, TypeError) as error:
-            raise ModelError(describe("model.config", _first_line(error), got=kind)) from error
         # transformers keeps keys it does not know, and architectures have some that no default shows: only slips are refused.
         slips = [
             f"model.config.{name} is not a key of {kind}; did you mean {near}?"
@@ -177,11 +214,22 @@ def config_of(
             raise ModelError("; ".join(slips))
         return made
     folder, gguf, unreached = _located(str(path_or_config), gguf_file)
-    try:
-        with offline(unreached):
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
-    except _UNREADABLE as error:
-        raise _unreadable(error, path_or_config, folder=folder) from error
+    if not gguf and (here := folder_of(folder)) is not None:
+        check_model_files(here, "model.path")
+
+    def instead(error: BaseException) -> ModelError:
+        if os.path.isfile(Path(folder, CONFIG)):
+            todo = "correct it, or fetch it again"
+            if "trust_remote_code" in str(error):
+                todo = "read that code, and set model.trust_remote_code to true if it may run here"
+            return ModelError(describe("model.path config.json", first_words(error), got=str(path_or_config), todo=todo))
+        return _unreadable(error, path_or_config, folder=folder)
+
+    with library("model.path", path_or_config, instead=instead), offline(unreached):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+    if not gguf and (here := folder_of(folder)) is not None:  # again: it may have been fetched only now
+        check_model_files(here, "model.path")
+    return config
 
 
 def _located(
@@ -207,13 +255,13 @@ def _located(
 
 
 def _unreadable(
-    error: Exception,
+    error: BaseException,
     path: str | Path,
     setting: str = "model.path",
     what: str = "a causal language model",
     folder: str | None = None,  # or hub id, that `path` led to
 ) -> ModelError:
-    wrong, todo = _first_line(error), f"give a folder or hub id of {what}"
+    wrong, todo = first_words(error), f"give a folder or hub id of {what}"
     folder = str(path) if folder is None else folder
     if os.path.isfile(folder):
         wrong = "is a file"
@@ -227,15 +275,42 @@ def _unreadable(
     return ModelError(describe(setting, wrong, got=str(path), todo=todo))
 
 
+def _on_meta(
+    config: PreTrainedConfig, trust_remote_code: bool, options: dict[str, Any], where: str, got: str
+) -> PreTrainedModel:
+    with bounded_building(where, got), torch.device("meta"):
+        model = _from_config(config, trust_remote_code, options, where, got)
+    model.tie_weights()  # transformers 5.0 does not, on meta
+    return model
+
+
+def _check_stored(model: PreTrainedModel, path: str, gguf_file: str | None, options: dict[str, Any]) -> list[str] | None:
+    """What is to be said of the folder's files, None where none can be compared; ModelError unless they hold this model.
+
+    Not known before: GGUF files, whose names transformers turns into its own as it reads them, and what the hub has yet to
+    send. `_from_path` checks both when they are read.
+    """
+    folder, gguf, _ = _located(path, gguf_file)
+    here = None if gguf else folder_of(folder)
+    stored = stored_weights(here, "model.path") if here is not None else None
+    return check_header(model, stored, "model.path", path, options) if stored is not None else None
+
+
 def _from_path(path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
     folder, gguf, unreached = _located(path, gguf_file)
-    try:
-        # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
-        options = {**options, **(gguf or {"use_safetensors": True})}
-        with offline(unreached):
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(error, path, folder=folder) from error
+    # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
+    options = {**options, **(gguf or {"use_safetensors": True}), "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+    def instead(error: BaseException) -> ModelError:
+        if _names_our_attention(error):
+            return no_packed_rows(path, _NO_INTERFACE)
+        return _unreadable(error, path, folder=folder)
+
+    with library("model.path", path, instead=instead), offline(unreached):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    model, info = loaded
+    check_whole(model, info, "model.path", path)
+    check_finite(model, "model.path", path)
     if gguf:
         _forget_quantisation(model)
     return model
@@ -263,17 +338,29 @@ def _compute_tables_on_the_host(module: nn.Module, owner: PreTrainedModel) -> No
         owner._init_weights(module)
 
 
-def _from_config(config: PreTrainedConfig, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
-    try:
+def _from_config(
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
+    options: dict[str, Any],
+    where: str = "model.config",
+    got: str | None = None,
+) -> PreTrainedModel:
+    def instead(error: BaseException) -> ModelError:
+        if _names_our_attention(error):
+            return no_packed_rows(config.model_type, _NO_INTERFACE)
+        return ModelError(describe(where, first_words(error), got=got or config.model_type, todo="correct it"))
+
+    with library(where, got, instead=instead):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, TypeError) as error:
-        raise ModelError(describe("model.config", _first_line(error), got=type(config).__name__)) from error
 
 
 def _generate_as_saved(model: Any, folder: str, unreached: bool) -> None:
     """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one that read."""
-    with contextlib.suppress(OSError), offline(unreached):  # a model saved without
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    with library("model.path generation_config.json", folder), offline(unreached):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            return  # a model saved without
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -285,13 +372,14 @@ def _forget_quantisation(model: Any) -> None:
         del model.config.quantization_config
 
 
+def _names_our_attention(error: BaseException) -> bool:
+    """Architectures with a table of attentions of their own (GPT-J, Falcon) do not know ours."""
+    return NAME in str(error) and isinstance(error, KeyError | ValueError)
+
+
 def _refuse_what_loss_leaves_out(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise ModelError(describe("model", f"{type(model).__name__} has an encoder", expected="a decoder-only causal LM"))
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         wrong = "output_router_logits asks for the experts' auxiliary loss, which is not added"
         raise ModelError(describe("model.config", wrong, todo="set output_router_logits to false"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

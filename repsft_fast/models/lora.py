@@ -1,16 +1,28 @@
-"""Low-rank adapters through peft: y = W x + (alpha / rank) · B A x, with W frozen."""
+"""Low-rank adapters through peft: y = W x + (alpha / rank) · B A x, with W frozen.
 
+Which layers get them: `models.targets`. Into the weights: `models.merge`. Going on from a folder of adapters: its rank, alpha
+and targets are taken as they are, its weights whole or not at all; the dropout is the setting's.
+"""
+
+from __future__ import annotations
+
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from repsft_fast.errors import ModelError, describe
+from repsft_fast.models.adapter_folder import AdapterFolder
+from repsft_fast.models.merge import ADAPTER, adapted_layers, check_merge, merged_state, parameter_of, plain_name
+from repsft_fast.models.targets import WHERE, Targets, choose, renamed_by_peft, shortest
 
-ADAPTER = "default"
+__all__ = ["ADAPTER", "LoraSettings", "add_lora", "has_lora", "lora_said", "merged_state"]
 
 
 @dataclass(frozen=True)
@@ -19,64 +31,109 @@ class LoraSettings:
     alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # before the adapter
     target_modules: str | Sequence[str] = "all-linear"  # every linear layer of the backbone, or names
+    merge: bool = False  # they will be merged in the end: that it works is tried when they are made
+    source: str | None = None  # a folder of adapters to go on from; `from` in a mapping
 
     @staticmethod
-    def of(given: Any) -> "LoraSettings":
+    def of(given: Any) -> LoraSettings:
         """From a mapping or any object with these attributes; others it has are not read."""
         if isinstance(given, LoraSettings):
             return given
-        names = [field.name for field in fields(LoraSettings)]
+        names = {("from" if field.name == "source" else field.name): field.name for field in fields(LoraSettings)}
         values = given if isinstance(given, Mapping) else {name: getattr(given, name) for name in names if hasattr(given, name)}
-        unknown = sorted(set(values) - set(names) - {"merge"})
+        unknown = sorted(set(values) - set(names))
         if unknown:
             raise ModelError(describe("model.lora", "has unknown settings", expected=", ".join(names), got=", ".join(unknown)))
-        return LoraSettings(**{name: values[name] for name in names if name in values})
+        return LoraSettings(**{inner: values[name] for name, inner in names.items() if name in values})
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Inject fp32 adapters in place and freeze everything else. ModelError when peft is missing or nothing matches."""
+    """Inject fp32 adapters in place and freeze everything else; what is to be said of them: `lora_said`.
+
+    ModelError when peft is missing, nothing or something else matches, a folder's adapters are not this model's, or merging
+    (where it is asked for) is not exact for a kind of layer.
+    """
     try:
         import peft
     except ImportError as error:
         raise ModelError(describe("model.lora", "needs peft, which is not installed", todo="pip install peft")) from error
-    targets = settings.target_modules
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a scale; peft divides it, whole or not
-        lora_dropout=settings.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type=peft.TaskType.CAUSAL_LM,
-    )
+    said: list[str] = []
+    folder = None if settings.source is None else AdapterFolder.read(settings.source)
+    if folder is None:
+        config = peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a scale; peft divides it, whole or not
+            lora_dropout=settings.dropout,
+            task_type=peft.TaskType.CAUSAL_LM,
+        )
+        chosen = choose(model, settings.target_modules, renamed_by_peft(model, config))
+        said += chosen.said()
+        _name_targets(model, config, chosen)
+    else:
+        said += folder.agrees(settings, LoraSettings(), base_of(model))
+        config, chosen = folder.config(settings.dropout), None
+    given = settings.target_modules if folder is None else settings.source
+    if settings.dropout > 0 and config.target_parameters:
+        wrong = "adapters of parameters (experts) have no input of their own that could be dropped"
+        raise ModelError(describe("model.lora.dropout", wrong, expected="0", got=settings.dropout, todo="set it to 0"))
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise ModelError(describe("model.lora.target_modules", str(error), got=targets)) from error
-    if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in (model.get_output_embeddings(), model.get_input_embeddings())):
-        wrong = "names the embedding or the output head, which stay frozen"
-        raise ModelError(describe("model.lora.target_modules", wrong, expected="linear layers of the backbone", got=targets))
+    except Exception as error:  # peft's refusals are of several types
+        raise ModelError(describe(WHERE, f"peft refuses: {' '.join(str(error).split())}", got=given)) from error
+    if chosen is not None:
+        _refuse_others(model, chosen)
+    written = model.peft_config[ADAPTER]
+    written.base_model_name_or_path = base_of(model)
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(getattr(written, name), set):  # written in an order of their own, the folder is the same in every process
+            setattr(written, name, sorted(getattr(written, name)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    if folder is not None:
+        folder.load_into(model)
+    if settings.merge:
+        check_merge(model)
+    model.__dict__["lora_said"] = said
 
 
 def has_lora(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the plain model with the adapters added in, from a gathered `state` of the adapted model.
+def lora_said(model: nn.Module) -> list[str]:
+    """What a run is told of its adapters at the start: what they leave out, where they come from."""
+    return list(model.__dict__.get("lora_said", ()))
 
-    W + (alpha / rank) · B A in fp32 (fp64 stays fp64), cast back to W's type. The model itself is not touched.
-    """
-    from peft.tuners.lora import LoraLayer
 
-    merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
-        weight = state[f"{name}.base_layer.weight"]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = (up.to(wide) @ down.to(wide)) * module.scaling[ADAPTER]
-        merged[f"{name}.weight"] = (weight.to(wide) + delta).to(weight.dtype)
-    return merged
+def base_of(model: PreTrainedModel) -> str | None:
+    """Where the frozen weights are: a folder by its whole path, so that adapters find it from anywhere, or a hub id."""
+    name = getattr(model, "name_or_path", None) or None
+    return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
+
+
+def _name_targets(model: PreTrainedModel, config: Any, chosen: Targets) -> None:
+    """The targets as readers of adapter folders know them: ends of names that mean these layers and no others."""
+    modules = set(chosen.modules)
+    others = [name for name, _ in model.named_modules() if name and name not in modules]
+    config.target_modules = set(shortest(chosen.modules, others))
+    # Otherwise peft sets it layer by layer, with a warning.
+    config.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in modules)
+    if chosen.parameters:
+        parameters = set(chosen.parameters)
+        others = [name for name, _ in model.named_parameters() if name not in parameters]
+        config.target_parameters = sorted(shortest(chosen.parameters, others, parts=2))
+
+
+def _refuse_others(model: PreTrainedModel, chosen: Targets) -> None:
+    """Peft reads names in its own way: what it adapted is what was meant, or nothing is trained."""
+    layers = adapted_layers(model)
+    found = {
+        plain_name(f"{name}.{parameter_of(layer)}", layers) if hasattr(layer, "parameter_name") else name
+        for name, layer in layers.items()
+    }
+    meant = {*chosen.modules, *chosen.parameters}
+    if found != meant:
+        example = sorted(found ^ meant)[0]
+        wrong = f"peft adapts {len(found)} layers where {len(meant)} are meant: {example} is one they differ in"
+        raise ModelError(describe(WHERE, wrong, todo="name the layers otherwise"))

@@ -4,11 +4,13 @@ One method on the causal LM runs both halves, because FSDP2 gathers parameters a
 and the head apart mixes sharded and plain tensors, or leaves the head's gradient unreduced without a word.
 """
 
+import contextlib
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,25 +23,37 @@ from repsft_fast.stats import RowStats
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap · tanh(scale · hidden @ W.T / cap); no cap: logits = scale · hidden @ W.T."""
+    """logits = cap · tanh(scale · hidden @ W.T / cap); no cap: logits = scale · hidden @ W.T. bias: + b behind hidden @ W.T."""
 
     scale: float = 1.0
     softcap: float | None = None
+    bias: bool = False
 
     @staticmethod
     def of(model: PreTrainedModel) -> "Head":
-        """The head transformers' configuration describes. ModelError for a bias or a head that is no linear layer."""
+        """The head transformers' configuration describes. ModelError for a head that is no linear layer."""
         head = model.get_output_embeddings()
         name = type(model).__name__
         if head is None or getattr(head, "weight", None) is None:
             raise ModelError(describe("model", f"{name} has no linear output head", expected="a causal language model"))
-        if getattr(head, "bias", None) is not None:
-            wrong = f"{name}'s output head has a bias, which the fused head does not add"
-            raise ModelError(describe("model", wrong, expected="a head without bias"))
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-        return Head(scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2
+        bias = getattr(head, "bias", None) is not None  # Phi, GPT-J
+        return Head(scale, getattr(config, "final_logit_softcapping", None), bias)  # Gemma 2 caps
+
+    def inputs(self, hidden: Tensor, head: Any) -> tuple[Tensor, Tensor]:  # [T, H'], [V, H'] in hidden's type
+        """What the fused head multiplies. A bias is a column of ones beside the hidden states, exactly: 1 · b, and the
+        gradient of b is that column's. The columns are filled up to a multiple of 8, which GPU products want."""
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        weight = head.weight.to(hidden.dtype)
+        if not self.bias:
+            return hidden, weight
+        more = 8 - hidden.shape[-1] % 8
+        ones = F.pad(hidden.new_ones(*hidden.shape[:-1], 1), (0, more - 1))
+        bias = F.pad((head.bias * self.scale).to(hidden.dtype)[:, None], (0, more - 1))
+        return torch.cat([hidden, ones], dim=-1), torch.cat([weight, bias], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class LossSettings:
 
     head: Head
     attention: str = "auto"
+    packed: bool = True  # rows hold several documents; False: one each, and the model's own attention
     skip_below: float = 0.0
     chunk_bytes: int | None = None  # of logits held at once; None = by device
 
@@ -58,12 +73,30 @@ def attach_loss(model: Any, settings: LossSettings) -> None:
     model.loss = MethodType(_loss, model)
 
 
-def hidden_states(model: PreTrainedModel, row: Row, attention: str = "auto") -> Tensor:  # [T, H]
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The module whose last hidden states the output head reads: `get_decoder()`'s (OPT's lies inside its base model), else the
+    base model, else the one model inside (Llama 4 names another). ModelError where there is none."""
+    candidates: list[Any] = [getattr(model, model.base_model_prefix, None), *model.children()]
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        candidates.insert(0, model.get_decoder())  # ModernBERT calls its output layer so: no model, so not taken
+    found = next((module for module in candidates if isinstance(module, PreTrainedModel) and module is not model), None)
+    if found is None:
+        raise ModelError(
+            describe("model", f"{type(model).__name__} has no backbone of its own", expected="a causal language model")
+        )
+    return found
+
+
+def hidden_states(model: PreTrainedModel, row: Row, attention: str = "auto", *, packed: bool = True) -> Tensor:  # [T, H]
     """The backbone's last hidden states (after its final norm) for every position of the row.
 
     `use_cache=False` always: with the default cache Hugging Face models let packed documents see each other.
+    packed=False: the row is one document; its tokens alone are passed, without the padding behind them, so that every
+    architecture computes what it computes elsewhere. Then [real tokens, H].
     """
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
+    if not packed:
+        return backbone(input_ids=row.tokens[:, : max(row.real_tokens, 1)], use_cache=False).last_hidden_state[0]
     output = backbone(
         input_ids=row.tokens,
         position_ids=row.positions,
@@ -76,15 +109,13 @@ def hidden_states(model: PreTrainedModel, row: Row, attention: str = "auto") -> 
 
 def _loss(self: Any, row: Row) -> tuple[Tensor, RowStats]:
     settings: LossSettings = self.loss_settings
-    hidden = hidden_states(self, row, settings.attention)
-    if settings.head.scale != 1.0:
-        hidden = hidden * settings.head.scale
-    weight = self.get_output_embeddings().weight
+    hidden = hidden_states(self, row, settings.attention, packed=settings.packed)
+    hidden, weight = settings.head.inputs(hidden, self.get_output_embeddings())
     return linear_cross_entropy(
         hidden,
-        weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype),
-        row.targets,
-        row.weights,
+        weight,
+        row.targets[: len(hidden)],
+        row.weights[: len(hidden)],
         row.trained_rows,
         skip_below=settings.skip_below,
         softcap=settings.head.softcap,

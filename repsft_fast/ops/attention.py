@@ -5,7 +5,8 @@ c_s ≤ j ≤ i and, in a sliding-window layer of width W, i − j < W.
 
 One attention function, "repsft", is registered with transformers. It reads the keyword `packed`, which the model's
 forward passes through to every layer. Without `packed` (generation, plain Hugging Face use) it *is* transformers' own
-sdpa, mask and cache included, so the model that trains is the model that generates.
+sdpa, mask and cache included, so the model that trains is the model that generates; only sinks and soft-caps, which sdpa
+leaves out or refuses, are computed here then too.
 
 Four ways to compute the same thing, chosen by device and type or by setting:
 
@@ -15,6 +16,9 @@ Four ways to compute the same thing, chosen by device and type or by setting:
     mask       one SDPA under a document mask [T, T]: any device, quadratic in the row
 
 "sdpa" stands for segments on CPU and CUDA and for mask elsewhere.
+
+A layer with attention sinks (gpt-oss) weighs one more key, the same for every query of a head: its score is a learned number
+and its value zero. Only segments and mask compute it, so "auto" and "sdpa" stand for them in such a layer.
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
@@ -38,6 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from repsft_fast.errors import ModelError, describe
+from repsft_fast.ops.scores import Rule, band, masked, sdpa, sinks_of, unpacked
 from repsft_fast.row import Row
 
 NAME = "repsft"
@@ -67,16 +71,6 @@ class Packed:
         return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How one layer weighs the keys it may see."""
-
-    scale: float
-    window: int | None = None  # keys seen, the query's own included; None = all before it
-    softcap: float | None = None
-    dropout: float = 0.0
-
-
 def register() -> str:
     """Make "repsft" known to transformers, as an attention and as a mask builder. Repeatable. Returns the name.
 
@@ -91,6 +85,15 @@ def register() -> str:
 def no_mask(device: torch.device) -> Tensor:
     """[1, 1, 0, 0] bool: "the mask is ready", which keeps transformers from building one (and from `.item()`)."""
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def own_attention(backend: str) -> str | None:
+    """transformers' name of an attention for rows of one document; None = what it takes by itself. ModelError without one."""
+    names = {"auto": None, "sdpa": "sdpa", "flash2": "flash_attention_2", "flash3": "flash_attention_3"}
+    if backend not in names:
+        expected = f"{', '.join(names)} with batch.pack: false"
+        raise ModelError(describe("model.attention", "needs packed rows", expected=expected, got=backend))
+    return names[backend]
 
 
 def check_backend(backend: str) -> str:
@@ -119,17 +122,23 @@ def packed_attention(
 ) -> tuple[Tensor, None]:  # [B, T, A, D_v]; transformers expects (output, attention weights or None)
     """The function transformers calls in every layer. With `packed`, B is 1 and `attention_mask` is not read.
 
-    Raises ModelError for what would be computed wrongly: attention sinks, position biases, bidirectional layers.
+    `s_aux` in kwargs is the layer's attention sinks [A], which receive their exact gradient.
+
+    Raises ModelError for what would be computed wrongly: position biases, bidirectional layers, sinks by a flash kernel.
     """
-    if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelError(describe("attention", f"{type(module).__name__} passes {name}, which packed rows do not support"))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rule = Rule(scale, sliding_window, softcap, dropout, sinks_of(module, kwargs.get("s_aux"), query))
     is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if packed is None and rule.sinks is None and softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        wrong = f"{type(module).__name__} passes position_bias, which packed rows do not support"
+        raise ModelError(describe("attention", wrong))
+    if packed is None:
+        return unpacked(query, key, value, attention_mask, rule, causal=causal).transpose(1, 2), None
+    if not causal:
         raise ModelError(describe("attention", f"{type(module).__name__} is not causal", todo="train a causal language model"))
-    rule = Rule(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap, dropout)
     backend = packed.backend
     if backend in ("auto", "sdpa"):
         backend = choose(query, value, rule, only_sdpa=backend == "sdpa")
@@ -141,7 +150,8 @@ def choose(query: Tensor, value: Tensor, rule: Rule, *, only_sdpa: bool = False)
     if query.device.type not in ("cpu", "cuda"):
         return "mask"
     fits = query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= _MAX_FLASH_HEAD_DIM
-    if query.is_cuda and fits and not rule.dropout and rule.softcap is None and not only_sdpa:
+    plain = not rule.dropout and rule.softcap is None and rule.sinks is None
+    if query.is_cuda and fits and plain and not only_sdpa:
         return "varlen"
     return "segments"
 
@@ -159,46 +169,20 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Te
 def _one_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:  # [1, A, n, D_v]
     length = q.shape[2]
     if rule.softcap is None and (rule.window is None or length <= rule.window):
-        return _sdpa(q, k, v, None, rule)
-    return _masked(q, k, v, _band(length, rule.window, q.device), rule)
+        return sdpa(q, k, v, None, rule)
+    return masked(q, k, v, band(length, rule.window, q.device), rule)
 
 
 def _document_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
     length = q.shape[2]
     positions = torch.arange(length, device=q.device)
     document = torch.searchsorted(packed.cu_seqlens.to(torch.int64), positions, right=True)  # [T], equal within a segment
-    mask = _band(length, rule.window, q.device) & (document[:, None] == document[None, :])
-    return _masked(q, k, v, mask, rule).transpose(1, 2).contiguous()
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    return _sdpa(q, k, v, mask, rule) if rule.softcap is None else _capped(q, k, v, mask, rule, rule.softcap)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
-    """Causal when there is no mask."""
-    options: dict[str, Any] = {"scale": rule.scale, "dropout_p": rule.dropout, "enable_gqa": q.shape[1] != k.shape[1]}
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
-
-
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:  # [T, T] bool
-    """Key j is seen by query i: j ≤ i, and i − j < window where there is one."""
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, cap: float) -> Tensor:
-    """Scores squashed to cap · tanh(score / cap) (Gemma 2), which no SDPA kernel computes."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.tanh((q @ k.transpose(-1, -2)) * (rule.scale / cap)) * cap
-    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return F.dropout(probabilities.to(q.dtype), rule.dropout) @ v
+    mask = band(length, rule.window, q.device) & (document[:, None] == document[None, :])
+    return masked(q, k, v, mask, rule).transpose(1, 2).contiguous()
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+    _refuse_sinks("varlen", rule)
     _refuse("varlen", dropout=rule.dropout, softcap=rule.softcap)
     options: dict[str, Any] = {"scale": rule.scale, "window_size": _left_right(rule.window)}
     groups = q.shape[1] // k.shape[1]
@@ -284,6 +268,7 @@ def _flash(name: str) -> Callable[..., Tensor]:
     """The varlen function of one flash-attn generation; their signatures differ, so only what they take is passed."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+        _refuse_sinks(name, rule)
         attend, parameters = _flash_function(name)
         borders, longest = packed.cu_seqlens, packed.max_seqlen
         places = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -322,6 +307,13 @@ def _refuse(backend: str, **unsupported: float | None) -> None:
         if value:
             wrong = f"{backend} does not compute attention with {name} {value}"
             raise ModelError(describe("model.attention", wrong, todo="choose sdpa"))
+
+
+def _refuse_sinks(backend: str, rule: Rule) -> None:
+    """Whatever the package: one that takes sinks is not known to give their gradient."""
+    if rule.sinks is not None:
+        wrong = f"{backend} does not compute attention sinks (s_aux)"
+        raise ModelError(describe("model.attention", wrong, expected="auto, sdpa, segments or mask", todo="choose auto"))
 
 
 @cache

@@ -7,6 +7,11 @@ the head's, from hidden states it has scaled.
 Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,13 +22,23 @@ from repsft_fast.ops import functional, products
 from repsft_fast.row import IGNORE_INDEX
 from repsft_fast.stats import RowStats
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_AUTOCAST = (
+    "cpu",
+    "cuda",
+    "mps",
+    "xpu",
+)  # other kinds have none, and asking fails; torch's own question is not traceable in 2.11
+
 
 def linear_cross_entropy(
     hidden: Tensor,  # [N, H] bf16 | fp16 | fp32 | fp64
-    lm_head: Tensor,  # [V, H] same dtype; a DTensor over one mesh dimension is gathered once
+    lm_head: Tensor,  # [V, H] same dtype, or fp32 beside half precision; a DTensor over one mesh dimension is gathered once
     targets: Tensor,  # [N] int64, already shifted; IGNORE_INDEX = not trained on
     weights: Tensor | None = None,  # [N] fp32; None = every trained token counts 1
-    rows: Tensor | None = None,  # [N'] int64 trained rows, known from the plan; None = found on the device
+    rows: Tensor
+    | None = None,  # [N'] int64 trained rows, from the plan, those named twice count twice; None = found on the device
     *,
     skip_below: float = 0.0,  # τ: rows with 1 − p(target) < τ send no gradient
     softcap: float | None = None,  # final-logit soft-cap (Gemma): logits become softcap · tanh(logits / softcap)
@@ -43,6 +58,10 @@ def linear_cross_entropy(
     computed by a slower kernel, and kept_share · chunk_bytes more are held. Unmeasured; 1 keeps zeros in the products.
 
     skip_below = τ drops a row's logit gradient, whose L1 norm is 2·w·(1 − p) < 2·w·τ; loss and statistics stay exact.
+    Under autocast both are cast as F.linear casts them (fp64 is not). An fp32 head beside bf16 or fp16 hidden states, which is
+    what autocast's casts look like from here, is rounded to their dtype for the products; its gradient stays fp32 and is never
+    rounded. Inside, autocast is off. A row named twice has its gradients added and two lines in the statistics.
+
     No rows: exactly zero loss and zero gradients. A target in `rows` outside 0 … V-1 gives NaN loss and NaN gradients, and
     RowStats counts it; nothing is read out of bounds. Gradients are handed over once: a second backward through the same
     call raises. The head gradient is fp32 and autograd casts it to the parameter's `grad_dtype`.
@@ -55,6 +74,7 @@ def linear_cross_entropy(
     """
     if isinstance(lm_head, DTensor):
         lm_head = _gathered(lm_head)
+    hidden, lm_head = _as_autocast(hidden, lm_head)
     _check(hidden, lm_head, targets, weights, rows, skip_below, softcap, chunk_bytes, kept_share)
     if rows is None:
         rows = torch.nonzero(targets != IGNORE_INDEX)[:, 0]
@@ -71,6 +91,37 @@ def linear_cross_entropy(
     return loss, RowStats(*columns)
 
 
+def _as_autocast(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast as F.linear would under the autocast in force: to its type, but fp64, and nothing where none is in force.
+
+    An fp32 `lm_head` stays: `head_pass` rounds it, so that its gradient need not be rounded. ValueError for half precision of
+    the other kind, here or in `_check`: fp16 does not hold what bf16 holds, nor the reverse.
+    """
+    kind = hidden.device.type
+    if not (kind in _AUTOCAST and torch.is_autocast_enabled(kind)):
+        return hidden, lm_head
+    dtype = torch.get_autocast_dtype(kind)
+    if hidden.dtype not in (torch.float64, torch.float32, dtype):
+        where, wrong = "linear_cross_entropy: hidden", "has another half precision than the autocast in force"
+        raise ValueError(describe(where, wrong, expected=dtype, got=hidden.dtype))
+    return hidden.to(dtype) if hidden.dtype == torch.float32 else hidden, lm_head
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Its products choose their types themselves: under autocast some would be rounded once more."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        kind = args[0].device.type  # type: ignore[attr-defined]
+        if not (kind in _AUTOCAST and torch.is_autocast_enabled(kind)):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def head_pass(
     hidden: Tensor,
     lm_head: Tensor,
@@ -91,7 +142,7 @@ def head_pass(
     sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dtype = functional.logits_dtype(device, hidden.dtype)  # of the GEMMs too
     chosen = hidden.detach().index_select(0, rows).to(dtype)
-    head = lm_head.detach().to(dtype)
+    head = lm_head.detach().to(hidden.dtype).to(dtype)
     total = rows.numel()
     row_weights = chosen.new_ones(total, dtype=sums) if weights is None else weights.index_select(0, rows).to(sums)
     chosen_targets = targets.index_select(0, rows)
@@ -144,10 +195,23 @@ def head_pass(
     loss = (stats.loss * row_weights).sum()
     grad_hidden = hidden.new_empty(0)
     if grad_chosen is not None:
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_chosen.to(hidden.dtype))
+        grad_hidden = _put_back(grad_chosen, rows, hidden)
     if unfinished is not None:
         return loss, grad_hidden, unfinished, stats
     return loss, grad_hidden, chosen.new_empty(0, dtype=sums) if grad_head is None else grad_head, stats
+
+
+def _put_back(gradients: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:  # [N', H] of `rows` → [N, H] in hidden's dtype
+    """Gradients of a row named twice are added. Adding to zero changes no bit where every row is named once.
+
+    On a CPU, where counting is free, the faster copy does it then, and sums are made before they are rounded. On a GPU they
+    are rounded first, and the order of three or more is the device's.
+    """
+    if gradients.device.type != "cpu":
+        return torch.zeros_like(hidden).index_add_(0, rows, gradients.to(hidden.dtype))
+    if type(rows) is not Tensor or np.bincount(rows.numpy(), minlength=1).max() <= 1:
+        return torch.zeros_like(hidden).index_copy_(0, rows, gradients.to(hidden.dtype))
+    return torch.zeros_like(hidden, dtype=gradients.dtype).index_add_(0, rows, gradients).to(hidden.dtype)
 
 
 def _leave_out(
@@ -238,7 +302,8 @@ def _check(hidden, lm_head, targets, weights, rows, skip_below, softcap, chunk_b
             refuse(name, "has the wrong shape", "two dimensions", tuple(value.shape))
     if hidden.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         refuse("hidden", "has an unusable dtype", "bf16, fp16, fp32 or fp64", hidden.dtype)
-    if lm_head.dtype != hidden.dtype:
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    if lm_head.dtype != hidden.dtype and not (half and lm_head.dtype == torch.float32):
         refuse("lm_head", "has another dtype than hidden", hidden.dtype, lm_head.dtype)
     n, width = hidden.shape
     if lm_head.shape[1] != width or lm_head.shape[0] < 2:

@@ -70,7 +70,7 @@ def linear_cross_entropy_reference(
     lm_head: Tensor,  # [V, H] same dtype
     targets: Tensor,  # [N] int64; IGNORE_INDEX = not trained on
     weights: Tensor | None = None,  # [N]
-    rows: Tensor | None = None,  # [N'] int64
+    rows: Tensor | None = None,  # [N'] int64; a row named twice counts twice
     *,
     softcap: float | None = None,
 ) -> tuple[Tensor, RowStats, Tensor, Tensor]:  # weighted sum, statistics, [N, H] and [V, H] gradients
@@ -80,5 +80,5 @@ def linear_cross_entropy_reference(
     head = lm_head.detach()
     row_weights = None if weights is None else weights[rows]
     loss, stats, gradient = cross_entropy_rows(chosen @ head.T, targets[rows], row_weights, softcap=softcap)
-    grad_hidden = torch.zeros_like(hidden).index_copy(0, rows, gradient @ head)
+    grad_hidden = torch.zeros_like(hidden).index_add(0, rows, gradient @ head)
     return loss, stats, grad_hidden, gradient.T @ chosen

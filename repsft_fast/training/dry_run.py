@@ -11,11 +11,13 @@ from repsft_fast.data.ends import ends_in_words
 from repsft_fast.data.plan import Plan, summary
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, ModelError, describe
+from repsft_fast.models.lora import lora_said
 from repsft_fast.report.visible import escaping, one_line
 from repsft_fast.report.words import count, percent, rows_of, size
 from repsft_fast.training.budget import budget_of
-from repsft_fast.training.parts import Data, build_model, build_plan, build_tokenizer, load_data, vocabulary_of
+from repsft_fast.training.parts import Data, build_model, build_tokenizer, load_data, vocabulary_of
 from repsft_fast.training.rehearsal import rehearse, saved_per_token
+from repsft_fast.training.rows import build_plan, check_positions
 from repsft_fast.training.sizing import ModelSize
 
 UNEVEN_SHOWN = 3
@@ -35,7 +37,10 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     print(resolved.to_yaml())
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer, torch.device("cpu"), vocabulary_of(config, tokenizer))
-    plan = build_plan(config, data, World(0, ranks, 0, device))
+    plan = build_plan(config, data.train.index, World(0, ranks, 0, device))
+    shape = build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
+    data.warnings += [*shape.load_said, *lora_said(shape)]
+    data.warnings += check_positions(config, shape, (data.train, data.validation, data.test))
     budget = budget_of(config, plan)
     first = plan.epoch(0, 0)
     planned = summary(plan, 1, first=first)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from repsft_fast import distributed
 from repsft_fast.checkpoint.files import sync_files
-from repsft_fast.errors import RepsftError, TrainingError
+from repsft_fast.errors import ModelError, RepsftError, TrainingError, describe
 from repsft_fast.models import save_pretrained
 from repsft_fast.policies.statistics import pooled
 from repsft_fast.report import result as results
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from repsft_fast.training.reporter import Reporter
     from repsft_fast.training.saver import Saver
 
+ADAPTERS = "adapter"  # their folder in the run's, where the run's own is the merged model's
 PICTURE = "run.png"  # its module imports matplotlib, which takes half a second
 
 
@@ -37,14 +38,12 @@ def finish(parts: Parts, reporter: Reporter, conductor: Conductor) -> RunResult:
         conductor.validate()
     seconds, kept = time.perf_counter() - reporter.started, parts.progress.work.copy()
     moment = conductor.put_back_result()
+    save_adapters(parts, reporter)
     tested = evaluate_test(parts)
     answers = answer_examples(parts, parts.data.seen) + answer_examples(parts, parts.data.held_out)
     for answer in answers:
         reporter.event("answer", answer)
-    lora = parts.config.model.lora
-    save_pretrained(parts.model, parts.tokenizer, parts.folder, merge_lora=lora is not None and lora.merge, world=parts.world)
-    if parts.world.is_main:
-        sync_files(parts.folder)  # a result that says success stands for weights that are on the disk
+    save_model(parts, reporter)
     more: dict[str, Any] = {"answers": answers, "moment": moment, "test": tested, "snapshots": conductor.moments.spent()}
     if parts.config.mixture.policy is not None:
         more |= mixture_result(conductor, moment) | {"account": account(parts, conductor, seconds, kept)}
@@ -58,6 +57,35 @@ def finish(parts: Parts, reporter: Reporter, conductor: Conductor) -> RunResult:
         _draw(parts.config)
     distributed.barrier("end of the run")
     return result
+
+
+def save_adapters(parts: Parts, reporter: Reporter) -> None:
+    """With LoRA: what was trained, before anything that can fail; where it will be merged, in a folder inside the run's."""
+    lora = parts.config.model.lora
+    if lora is not None:
+        _save(parts, reporter, parts.folder / ADAPTERS if lora.merge else parts.folder)
+
+
+def save_model(parts: Parts, reporter: Reporter) -> None:
+    """The whole model: fully trained, or with adapters merged. Failing at that is told with where the adapters are."""
+    lora = parts.config.model.lora
+    if lora is None:
+        _save(parts, reporter, parts.folder, dtype=parts.config.model.save_dtype)
+    elif lora.merge:
+        try:
+            _save(parts, reporter, parts.folder, dtype=parts.config.model.save_dtype, merge_lora=True)
+        except Exception as error:
+            words = str(error) if isinstance(error, RepsftError) else f"{type(error).__name__}: {error}"
+            wrong = f"the merged model could not be saved: {words}"
+            todo = f"the trained adapters are saved, whole, in {(parts.folder / ADAPTERS).absolute()}"
+            raise ModelError(describe("model.lora.merge", wrong, todo=todo)) from error
+
+
+def _save(parts: Parts, reporter: Reporter, folder: Path, **how: Any) -> None:
+    for text in save_pretrained(parts.model, parts.tokenizer, folder, world=parts.world, **how):
+        reporter.note(text)
+    if parts.world.is_main:
+        sync_files(folder)  # a result that says success stands for weights that are on the disk
 
 
 def code_of(conductor: Conductor) -> str:

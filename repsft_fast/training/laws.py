@@ -34,8 +34,9 @@ from repsft_fast.row import Row
 from repsft_fast.state import RunState, local, state_hash
 from repsft_fast.stats import RowStats
 from repsft_fast.training.moments import Moments, closed_list
-from repsft_fast.training.parts import Parts, build_plan
+from repsft_fast.training.parts import Parts
 from repsft_fast.training.policy import weights_are_enough
+from repsft_fast.training.rows import build_plan
 from repsft_fast.training.step import train_step
 from repsft_fast.training.syncs import SyncCounter
 
@@ -194,7 +195,9 @@ def every_sample_once(parts: Parts) -> Found:
     wrong = checked = 0
     for ranks in (1, 2):
         for row_tokens in (longest, 4 * longest):
-            plan = build_plan(parts.config, parts.data, World(0, ranks, 0, parts.world.device), row_tokens=row_tokens)
+            plan = build_plan(
+                parts.config, parts.data.train.index, World(0, ranks, 0, parts.world.device), row_tokens=row_tokens
+            )
             for epoch in range(3):
                 rows = [row for update in plan.epoch(0, epoch) for of_rank in update.ranks for row in of_rank]
                 seen = np.concatenate([row.samples for row in rows])

@@ -33,6 +33,8 @@ from repsft_fast.errors import DataError, describe
 from repsft_fast.evaluate.teacher_forced import TeacherForced
 from repsft_fast.metrics import Ledger, SampleStats
 from repsft_fast.models import check_head, check_no_leak, load_model, load_tokenizer
+from repsft_fast.models.lora import lora_said
+from repsft_fast.models.vocabulary import tokens_of
 from repsft_fast.optim import Optimizer, build_optimizer
 from repsft_fast.row import Row
 from repsft_fast.schedule import Schedule
@@ -41,8 +43,7 @@ from repsft_fast.training import chunks
 from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.ends import learn_ends
 from repsft_fast.training.progress import Progress
-
-CPU_BUCKET, GPU_BUCKET = 1, 128
+from repsft_fast.training.rows import build_plan, check_positions, row_bucket
 
 
 @dataclass
@@ -92,8 +93,10 @@ class Parts:
     def scorer(self, store: TokenStore, samples: Sequence[int] | None = None) -> TeacherForced:
         """Forward-only evaluation of these samples of a store (None = all), in rows like the training's."""
         chosen = range(len(store.index)) if samples is None else samples
-        bucket = row_bucket(self.config, self.world.device)
-        return TeacherForced(store, chosen, row_tokens=self.config.batch.row_tokens, bucket_tokens=bucket, world=self.world)
+        batch, bucket = self.config.batch, row_bucket(self.config, self.world.device)
+        return TeacherForced(
+            store, chosen, row_tokens=batch.row_tokens, bucket_tokens=bucket, world=self.world, apart=self.plan.apart
+        )
 
     def rows(self, update: Update) -> Iterator[Row]:
         """This rank's rows of the update, weights holding 1 / the update's one denominator."""
@@ -113,14 +116,6 @@ class Parts:
             trained=int(index.trained[ids].sum()),
             sum_squared_lengths=int(np.dot(lengths, lengths)),
         )
-
-
-def row_bucket(config: Config, device: torch.device) -> int:
-    bucket = config.batch.bucket_tokens
-    if isinstance(bucket, int):
-        return bucket
-    # Compiled layers have static shapes: a graph for every length of a row.
-    return GPU_BUCKET if device.type == "cuda" or config.model.compile else CPU_BUCKET
 
 
 def seed_everything(config: Config) -> None:
@@ -216,17 +211,20 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
     distributed.same_everywhere("data", data.digest)
     distributed.same_everywhere("code", f"{repsft_fast.__version__} {torch.__version__}")
     with distributed.together():
-        plan = build_plan(config, data, world)
+        plan = build_plan(config, data.train.index, world)
         budget = budget_of(config, plan)
-        model = build_model(config, world)
+        model = build_model(config, world, tokenizer)
+        data.warnings += model.load_said
         check_vocabulary(model, data)
+        data.warnings += lora_said(model)
+        data.warnings += check_positions(config, model, (data.train, data.validation, data.test))
         data.warnings += learn_ends(model, data.ends, tokenizer)
     shape = ModelShape.of(model)
     mesh = distributed.mesh_of(world, config.distributed.shard_ranks) if world.size > 1 else None
     distributed.shard(model, world, mesh=mesh, arriving=world.size > 1)
     if world.size > 1:
         check_head(model, model.loss_settings.head)
-    check_no_leak(model)
+    check_no_leak(model, longest=int(data.train.index.lengths.max()))
     optimizer = optimizer_of(config, model)
     chunks.use(model, chunks.decide(config, world, model))
     parts = Parts(
@@ -273,20 +271,22 @@ def _folder_without_tokenizer(path: str) -> bool:
     return (folder / "config.json").is_file() and not any((folder / name).exists() for name in named)
 
 
-def build_model(config: Config, world: World) -> Any:
+def build_model(config: Config, world: World, tokenizer: Any = None) -> Any:
     settings = config.model
     torch.manual_seed(config.run.seed)  # random weights and adapters do not depend on what was drawn before
     options: dict[str, Any] = {
         "device": world.device,
         "attention": settings.attention,
-        "lora": settings.lora.model_dump(exclude={"merge"}) if settings.lora is not None else None,
+        "lora": settings.lora.model_dump() if settings.lora is not None else None,
         "activation_checkpointing": settings.activation_checkpointing,
         "compile": settings.compile,
         "gguf_file": settings.gguf_file,
         "trust_remote_code": settings.trust_remote_code,
+        "packed": config.batch.pack,
         "skip_below": config.loss.skip_below,
         "chunk_bytes": config.loss.chunk_bytes,
         "layer_kernels": settings.layer_kernels,
+        "vocabulary": tokens_of(tokenizer) if settings.resize_vocabulary and tokenizer is not None else None,
         "random_weights": settings.init == "random" and settings.path is not None,
     }
     if world.size > 1 and world.device.type != "meta":  # rank 0 reads, the others are sent their part
@@ -312,19 +312,6 @@ def optimizer_of(config: Config, model: nn.Module) -> Optimizer:
     )
 
 
-def build_plan(config: Config, data: Data, world: World, *, row_tokens: int | None = None) -> Plan:
-    return Plan(
-        data.train.index,
-        seed=config.run.seed,
-        row_tokens=row_tokens or config.batch.row_tokens,
-        bucket_tokens=row_bucket(config, world.device),
-        ranks=world.size,
-        batch_samples=config.batch.samples,
-        batch_tokens=config.batch.tokens,
-        average=config.loss.average,
-    )
-
-
 def build_schedule(config: Config, budget: Budget) -> Schedule:
     return Schedule(
         config.schedule.name,
@@ -337,7 +324,7 @@ def build_schedule(config: Config, budget: Budget) -> Schedule:
 
 def vocabulary_of(config: Config, tokenizer: Any) -> int | None:
     """Token ids below this can be embedded; checked on the host, before anything reaches the device."""
-    if config.model.config is not None:
+    if config.model.config is not None and not config.model.resize_vocabulary:
         return config.model.config.get("vocab_size")
     return None if tokenizer is None else len(tokenizer)
 

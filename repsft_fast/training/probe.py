@@ -11,7 +11,8 @@ from repsft_fast.data.packing import pack, padded_length
 from repsft_fast.data.plan import Cursor, PlannedRow, Update, denominator
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.moments import Moments
-from repsft_fast.training.parts import Parts, row_bucket
+from repsft_fast.training.parts import Parts
+from repsft_fast.training.rows import row_bucket
 from repsft_fast.training.step import OutOfMemory, train_step
 
 NAME = "probe"
@@ -47,7 +48,7 @@ def _batch(parts: Parts, task: int) -> Update:
     chosen = np.sort(draw.choice(mine, size=min(max(count, parts.world.size), len(mine)), replace=False))
     lengths = index.lengths[chosen]
     bucket, capacity = row_bucket(parts.config, parts.world.device), parts.config.batch.row_tokens
-    dealt = pack(lengths, capacity, bucket=bucket, ranks=parts.world.size)
+    dealt = pack(lengths, capacity, bucket=bucket, ranks=parts.world.size, apart=parts.plan.apart)
     ranks = tuple(
         tuple(
             PlannedRow(chosen[line], int(lengths[line].sum()), padded_length(int(lengths[line].sum()), capacity, bucket))

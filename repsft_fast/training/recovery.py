@@ -16,8 +16,9 @@ from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.moments import Moments
 from repsft_fast.training.nonfinite import Refused
-from repsft_fast.training.parts import Parts, build_plan, row_bucket
+from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
+from repsft_fast.training.rows import build_plan, row_bucket
 from repsft_fast.training.step import OutOfMemory
 
 REVERTS_AT_MOST = 8  # to one safe state: more, and it is not safe
@@ -121,4 +122,4 @@ def smaller_rows(parts: Parts) -> int | None:
 def use_row_tokens(parts: Parts) -> None:
     """Pack rows as the progress says, after a retry or a resumption."""
     if parts.progress.row_tokens is not None:
-        parts.plan = build_plan(parts.config, parts.data, parts.world, row_tokens=parts.progress.row_tokens)
+        parts.plan = build_plan(parts.config, parts.data.train.index, parts.world, row_tokens=parts.progress.row_tokens)

@@ -40,8 +40,9 @@ _LOOK_EVERY_S = 1.0  # ranks ask each other for signals and clocks about this of
 # Settings that say how fast or where, not what: a resumed run may have others. `chunks` says it where loss.chunk_bytes differs.
 _FREE = (
     "run.folder", "model.attention", "model.layer_kernels", "model.activation_checkpointing", "model.compile",
-    "model.trust_remote_code", "tokenizer", "data", "batch.row_tokens", "batch.bucket_tokens", "loss.chunk_bytes", "numbers",
-    "log", "checkpoint", "distributed", "snapshot", "evaluate.generate_samples", "evaluate.generate_tokens",
+    "model.trust_remote_code", "model.save_dtype", "tokenizer", "data", "batch.row_tokens", "batch.bucket_tokens",
+    "loss.chunk_bytes", "numbers", "log", "checkpoint", "distributed", "snapshot", "evaluate.generate_samples",
+    "evaluate.generate_tokens",
 )  # fmt: skip
 # Counters that every rank holds a share of. On disk they are whole, and come back to one rank.
 _SHARES = ("ledger/", "samples/")
@@ -242,7 +243,7 @@ class Saver:
             if saved not in read:
                 read[saved] = tensors[saved]
             state[name] = read[saved]  # tied weights stay one tensor
-        write_state(self.parts.model, self.parts.tokenizer, state, folder)
+        write_state(self.parts.model, self.parts.tokenizer, state, folder, dtype=self.parts.config.model.save_dtype)
 
     def _metrics(self) -> Path:
         return Path(self.parts.folder) / "metrics.jsonl"

@@ -250,7 +250,7 @@ def fake_gpu(monkeypatch):
 
         monkeypatch.setattr(parts, "build_model", build_model)
         monkeypatch.setattr(load, "check_head", lambda *_: None)  # they look at numbers
-        monkeypatch.setattr(parts, "check_no_leak", lambda *_: None)
+        monkeypatch.setattr(parts, "check_no_leak", lambda *_, **__: None)
         monkeypatch.setattr(layers, "apply_layer_kernels", lambda *_: None)
         monkeypatch.setitem(attention._grouped, 0, True)
         for name, answer in (("reset_peak_memory_stats", None), ("max_memory_reserved", 7), ("max_memory_allocated", 5)):

@@ -63,7 +63,7 @@ class TestIndex:
 class TestRow:
     def test_a_row_by_hand(self, store):
         row = store.row(planned([2, 0, 1], store, slots=8), denominator=4.0, average="sample")
-        assert row.tokens.tolist() == [[11, 12, 5, 6, 7, 9, 0, 0]]
+        assert row.tokens.tolist() == [[11, 12, 5, 6, 7, 9, 5, 5]]
         assert row.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
         x = IGNORE_INDEX
         assert row.targets.tolist() == [12, x, x, 7, 8, 10, x, x]
@@ -96,7 +96,7 @@ class TestRow:
 
     def test_an_empty_row_is_padding_only(self, store):
         row = store.row(PlannedRow(np.empty(0, dtype=np.int64), 0, 5), denominator=3.0, average="sample")
-        assert row.tokens.tolist() == [[0] * 5]
+        assert row.tokens.tolist() == [[store._tokens[0]] * 5]
         assert row.positions.tolist() == [[0, 1, 2, 3, 4]]
         assert row.targets.tolist() == [IGNORE_INDEX] * 5
         assert row.weights.tolist() == [0.0] * 5
@@ -175,7 +175,7 @@ class TestAgainstPlainPython:
                 positions.append(p)
             borders.append(len(tokens))
         lengths = [samples[i].positions for i in ids] + [padding] * (padding > 0)
-        assert row.tokens.tolist() == [tokens + [0] * padding]
+        assert row.tokens.tolist() == [tokens + [samples[0].ids[0]] * padding]
         assert row.positions.tolist() == [positions + list(range(padding))]
         assert row.targets.tolist() == targets + [IGNORE_INDEX] * padding
         assert row.weights.tolist() == np.float32(weights + [0.0] * padding).tolist()

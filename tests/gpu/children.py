@@ -102,7 +102,7 @@ def compiled(folder: Path) -> dict[str, Any]:
     from repsft_fast.training import parts as building
     from repsft_fast.training.step import measure, train_step
 
-    building.check_no_leak = lambda model: None  # it would have layers of two more lengths compiled
+    building.check_no_leak = lambda model, **_: None  # it would have layers of two more lengths compiled
 
     def made(name: str, **changes: Any):
         model = small_runs.MODEL | {"num_hidden_layers": 1}

@@ -32,7 +32,7 @@ def poisoned(monkeypatch):
         return model
 
     monkeypatch.setattr(parts_module, "build_model", build_model)
-    monkeypatch.setattr(parts_module, "check_no_leak", lambda model: None)
+    monkeypatch.setattr(parts_module, "check_no_leak", lambda model, **_: None)
 
 
 def test_stop_names_the_sample_and_leaves_a_result(tmp_path, poisoned):

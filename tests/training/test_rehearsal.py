@@ -14,8 +14,9 @@ from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError
 from repsft_fast.optim import state_bytes
 from repsft_fast.state import local
-from repsft_fast.training.parts import build, build_plan, load_data
+from repsft_fast.training.parts import build, load_data
 from repsft_fast.training.rehearsal import Message, Messages, rehearse
+from repsft_fast.training.rows import build_plan
 from repsft_fast.training.sizing import ModelSize
 from repsft_fast.training.step import train_step
 
@@ -34,7 +35,7 @@ def settings(folder, **changes):
 def rehearsed(given, size, rank=0):
     config = Config.of(given)
     data = load_data(config, None, torch.device("cpu"), runs.VOCABULARY)
-    plan = build_plan(config, data, World(0, size, 0, torch.device("cpu")))
+    plan = build_plan(config, data.train.index, World(0, size, 0, torch.device("cpu")))
     return rehearse(config, data, plan, plan.epoch(0, 0)[0], rank=rank)
 
 

@@ -1,0 +1,193 @@
+"""A folder of adapters to go on from: its settings, whose layers and weights must all be this model's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from repsft_fast.errors import ModelError, describe
+from repsft_fast.models.merge import ADAPTER, adapted_layers, is_adapters
+
+WHERE = "model.lora.from"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+# Keys of adapter_config.json that change what is computed and are understood here, or that change nothing.
+_KNOWN = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "rank_pattern",
+    "alpha_pattern", "use_rslora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "base_model_name_or_path", "revision", "task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping",
+    "runtime_config", "loftq_config", "megatron_config", "megatron_core",
+}  # fmt: skip
+
+
+_LARGEST_CONFIG = 1 << 24  # bytes
+# A regular expression that repeats a group, or repeats often, can take years to say no.
+_REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+]|\{\d*,\}"), 5
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    folder: Path
+    settings: dict[str, Any]  # adapter_config.json
+    shapes: dict[str, tuple[int, ...]]  # of the weights, by their names in the file
+
+    @staticmethod
+    def read(given: str) -> AdapterFolder:
+        """ModelError for what is no folder of LoRA adapters in safetensors, or uses more of peft than is understood here."""
+        folder = Path(given).expanduser()
+        todo = f"give the folder with {CONFIG} and {WEIGHTS}"
+        if not folder.is_dir():
+            raise ModelError(describe(WHERE, "no such folder", got=given, todo=todo))
+        if not (folder / CONFIG).is_file():
+            wrong = f"holds no {CONFIG}"
+            if (folder / "config.json").is_file():
+                wrong, todo = "holds a model, no adapters", "set it as model.path instead"
+            raise ModelError(describe(WHERE, wrong, got=given, todo=todo))
+        if not (folder / WEIGHTS).is_file():
+            wrong = f"holds no {WEIGHTS}"
+            if (folder / PICKLE).is_file():
+                wrong, todo = f"holds its weights as {PICKLE}, a pickle, which is not read", f"save them as {WEIGHTS}"
+            raise ModelError(describe(WHERE, wrong, got=given, todo=todo))
+        if (there := (folder / CONFIG).stat().st_size) > _LARGEST_CONFIG:
+            raise ModelError(describe(f"{WHERE} {CONFIG}", "is too large to be one", got=f"{there:,} bytes", todo=todo))
+        try:
+            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise ModelError(describe(f"{WHERE} {CONFIG}", f"cannot be read: {error}", got=given)) from error
+        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+            kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+            raise ModelError(describe(f"{WHERE} {CONFIG}", "is of no LoRA adapters", expected="peft_type LORA", got=kind))
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(describe(f"{WHERE} {WEIGHTS}", f"cannot be read: {error}", got=given)) from error
+        return AdapterFolder(folder, settings, shapes)
+
+    def config(self, dropout: float) -> Any:
+        """The folder's settings as peft's, without what belongs to the run that made it. ModelError for what is not known."""
+        import peft
+
+        plain = peft.LoraConfig().to_dict()
+        for name, value in self.settings.items():
+            empty = value in (None, False, [], {}, "none", plain.get(name))
+            if name not in _KNOWN and not empty:
+                raise self._wrong(f"{name} is not understood here", value)
+        if self.settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+            wrong = "its adapters were made from the base's own weights, which it changed"
+            raise self._wrong(wrong, f"init_lora_weights {self.settings['init_lora_weights']}")
+        kept = {name: value for name, value in self.settings.items() if name in _KNOWN and name in plain}
+        for name in ("peft_type", "peft_version", "auto_mapping", "runtime_config", "megatron_config"):
+            kept.pop(name, None)
+        kept |= {"lora_dropout": dropout, "init_lora_weights": True, "inference_mode": False, "task_type": "CAUSAL_LM"}
+        self._check_sizes()
+        self._check_pattern()
+        try:
+            made = peft.LoraConfig(**kept)
+        except Exception as error:  # what peft and Python say of values of other types
+            raise self._wrong(f"cannot be used: {' '.join(str(error).split())}", self.folder) from error
+        return made
+
+    def _check_sizes(self) -> None:
+        """Ranks that the weights show and scales that are numbers: before memory is asked for what a file only claims."""
+        largest = max((shape[0] for name, shape in self.shapes.items() if "lora_A" in name and shape), default=0)
+        largest = max([largest, *(min(shape) for name, shape in self.shapes.items() if "lora_embedding" in name and shape)])
+        for key, pattern, most in (("r", "rank_pattern", largest), ("lora_alpha", "alpha_pattern", math.inf)):
+            given = self.settings.get(pattern) or {}
+            if not isinstance(given, dict):
+                raise self._wrong(f"{pattern} is no mapping", given)
+            for value in (self.settings.get(key), *given.values()):
+                numbers = (int,) if key == "r" else (int, float)
+                if type(value) not in numbers or not (value > 0 and math.isfinite(value)):
+                    raise self._wrong(f"{key} is no number above 0", value)
+                if value > most:
+                    raise self._wrong(f"{key} is more than its weights have: they are of another shape", value)
+
+    def _check_pattern(self) -> None:
+        """Names of layers are texts, and matching them ends."""
+        for key in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern"):
+            given = self.settings.get(key)
+            names = [given] if isinstance(given, str) or given is None else given
+            if not isinstance(names, list) or not all(isinstance(name, str) or name is None for name in names):
+                raise self._wrong(f"{key} is neither text nor a list of texts", given)
+            for pattern in (name for name in names if name):
+                if _REPEATED_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
+                    raise self._wrong(f"{key} repeats too much to be matched", pattern)
+
+    def agrees(self, wanted: Any, plain: Any, base: str | None) -> list[str]:
+        """What is to be said: whose adapters, and of which base. ModelError where a setting that was given says otherwise.
+
+        wanted, plain: LoraSettings as given and as they are by default. A setting left at its default is not given.
+        """
+        for name, key in (("rank", "r"), ("alpha", "lora_alpha")):
+            value = getattr(wanted, name)
+            if value != getattr(plain, name) and value != self.settings.get(key):
+                todo = f"drop it: the adapters go on as they are, with {name} {self.settings.get(key)}"
+                raise ModelError(describe(f"model.lora.{name}", f"is not that of {WHERE}", got=value, todo=todo))
+        targets = wanted.target_modules
+        if targets != plain.target_modules and _as_set(targets) != _as_set(self.settings.get("target_modules")):
+            todo = "drop it: the adapters go on where they are"
+            raise ModelError(describe("model.lora.target_modules", f"are not those of {WHERE}", got=targets, todo=todo))
+        rank, alpha = self.settings.get("r"), self.settings.get("lora_alpha")
+        said = [f"{WHERE}: goes on from {self.folder}, with its rank {rank}, alpha {alpha} and layers"]
+        made_on = self.settings.get("base_model_name_or_path")
+        if made_on and base and not _same_place(str(made_on), base):
+            said.append(
+                f"{WHERE}: its adapters were trained beside {made_on}; model.path is {base}: are these the same weights?"
+            )
+        return said
+
+    def load_into(self, model: PreTrainedModel) -> None:
+        """Put the weights where the model has adapters; shapes alone on meta. ModelError unless each has its place and its
+        weight, of its shape, and all are finite."""
+        layers = adapted_layers(model)
+        places = {
+            _PREFIX + name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}"): parameter
+            for name, parameter in model.named_parameters()
+            if is_adapters(name, layers)
+        }
+        missing, unused = sorted(set(places) - set(self.shapes)), sorted(set(self.shapes) - set(places))
+        if missing or unused:
+            what = [f"{len(missing)} weights are missing, first {missing[0]}"] if missing else []
+            what += [f"{len(unused)} belong to no layer, first {unused[0]}"] if unused else []
+            raise self._wrong(f"{WEIGHTS} is not of this model: {'; '.join(what)}", self.folder)
+        for name, parameter in places.items():
+            if tuple(parameter.shape) != self.shapes[name]:
+                wrong = f"{WEIGHTS} is not of this model: {name} has another shape"
+                raise ModelError(
+                    describe(WHERE, wrong, expected=tuple(parameter.shape), got=self.shapes[name], todo=_OTHER_BASE)
+                )
+        if any(parameter.is_meta for parameter in places.values()):
+            return
+        with safe_open(self.folder / WEIGHTS, "pt") as file, torch.no_grad():
+            for name, parameter in places.items():
+                value = file.get_tensor(name)
+                if not value.is_floating_point():
+                    raise self._wrong(f"{name} is not of a floating-point type", value.dtype)
+                parameter.copy_(value)
+                if not parameter.isfinite().all():
+                    raise self._wrong(f"{name} holds numbers that are not finite", self.folder)
+
+    def _wrong(self, wrong: str, got: object) -> ModelError:
+        return ModelError(describe(f"{WHERE} {self.folder.name}", wrong, got=got, todo=_OTHER_BASE))
+
+
+_OTHER_BASE = "set model.path to the model these adapters were trained beside, or train new ones"
+
+
+def _as_set(targets: str | Iterable[str] | None) -> set[str] | str:
+    return targets if isinstance(targets, str) else set(targets or ())
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))

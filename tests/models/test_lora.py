@@ -1,0 +1,262 @@
+"""Where adapters go, what is said of it, what a folder of them says, and going on from one."""
+
+import json
+
+import pytest
+import runs
+import torch
+import transformers
+from architectures import KINDS, tiny_config
+from transformers import AutoModelForCausalLM
+
+from repsft_fast.config import Config
+from repsft_fast.errors import ConfigError, ModelError
+from repsft_fast.models import load_model, save_pretrained
+from repsft_fast.models.lora import LoraSettings, add_lora, lora_said
+from repsft_fast.models.merge import adapted_layers
+from repsft_fast.models.targets import all_linear, routers, shortest
+from repsft_fast.training import finish as finish_module
+from repsft_fast.training.trainer import train
+
+WHERE = r"model\.lora\.target_modules"
+
+
+def build(kind="llama", **options):
+    torch.manual_seed(1)
+    return load_model(tiny_config(kind), packed=False, **options)
+
+
+def made(kind, targets="all-linear", **changes):
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+    except (ValueError, AttributeError) as error:
+        pytest.skip(f"transformers {transformers.__version__} makes no {kind}: {str(error)[:60]}")
+    add_lora(model, LoraSettings(rank=2, target_modules=targets))
+    return model
+
+
+def adapted(model):
+    """Ends of the names of what is adapted."""
+    return {".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in adapted_layers(model)}
+
+
+class TestAllLinear:
+    @pytest.mark.parametrize(
+        ("kind", "router"),
+        [
+            ("llama4_text", "feed_forward.router"),  # a linear layer of its own class
+            ("phimoe", "mlp.router"),
+            ("hunyuan_v1_moe", "gate.wg"),  # a linear layer inside the router
+            ("jetmoe", "router.layer"),
+            ("longcat_flash", "router.classifier"),
+            ("afmoe", "router.gate"),
+            ("qwen2_moe", "mlp.shared_expert_gate"),
+            ("deepseek_v32", "indexer.wq_b"),  # what sparse attention looks at
+        ],
+    )
+    def test_what_feeds_a_top_k_stays_out(self, kind, router):
+        model = made(kind)
+        assert not any(
+            name.endswith(router) or ".router." in f".{name}." or "indexer" in name for name in adapted_layers(model)
+        )
+        assert router in " ".join(lora_said(model))
+
+    @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "dots1", "minimax"])
+    def test_nothing_is_adapted_by_names_of_another_time(self, kind):
+        """peft takes gate_proj, gate and the like for parts of the experts, and puts adapters on the router."""
+        model = made(kind)
+        assert all("attn" in name for name in adapted_layers(model)), "attention alone"
+        assert not model.peft_config["default"].target_parameters
+
+    def test_a_router_that_is_a_linear_layer_beside_its_experts(self):
+        from torch import nn
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.chooser = nn.Linear(8, 4)
+                self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+                self.shared_experts = nn.Linear(8, 4 + 1)
+
+        model = nn.Module()
+        model.block = Block()
+        assert list(routers(model)) == ["block.chooser"]
+
+    def test_layers_that_are_read_and_not_called_stay_out(self):
+        for kind, layer in (("mamba2", "out_proj"), ("mamba", "dt_proj"), ("bamba", "out_proj")):
+            model = made(kind)
+            assert not any(name.endswith(f"mixer.{layer}") or name.endswith(f"mamba.{layer}") for name in adapted_layers(model))
+            assert "would be passed over" in " ".join(lora_said(model))
+        assert "mlp.dense_4h_to_h" in adapted(made("bloom"))
+
+    def test_layers_that_compute_more_stay_out(self):
+        model = made("deepseek_v4")
+        assert not any("o_a_proj" in name for name in adapted_layers(model))
+        assert "compute more than W x" in " ".join(lora_said(model))
+        assert "mlp.dense_h_to_4h" in adapted(made("falcon")), "a product written out is one"
+
+    def test_the_head_and_the_embedding_stay_out_and_transposed_layers_are_in(self):
+        assert adapted(made("gpt2")) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+    def test_plain_models_are_told_nothing(self):
+        model = made("llama")
+        assert lora_said(model) == []
+        names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+        assert model.peft_config["default"].target_modules == names
+
+    def test_stacked_experts_are_told(self):
+        (said,) = lora_said(made("gpt_oss"))
+        assert "experts.gate_up_proj" in said
+        assert "only where they are named" in said
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_architecture(self, kind):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(tiny_config(kind))
+            chosen, left = all_linear(model, lambda _: False)
+        except Exception as error:
+            pytest.skip(f"no tiny model: {type(error).__name__}")
+        words = ("router", "indexer", "lm_head", "embed_tokens", "gate.wg", "pooler", "encoder_attn")
+        found = [name for name in chosen if any(word in name for word in words)]
+        assert [name for name in found if "modality_router" not in name] == [], "Gemma 3n's mixes, it chooses nothing"
+        assert chosen or left
+
+    def test_names_are_as_short_as_they_can_be(self):
+        names = ["a.0.gate", "a.1.q", "b.0.gate"]
+        assert shortest(["a.1.q", "a.2.q"], names[::2]) == ["q"]
+        assert shortest(["a.0.gate"], ["b.0.gate", "a.1.gate"]) == ["a.0.gate"]
+        assert shortest(["m.a.gate"], ["m.b.gate"]) == ["a.gate"]
+        assert shortest(["m.experts.down"], [], parts=2) == ["experts.down"]
+
+
+class TestNames:
+    def test_experts_by_the_name_of_their_parameter(self):
+        model = made("qwen3_moe", ["q_proj", "experts.down_proj"])
+        assert adapted(model) == {"self_attn.q_proj", "mlp.experts"}
+        assert list(model.peft_config["default"].target_parameters) == ["experts.down_proj"]
+
+    def test_experts_alone(self):
+        assert adapted(made("gpt_oss", ["experts.gate_up_proj"])) == {"mlp.experts"}
+
+    def test_a_regular_expression(self):
+        model = made("llama", r".*layers\.1\..*(q|v)_proj")
+        assert sorted(adapted_layers(model)) == [f"model.layers.1.self_attn.{x}_proj" for x in "qv"]
+
+    @pytest.mark.parametrize(
+        ("kind", "targets", "words"),
+        [
+            ("llama", ["q_prog"], "q_prog.*did you mean q_proj"),
+            ("llama", ["q_proj", "nothing"], "names no layer, expected one of q_proj.* got nothing"),
+            ("llama", "(", "matches no layer"),
+            ("llama", [], "there is nothing to adapt"),
+            ("llama", ["lm_head"], "stay frozen"),
+            ("llama", ["mlp"], "is a LlamaMLP"),
+            ("llama", ["input_layernorm"], "is a LlamaRMSNorm"),
+            ("qwen2_moe", ["shared_expert_gate"], "is a router"),
+            ("llama4_text", ["router"], "router"),
+            ("deepseek_v3", ["down_proj"], "peft takes these names"),
+            ("qwen3_moe", ["gate"], "peft takes these names|is a Qwen3MoeTopKRouter"),
+            ("mamba2", ["out_proj"], "passed over"),
+        ],
+    )
+    def test_what_cannot_be(self, kind, targets, words):
+        with pytest.raises(ModelError, match=rf"{WHERE}: .*({words})"):
+            made(kind, targets)
+
+    def test_dropout_with_adapters_of_experts(self):
+        with pytest.raises(ModelError, match=r"model\.lora\.dropout: adapters of parameters .*expected 0, got 0\.1"):
+            build("gpt_oss", lora={"dropout": 0.1, "target_modules": ["experts.down_proj"]})
+        build("gpt_oss", lora={"dropout": 0.1})
+
+
+class TestTheFolder:
+    def test_it_names_its_base_by_the_whole_path(self, tmp_path, monkeypatch):
+        build().save_pretrained(tmp_path / "base")
+        monkeypatch.chdir(tmp_path)
+        model = load_model("./base", lora={"rank": 2})
+        save_pretrained(model, None, tmp_path / "adapters")
+        monkeypatch.chdir("/")
+        saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(tmp_path / "base")
+        from peft import AutoPeftModelForCausalLM
+
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+
+    def test_a_hub_id_stays_one(self):
+        config = tiny_config("llama")
+        config._name_or_path = "owner/model"
+        model = load_model(config, lora={"rank": 2})
+        assert model.peft_config["default"].base_model_name_or_path == "owner/model"
+
+    @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+    def test_peft_reads_the_same_adapters(self, kind, tmp_path):
+        from peft import PeftModel
+
+        targets = ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind != "gpt2" else "all-linear"
+        model = filled(build(kind, lora={"rank": 2, "target_modules": targets})).eval()
+        save_pretrained(model, None, tmp_path)
+        loaded = PeftModel.from_pretrained(build(kind), tmp_path).eval()
+        ids = torch.tensor([[5, 6, 7, 8, 9]])
+        with torch.no_grad():
+            ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (model, loaded))
+            base = build(kind).eval()(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+        assert (ours - base).abs().max() > 1e-2
+
+
+def filled(model):
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return model
+
+
+def run_of(folder, **changes):
+    return runs.settings(folder, budget__epochs=1, **changes)
+
+
+class TestRuns:
+    def test_the_setting(self):
+        assert (
+            Config.of(
+                {"run.folder": "x", "data.train": "y", "model.path": "z", "budget.epochs": 1, "model.lora.from": "a"}
+            ).to_dict()["model"]["lora"]["from"]
+            == "a"
+        )
+        with pytest.raises(ConfigError, match=r"model\.lora\.from.*random"):
+            Config.of(
+                {"run.folder": "x", "data.train": "y", "model.config": {"model_type": "llama"}, "budget.epochs": 1,
+                 "model.lora.from": "a"}
+            )  # fmt: skip
+
+    def test_adapters_are_saved_first_and_stay_when_merging_fails(self, tmp_path, monkeypatch):
+        saved = []
+        right = finish_module.save_pretrained
+
+        def save(model, tokenizer, folder, *, merge_lora=False, **more):
+            saved.append((folder.name, merge_lora))
+            if merge_lora:
+                raise RuntimeError("no room")
+            return right(model, tokenizer, folder, **more)
+
+        monkeypatch.setattr(finish_module, "save_pretrained", save)
+        monkeypatch.setattr(finish_module, "evaluate_test", lambda parts: saved.append("test"))
+        words = (
+            rf"model\.lora\.merge: .*RuntimeError: no room; the trained adapters are saved, whole, in {tmp_path}/run/adapter"
+        )
+        with pytest.raises(ModelError, match=words):
+            train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
+        assert saved == [("adapter", False), "test", ("run", True)]
+        assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+    def test_merged_and_adapters_beside(self, tmp_path):
+        train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
+        folder = tmp_path / "run"
+        assert (folder / "model.safetensors").is_file()
+        assert not (folder / "adapter_config.json").exists(), "transformers would load them over the merged weights"
+        assert (folder / "adapter" / "adapter_config.json").is_file()
