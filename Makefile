@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test template-matrix test-oldest oldest-wheels lint bench gpu-wheels gpu-smollm2 clean
+.PHONY: demo test template-matrix models-matrix test-oldest oldest-wheels lint bench gpu-wheels gpu-smollm2 clean
 
 demo: $(STAMP)
 	$(BIN)/repsft demo
@@ -18,6 +18,11 @@ test: $(STAMP)
 # public templates that they are shortened from.
 template-matrix: $(STAMP)
 	$(BIN)/python -m tests.data.template_matrix $(if $(ORIGINALS),--originals $(ORIGINALS))
+
+# docs/models.md and the results it is made of: every architecture as a tiny random model beside plain transformers. KINDS="llama gpt2"
+# makes those rows alone again.
+models-matrix: $(STAMP)
+	$(BIN)/python -m tests.models.matrix $(KINDS)
 
 # The versions of a GPU machine and the oldest that pyproject.toml promises: tests/oldest/run.sh. With WHEELS=FOLDER no index is
 # asked; `make oldest-wheels WHEELS=FOLDER` fills it.

@@ -32,7 +32,7 @@ class RunLock:
         self.message = ""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._fd = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise ConfigError(describe(f"run folder {self.folder}", "cannot be written", got=error.strerror)) from error
         os.register_at_fork(after_in_child=self._forget)  # a child must not keep the lock alive after its parent's death

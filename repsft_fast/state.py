@@ -103,7 +103,7 @@ class RunState:
         if name in self._tensors or name in self._values:
             raise SnapshotError(describe(f"state {name}", "is registered twice", todo="give every part of the state one name"))
         facts = _facts(tensor)
-        if tensor.numel():
+        if local(tensor).numel():  # this rank's part of [1, H] on two ranks may be nothing, which has no memory
             twin = self._memory.setdefault(facts, name)
             if twin != name:
                 raise SnapshotError(

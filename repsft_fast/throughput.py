@@ -6,14 +6,16 @@ trained  tokens that carry loss
 
 Model FLOPs of forward and backward (what the mathematics needs; recomputation is not counted):
     6 · P · tokens  +  6 · H · V · trained  +  6 · L · A·D · Σ len²
-P counts the backbone's matrices only (no embedding table, no head); the attention term counts the causal half of
-QKᵀ and PV (2 · len² · A·D forward per layer) three times; the head counts trained rows only, since no other row reaches it.
+P counts the backbone's matrices only (no embedding table, no head; of experts the share a token meets);
+the attention term counts the causal half of QKᵀ and PV (2 · len² · A·D forward per layer) three times, in the L layers that
+attend; the head counts trained rows only, since no other row reaches it.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
 # Dense bf16 peak, FLOP/s, from the makers' data sheets; the longest matching name wins.
 PEAK_FLOPS = {
@@ -27,27 +29,38 @@ PEAK_FLOPS = {
 }
 
 
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts", "top_k_experts")  # of a token
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What the FLOPs formula needs to know of a model."""
 
     backbone_parameters: int  # matrices of the layers, each counted once
-    layers: int
+    layers: int  # with attention
     attention_width: int  # A · D
     hidden: int
     vocabulary: int
 
     @staticmethod
     def of(model: Any) -> "ModelShape":
-        """Read it from an HF causal LM. Adapters and norms are left out: they are small and not always matmuls."""
+        """Read it from an HF causal LM. Adapters and norms are left out: they are small and not always matmuls. Of experts a
+        token meets some; of layers that carry a state (Mamba, linear attention, convolutions) only the matrices are counted."""
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        heads = _number(config, "num_attention_heads")  # 0: layers without attention, as Mamba's
-        width = heads * _number(config, "head_dim") or _number(config, "hidden_size") * bool(heads)
-        skip = ("embed_tokens", "lm_head", "wte", "wpe", "lora_")
-        matrices = sum(
-            p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not any(word in name for word in skip)
-        )
-        return ModelShape(matrices, config.num_hidden_layers, width, config.hidden_size, config.vocab_size)
+        matrices, chosen = 0.0, _number(config, *_CHOSEN_EXPERTS)
+        head = model.get_output_embeddings()
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Embedding) or module is head or "lora_" in path:
+                continue
+            experts = "experts" in path.split(".")[-2:]  # one tensor holds all of them, or each is a module in a list
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and experts and chosen:
+                    matrices += parameter.numel() * min(chosen / parameter.shape[0], 1.0)
+                elif parameter.ndim == 2 and "bias" not in name:
+                    matrices += parameter.numel()
+        width = _attention_width(config)
+        layers = _attention_layers(config)
+        return ModelShape(round(matrices), layers, width, config.hidden_size, config.vocab_size)
 
     def flops(self, tokens: int, trained: int, sum_squared_lengths: int) -> float:
         """Forward and backward, by the formula at the head of this file."""
@@ -58,10 +71,27 @@ class ModelShape:
         )
 
 
-def _number(config: Any, name: str) -> int:
-    """A whole number of a configuration, 0 where it has none (or one for each layer)."""
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else 0
+def _attention_width(config: Any) -> int:
+    """A · D; 0 for layers without attention, as Mamba's. Latent attention's keys and values differ in width: the mean."""
+    heads = _number(config, "num_attention_heads")
+    keys = _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim")
+    if keys and (values := _number(config, "v_head_dim")):
+        return heads * (keys + values) // 2
+    return heads * _number(config, "head_dim") or _number(config, "hidden_size") * bool(heads)
+
+
+def _attention_layers(config: Any) -> int:
+    """Layers whose work grows with the square of a sample: of a hybrid's some."""
+    kinds = next((v for n in ("layer_types", "layers_block_type") if isinstance(v := getattr(config, n, None), list)), None)
+    if not kinds:
+        return int(config.num_hidden_layers)
+    return sum(str(kind).endswith(("attention", "hybrid")) and kind != "linear_attention" for kind in kinds)
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first whole number of a configuration under one of these names, 0 where it has none (or one for each layer)."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), 0)
 
 
 @dataclass

@@ -77,12 +77,12 @@ def fake_run(
     """
     plain = building.build_model
 
-    def build_model(config: Config, world: Any) -> Any:
+    def build_model(config: Config, world: Any, *more: Any) -> Any:
         if not meta:
-            built = plain(config, world)
+            built = plain(config, world, *more)
             built.tie_weights()  # the way to a GPU keeps what is tied; the way to a fake one does not
             return built
-        built = plain(config, dataclasses.replace(world, device=torch.device("meta")))
+        built = plain(config, dataclasses.replace(world, device=torch.device("meta")), *more)
         with GPU:
             materialise(built)
         return built

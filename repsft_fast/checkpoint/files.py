@@ -37,7 +37,7 @@ def write_file(path: Path, chunks: Iterable[Any], what: str, seconds: SaveSecond
     """Writes a new file and syncs it; returns its bytes. Raises OSError, also where a file is: nothing is written over."""
     seconds = seconds or SaveSeconds()
     crash_point(f"{what}: before open")
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         total = 0
         for chunk in chunks:

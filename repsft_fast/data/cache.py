@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -65,15 +65,15 @@ def write(folder: Path, key: str, loaded: Loaded) -> None:
     text = json.dumps(meta, sort_keys=True)
     data = save(tensors, metadata={"repsft": text, "sha256": _digest(tensors, text)})
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    temporary = folder / f".writing-{uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:  # whose mode is the umask's: a cache may be shared
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path_of(folder, key))
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

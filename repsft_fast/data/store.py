@@ -170,7 +170,9 @@ class TokenStore:
             host["targets"][:real] = self._targets[source]
             host["targets"][real:] = IGNORE_INDEX
         host["positions"][:real] = within
-        host["positions"][real:] = np.arange(slots - real)
+        # Not 0, 1, 2 …: padding longer than every sample would run past the positions a model has embeddings for, and choose
+        # the frequencies of a RoPE that follows the largest position of its row.
+        host["positions"][real:] = 0
 
         segments = np.repeat(np.arange(len(ids)), trained)
         first = np.cumsum(trained) - trained

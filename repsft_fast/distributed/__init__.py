@@ -1,5 +1,6 @@
 """Ranks: how they meet (meeting), who is gone (watch), what they tell each other (ranks), the model over them (sharding)."""
 
+from repsft_fast.distributed.interfaces import of_the_wire
 from repsft_fast.distributed.ranks import (
     DEFAULT_TIMEOUT_S,
     World,
@@ -58,6 +59,7 @@ __all__ = [
     "lost_rank",
     "mesh_of",
     "next_row",
+    "of_the_wire",
     "place",
     "refuse",
     "reshard",

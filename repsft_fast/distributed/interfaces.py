@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+
 from repsft_fast.errors import ConfigError, describe
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -80,3 +82,11 @@ def _with_ipv6() -> set[str]:
         return {line.split()[-1] for line in Path("/proc/net/if_inet6").read_text().splitlines() if line}
     except OSError:
         return set()
+
+
+def of_the_wire(error: BaseException) -> bool:
+    """Whether an error is of messages between ranks: a rank that is gone or silent, not something this one did."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    text = str(error).partition("\n")[0].lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection", "nccl", "timed out"))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repsft_fast.distributed.interfaces import talking
+from repsft_fast.distributed.interfaces import of_the_wire, talking
 from repsft_fast.distributed.meeting import MEETING_TIMEOUT_S, meet
 from repsft_fast.distributed.watch import Loss, Watch
 from repsft_fast.errors import ConfigError, DataError, ModelError, RepsftError, TrainingError, describe
@@ -181,12 +181,9 @@ def lost_rank(error: BaseException, world: World) -> TrainingError | None:
     """What an error of this rank means among ranks. It came from a rank that is gone or silent: the error that names it, in
     its own words where it left some. It is this rank's own: None, and the others are told at once."""
     text = _first_line(error)
-    of_the_wire = isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
-        isinstance(error, RuntimeError) and any(word in text.lower() for word in ("gloo", "connection", "nccl", "timed out"))
-    )
     if world.size == 1:
         return None
-    own = isinstance(error, RepsftError) or not of_the_wire
+    own = isinstance(error, RepsftError) or not of_the_wire(error)
     if _watch is None:
         return None if own else lost_error(None, world.rank, text)
     loss = _watch.loss if own else _watch.wait_for_news(NEWS_S)  # it may come a little later than the error

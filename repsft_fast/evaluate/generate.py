@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from repsft_fast.distributed import all_sum
+
+# How far padding may move logits, in their own spread: rounding in fp32, and in half precision. Too strict costs time alone.
+EXACT, ROUNDED = 1e-3, 0.05
+PADDED = 5  # tokens of padding it is tried with
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ def generate(
     """Greedy replies to token-id prompts, longest prompts first so that a batch wastes little padding.
 
     Under FSDP every rank must call it with the same prompts. Raises ValueError on an empty prompt. A model that learned its
-    positions one by one (`model.position_limit`) replies no further than they go.
+    positions one by one (`model.position_limit`) replies no further than they go. Where padding would change replies,
+    a batch holds prompts of one length.
     """
     if any(len(p) == 0 for p in prompts):
         raise ValueError("prompts: expected at least one token in each, got an empty prompt")
@@ -41,8 +48,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _batches(model, prompts, order, batch_size, pad_id):
             longest = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), longest), pad_id, dtype=torch.int64)
             mask = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -76,6 +82,50 @@ def generate(
     finally:
         model.train(was_training)
     return [reply for reply in replies if reply is not None]
+
+
+def _batches(
+    model: nn.Module, prompts: Sequence[Sequence[int]], order: list[int], batch_size: int, pad_id: int
+) -> Iterator[list[int]]:
+    """`order` cut into batches."""
+    lengths = [len(prompts[i]) for i in order]
+    alike = (
+        batch_size > 1
+        and len(set(lengths)) > 1
+        and _padding_changes(model, prompts[order[-1]], lengths[0] - lengths[-1], pad_id)
+    )
+    start = 0
+    while start < len(order):
+        stop = min(start + batch_size, len(order))
+        while alike and lengths[stop - 1] != lengths[start]:
+            stop -= 1
+        yield order[start:stop]
+        start = stop
+
+
+def _padding_changes(model: Any, prompt: Sequence[int], most: int, pad_id: int) -> bool:
+    """Whether this model replies otherwise behind padding: its rotary frequencies follow the length of the batch, or its layers
+    carry a state on from token to token whatever the mask says (RWKV). The latter is tried with one new token."""
+    text = model.config.get_text_config()
+    rope = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
+    if "longrope" in rope or "dynamic" in rope:
+        return True
+    device = next(model.parameters()).device
+    found = []
+    for padding in (0, min(PADDED, most)):
+        ids = torch.tensor([[pad_id] * padding + list(prompt)], device=device)
+        mask = torch.ones_like(ids)
+        mask[:, :padding] = 0
+        with torch.compiler.set_stance("force_eager"):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=1, pad_token_id=pad_id,
+                output_logits=True, return_dict_in_generate=True, synced_gpus=False,
+            )  # fmt: skip
+        found.append(out.logits[0].double())
+    alone, padded = found
+    allowed = EXACT if next(model.parameters()).dtype in (torch.float32, torch.float64) else ROUNDED
+    changed = not bool((alone - padded).abs().max() < allowed * alone.std())
+    return bool(all_sum(torch.tensor([int(changed)])).item())  # all ranks make the same batches
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> Generation:

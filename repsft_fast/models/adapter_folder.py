@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from repsft_fast.errors import ModelError, describe
-from repsft_fast.models.merge import ADAPTER, adapted_layers, is_adapters
+from repsft_fast.models.door import library
+from repsft_fast.models.folder import checked_files, header_of
+from repsft_fast.models.merge import ADAPTER, adapted_layers, is_adapters, plain_name
 
 WHERE = "model.lora.from"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -26,11 +28,13 @@ _KNOWN = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "rank_pattern",
     "alpha_pattern", "use_rslora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "base_model_name_or_path", "revision", "task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping",
-    "runtime_config", "loftq_config", "megatron_config", "megatron_core",
+    "runtime_config", "loftq_config", "megatron_config", "megatron_core", "eva_config",
 }  # fmt: skip
-
-
-_LARGEST_CONFIG = 1 << 24  # bytes
+_FROM_THE_DATA = ("gaussian", "eva", "orthogonal")  # ways to begin that leave the base's own weights as they are
+_OTHER_BASE = "set model.path to the model these adapters were trained beside, or train new ones"
+_MERGE_FIRST = "merge them into their base with peft's merge_and_unload, set model.path to that, and train new ones beside it"
+_SAVE_AGAIN = "load them with peft beside their base and save them again: they get the names of today"
+_OLD_EXPERTS = re.compile(r"\.experts\.\d+\.")  # one layer an expert, as in transformers 4
 # A regular expression that repeats a group, or repeats often, can take years to say no.
 _REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+]|\{\d*,\}"), 5
 
@@ -46,32 +50,28 @@ class AdapterFolder:
         """ModelError for what is no folder of LoRA adapters in safetensors, or uses more of peft than is understood here."""
         folder = Path(given).expanduser()
         todo = f"give the folder with {CONFIG} and {WEIGHTS}"
-        if not folder.is_dir():
-            raise ModelError(describe(WHERE, "no such folder", got=given, todo=todo))
-        if not (folder / CONFIG).is_file():
+        if not os.path.isdir(folder):  # False for names that no folder can have, where Path.is_dir raises
+            wrong = "is a file" if os.path.isfile(folder) else "no such folder"
+            raise ModelError(describe(WHERE, wrong, got=given, todo=todo))
+        settings = checked_files(folder, (CONFIG,), WHERE).get(CONFIG)
+        if settings is None:
             wrong = f"holds no {CONFIG}"
             if (folder / "config.json").is_file():
                 wrong, todo = "holds a model, no adapters", "set it as model.path instead"
+            elif inside := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):
+                todo = f"give the folder inside it: {', '.join(inside[:3])}"
             raise ModelError(describe(WHERE, wrong, got=given, todo=todo))
-        if not (folder / WEIGHTS).is_file():
+        if (kind := settings.get("peft_type")) != "LORA":
+            todo = _MERGE_FIRST if kind else todo
+            wrong = describe(f"{WHERE} {CONFIG}", "is of no LoRA adapters", expected="peft_type LORA", got=kind, todo=todo)
+            raise ModelError(wrong)
+        if not os.path.lexists(folder / WEIGHTS):
             wrong = f"holds no {WEIGHTS}"
             if (folder / PICKLE).is_file():
-                wrong, todo = f"holds its weights as {PICKLE}, a pickle, which is not read", f"save them as {WEIGHTS}"
+                wrong = f"holds its weights as {PICKLE}, a pickle, which is not read"
+                todo = f"save them as {WEIGHTS}: loaded and saved again by peft, they are"
             raise ModelError(describe(WHERE, wrong, got=given, todo=todo))
-        if (there := (folder / CONFIG).stat().st_size) > _LARGEST_CONFIG:
-            raise ModelError(describe(f"{WHERE} {CONFIG}", "is too large to be one", got=f"{there:,} bytes", todo=todo))
-        try:
-            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ModelError(describe(f"{WHERE} {CONFIG}", f"cannot be read: {error}", got=given)) from error
-        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-            kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
-            raise ModelError(describe(f"{WHERE} {CONFIG}", "is of no LoRA adapters", expected="peft_type LORA", got=kind))
-        try:
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(describe(f"{WHERE} {WEIGHTS}", f"cannot be read: {error}", got=given)) from error
+        shapes = {name: stored.shape for name, stored in header_of(folder / WEIGHTS, WHERE).items()}
         return AdapterFolder(folder, settings, shapes)
 
     def config(self, dropout: float) -> Any:
@@ -82,21 +82,21 @@ class AdapterFolder:
         for name, value in self.settings.items():
             empty = value in (None, False, [], {}, "none", plain.get(name))
             if name not in _KNOWN and not empty:
-                raise self._wrong(f"{name} is not understood here", value)
-        if self.settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+                raise self._wrong(f"{name} is not understood here", value, _MERGE_FIRST)
+        if (begun := self.settings.get("init_lora_weights", True)) not in (True, False, *_FROM_THE_DATA):
             wrong = "its adapters were made from the base's own weights, which it changed"
-            raise self._wrong(wrong, f"init_lora_weights {self.settings['init_lora_weights']}")
-        kept = {name: value for name, value in self.settings.items() if name in _KNOWN and name in plain}
-        for name in ("peft_type", "peft_version", "auto_mapping", "runtime_config", "megatron_config"):
+            raise self._wrong(wrong, f"init_lora_weights {begun}", _MERGE_FIRST)
+        kept = {name: value for name, value in self.settings.items() if name in _KNOWN and name in plain and value is not None}
+        for name in ("peft_type", "peft_version", "auto_mapping", "runtime_config", "megatron_config", "eva_config"):
             kept.pop(name, None)
         kept |= {"lora_dropout": dropout, "init_lora_weights": True, "inference_mode": False, "task_type": "CAUSAL_LM"}
+        for name in ("use_rslora", "fan_in_fan_out"):
+            if type(kept.get(name, False)) is not bool:
+                raise self._wrong(f"{name} is neither true nor false", kept[name])
         self._check_sizes()
         self._check_pattern()
-        try:
-            made = peft.LoraConfig(**kept)
-        except Exception as error:  # what peft and Python say of values of other types
-            raise self._wrong(f"cannot be used: {' '.join(str(error).split())}", self.folder) from error
-        return made
+        with library(f"{WHERE} {CONFIG}", str(self.folder), "correct it"):  # what peft and Python say of other types
+            return peft.LoraConfig(**kept)
 
     def _check_sizes(self) -> None:
         """Ranks that the weights show and scales that are numbers: before memory is asked for what a file only claims."""
@@ -115,8 +115,16 @@ class AdapterFolder:
 
     def _check_pattern(self) -> None:
         """Names of layers are texts, and matching them ends."""
-        for key in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern"):
+        for key in (
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "layers_pattern",
+            "rank_pattern",
+            "alpha_pattern",
+        ):
             given = self.settings.get(key)
+            given = list(given) if isinstance(given, dict) else given
             names = [given] if isinstance(given, str) or given is None else given
             if not isinstance(names, list) or not all(isinstance(name, str) or name is None for name in names):
                 raise self._wrong(f"{key} is neither text nor a list of texts", given)
@@ -140,6 +148,8 @@ class AdapterFolder:
             raise ModelError(describe("model.lora.target_modules", f"are not those of {WHERE}", got=targets, todo=todo))
         rank, alpha = self.settings.get("r"), self.settings.get("lora_alpha")
         said = [f"{WHERE}: goes on from {self.folder}, with its rank {rank}, alpha {alpha} and layers"]
+        if (was := self.settings.get("lora_dropout") or 0.0) != wanted.dropout:
+            said.append(f"model.lora.dropout: {wanted.dropout:g}, where its adapters were trained with {was}")
         made_on = self.settings.get("base_model_name_or_path")
         if made_on and base and not _same_place(str(made_on), base):
             said.append(
@@ -156,12 +166,17 @@ class AdapterFolder:
             for name, parameter in model.named_parameters()
             if is_adapters(name, layers)
         }
-        missing, unused = sorted(set(places) - set(self.shapes)), sorted(set(self.shapes) - set(places))
+        base = self._base_weights(model, layers, set(self.shapes) - set(places))
+        missing, unused = sorted(set(places) - set(self.shapes)), sorted(set(self.shapes) - set(places) - set(base))
         if missing or unused:
             what = [f"{len(missing)} weights are missing, first {missing[0]}"] if missing else []
             what += [f"{len(unused)} belong to no layer, first {unused[0]}"] if unused else []
-            raise self._wrong(f"{WEIGHTS} is not of this model: {'; '.join(what)}", self.folder)
-        for name, parameter in places.items():
+            wrong, todo = f"{WEIGHTS} is not of this model: {'; '.join(what)}", _OTHER_BASE
+            if old := sum(bool(_OLD_EXPERTS.search(name)) for name in unused):
+                wrong = f"{old} weights of {WEIGHTS} are of experts that were a layer each, first {unused[0]}; here they are"
+                wrong, todo = f"{wrong} one parameter", _SAVE_AGAIN
+            raise self._wrong(wrong, self.folder, todo)
+        for name, parameter in [*places.items(), *base.items()]:
             if tuple(parameter.shape) != self.shapes[name]:
                 wrong = f"{WEIGHTS} is not of this model: {name} has another shape"
                 raise ModelError(
@@ -169,7 +184,11 @@ class AdapterFolder:
                 )
         if any(parameter.is_meta for parameter in places.values()):
             return
-        with safe_open(self.folder / WEIGHTS, "pt") as file, torch.no_grad():
+        with (
+            library(f"{WHERE} {WEIGHTS}", str(self.folder), "fetch it again"),
+            safe_open(self.folder / WEIGHTS, "pt") as file,
+            torch.no_grad(),
+        ):
             for name, parameter in places.items():
                 value = file.get_tensor(name)
                 if not value.is_floating_point():
@@ -177,12 +196,30 @@ class AdapterFolder:
                 parameter.copy_(value)
                 if not parameter.isfinite().all():
                     raise self._wrong(f"{name} holds numbers that are not finite", self.folder)
+            for name, parameter in base.items():
+                if not torch.equal(file.get_tensor(name).to(parameter), parameter):
+                    wrong = f"{WEIGHTS} holds {name.removeprefix(_PREFIX)}, other than the base's: it was trained or grew"
+                    raise self._wrong(wrong, self.folder, _MERGE_FIRST)
 
-    def _wrong(self, wrong: str, got: object) -> ModelError:
-        return ModelError(describe(f"{WHERE} {self.folder.name}", wrong, got=got, todo=_OTHER_BASE))
+    def _base_weights(self, model: PreTrainedModel, layers: dict[str, nn.Module], names: set[str]) -> dict[str, Tensor]:
+        """Weights of the file that are the base's own, with the model's: peft saves embeddings beside adapters it has on them,
+        or where it thinks that they grew."""
+        own = {
+            plain_name(name, layers): parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not is_adapters(name, layers)
+        }
+        found: dict[str, Tensor] = {}
+        for name in names:
+            inside = name.removeprefix(_PREFIX)
+            plain = inside if inside in own else inside.replace(".base_layer.", ".")
+            if name.startswith(_PREFIX) and plain in own:
+                found[name] = own[plain]
+        return found
 
-
-_OTHER_BASE = "set model.path to the model these adapters were trained beside, or train new ones"
+    def _wrong(self, wrong: str, got: object, todo: str = _OTHER_BASE) -> ModelError:
+        got = str(got) if isinstance(got, Path) else got
+        return ModelError(describe(f"{WHERE} {self.folder.name}", wrong, got=got, todo=todo))
 
 
 def _as_set(targets: str | Iterable[str] | None) -> set[str] | str:

@@ -1,14 +1,17 @@
-"""Two checks at start: the head computes what the fused head computes, and no document of a row sees another."""
+"""Checks at start: the head computes what the fused head does, no document of a row sees another, what is saved can be read."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from repsft_fast.distributed import of_the_wire
 from repsft_fast.errors import ModelError, describe
+from repsft_fast.models.door import quiet
 from repsft_fast.models.lengths import Lengths
 from repsft_fast.models.loss import Head, backbone_of
 from repsft_fast.ops.attention import NAME
@@ -36,13 +39,13 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     model.eval()
     hook = backbone_of(model).register_forward_hook(of_the_head)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():  # some advise a mask for what they take for padding
             expected = model(input_ids=tokens, use_cache=False).logits[0].double()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         if model.config._attn_implementation == NAME:  # with its own it may be able to
-            raise no_packed_rows(type(model).__name__, _first_line(error)) from error
+            raise no_packed_rows(type(model).__name__, _stopped_by(error)) from error
         wrong = f"{type(model).__name__} cannot compute four tokens ({_first_line(error)})"
         raise ModelError(describe("model", wrong, expected="a causal language model")) from error
     finally:
@@ -52,6 +55,9 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
         wrong = f"{type(model).__name__} does not make its logits of its backbone's last hidden states"
         raise ModelError(describe("model", wrong, expected="logits = hidden @ head.T"))
     logits = found[0].double()
+    if logits.shape != expected.shape:
+        wrong = f"{type(model).__name__} gives {expected.shape[-1]} logits where its head has {logits.shape[-1]} rows"
+        raise ModelError(describe("model", wrong, expected="logits = hidden @ head.T"))
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
     off = (logits - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -77,6 +83,8 @@ def check_no_leak(model: Any, *, longest: int | None = None, seed: int = 0) -> N
             if not model.loss_settings.packed:
                 _check_causal(model, _documents((_PROBE[1],), vocabulary, draw)[0])
                 return
+            if (why := _why_not_packed(backbone_of(model))) is not None:
+                raise no_packed_rows(type(model).__name__, why)
             documents = _documents(_PROBE, vocabulary, draw)
             changed = [documents[0], documents[1], documents[2]]
             changed[0], changed[2] = ([(token + 1) % vocabulary for token in d] for d in (documents[0], documents[2]))
@@ -97,6 +105,25 @@ def no_packed_rows(model: str, why: str) -> ModelError:
     return ModelError(describe("model", f"{model} does not take packed rows ({why})", todo=todo))
 
 
+def _why_not_packed(backbone: nn.Module) -> str | None:
+    """What can be told without computing, whatever the weights are: in bf16 a probe sees large differences alone."""
+    if any(isinstance(module, nn.Conv1d) for module in backbone.modules()):
+        return "a convolution carries tokens of one document into the next"  # Mamba, gated delta rule, LFM2 and their hybrids
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        return "its code takes no positions: inside a row no document could begin at 0"
+    return None
+
+
+def check_loads_again(model: PreTrainedModel) -> None:
+    """ModelError where `AutoModelForCausalLM` could make this model and could not read the folder it is saved to: it makes the
+    text part alone, whose configuration stands in no table of causal models (Llama 3.2 Vision, Emu3)."""
+    kind: Any = type(model.config)
+    if getattr(model.config, "auto_map", None) or kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    wrong = f"{type(model).__name__} would be saved as {model.config.model_type}, which AutoModelForCausalLM cannot read again"
+    raise ModelError(describe("model", wrong, expected="a model of text alone", todo="train a text model of the same family"))
+
+
 def _check_row(model: Any, documents: list[list[int]], changed: list[list[int]] | None, watched: list[int]) -> None:
     """That the watched documents are the same in their row, alone, and where the others are changed."""
     device = next(model.parameters()).device
@@ -110,7 +137,9 @@ def _check_row(model: Any, documents: list[list[int]], changed: list[list[int]] 
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an architecture's own code makes of a mask and keywords it does not know
-            raise no_packed_rows(name, _first_line(error)) from error
+            if of_the_wire(error):
+                raise
+            raise no_packed_rows(name, _stopped_by(error)) from error
         spread = packed.std().clamp_min(1e-6) if len(packed) > 1 else packed.abs().clamp_min(1e-6)
         for other, what in ((others, "changes with its neighbours"), (alone, "differs from the document alone")):
             difference = ((packed - other).abs().max() / spread).item()
@@ -121,13 +150,20 @@ def _check_row(model: Any, documents: list[list[int]], changed: list[list[int]] 
 
 
 def _alone(model: Any, document: list[int], device: torch.device) -> Tensor:  # [n] fp64
-    """The document's losses by the architecture's own masks: what it computes for everybody else."""
+    """The document's losses by the architecture's own masks and attention: what it computes for everybody else. Under our
+    attention's name some leave out what they do under their own (MiniMax-M3's sparse layers)."""
     settings = model.loss_settings
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(), backbone_of(model).config)}.values()
+    names = [config._attn_implementation for config in configs]
     model.loss_settings = replace(settings, packed=False)
     try:
+        for config in configs:
+            config._attn_implementation = model.get_correct_attn_implementation(None)
         return _losses(model, [document], 0, device)
     finally:
         model.loss_settings = settings
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
 
 
 def _check_causal(model: Any, document: list[int]) -> None:
@@ -164,6 +200,13 @@ def _losses(model: Any, documents: Sequence[Sequence[int]], watched: int, device
     row = probe_row(documents, device)
     _, stats = model.loss(row)
     return stats.loss[row.row_segments == watched].double()
+
+
+def _stopped_by(error: BaseException) -> str:
+    """In our words, and in brackets what the architecture's own code said."""
+    if isinstance(error, ModelError):
+        return str(error).removeprefix("attention: ")
+    return f"its own code stops at a row without a mask of its own: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,7 +26,9 @@ MOST_PARTS = 100_000  # layers, experts, labels: transformers makes a list entry
 _PARTS = ("layer", "block", "depth", "expert", "head", "labels", "codebook", "stage")
 _SILENT = 60  # above logging.CRITICAL
 # Their messages alone say little.
-_NAMED = (LookupError, AttributeError, TypeError, NotImplementedError, ArithmeticError, AssertionError, RecursionError)
+_NAMED = (
+    LookupError, AttributeError, TypeError, NotImplementedError, ArithmeticError, AssertionError, RecursionError, SystemExit,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -40,10 +42,10 @@ def library(
     try:
         with quiet():
             yield
-    except (RepsftError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (RepsftError, torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception, nor is it when code beside a model exits
+        if not isinstance(error, Exception | SystemExit) and type(error).__name__ != "PanicException":
             raise
         made = instead(error) if instead is not None else ModelError(describe(where, first_words(error), got=got, todo=todo))
         raise made from error

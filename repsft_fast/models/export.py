@@ -21,7 +21,14 @@ from repsft_fast.distributed import World, full_state
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.lora import ADAPTER, has_lora
 from repsft_fast.models.merge import merged_state
-from repsft_fast.models.readable import ModelForm, model_form, readable_config, write_generation, write_tokenizer
+from repsft_fast.models.readable import (
+    ModelForm,
+    in_the_models_names,
+    model_form,
+    readable_config,
+    write_generation,
+    write_tokenizer,
+)
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PIECE = 1 << 18
@@ -74,8 +81,9 @@ def write_state(
     if has_lora(model) and not merge_lora:
         _save_adapters(model, state, form, folder)
     else:
-        state, said = cast(merged_state(model, state) if merge_lora else state, form, dtype)
-        _save_model(model, state, form, folder)
+        twin, whole = _twin(model), merged_state(model, state) if merge_lora else state
+        whole, said = cast(whole, in_the_models_names(form, twin, whole), dtype)
+        _save_model(model, twin, whole, form, folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
     _by_the_umask(folder)
@@ -187,22 +195,26 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _save_model(model: PreTrainedModel, state: dict[str, Any], form: ModelForm, folder: Path) -> None:
-    """Through an empty twin of the model: no adapters in it, no shards, nothing that still calls it quantised."""
+def _twin(model: PreTrainedModel) -> Any:
+    """An empty one to save through: no adapters in it, no shards, nothing that still calls it quantised."""
     config = copy.deepcopy(model.config)
     for name in config._get_generation_parameters():  # transformers refuses to save them here; the source's stay in its file
         delattr(config, name)
     with torch.device("meta"):
-        twin = type(model)(config)  # FSDP2's subclass makes an object of the class it stands before
-    sizes: Counter[torch.dtype] = Counter()
-    for value in {id(v): v for v in state.values() if v.is_floating_point()}.values():
-        sizes[value.dtype] += value.numel()
-    most = sizes.most_common(1)[0][0]
-    twin.to(most)  # type: ignore[arg-type]  # accelerate hides its signature
+        twin: Any = type(model)(config)  # FSDP2's subclass makes an object of the class it stands before
     twin.generation_config = GenerationConfig()
     for name in ("_weight_conversions", "_auto_class"):  # how the file's names differ from the modules'; custom code
         if name in model.__dict__:
             setattr(twin, name, getattr(model, name))
+    return twin
+
+
+def _save_model(model: PreTrainedModel, twin: Any, state: dict[str, Any], form: ModelForm, folder: Path) -> None:
+    sizes: Counter[torch.dtype] = Counter()
+    for value in {id(v): v for v in state.values() if v.is_floating_point()}.values():
+        sizes[value.dtype] += value.numel()
+    most = sizes.most_common(1)[0][0]
+    twin.to(most)
     twin.save_pretrained(folder, state_dict=state)
     readable_config(model, form, folder, retyped=most != form.most)
     if twin.can_generate():

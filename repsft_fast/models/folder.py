@@ -21,9 +21,8 @@ from safetensors import safe_open
 
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.door import check_counts, first_words, library, size
+from repsft_fast.models.instead import ADAPTERS, AGAIN, CONFIG, INDEX, WEIGHTS, other_file, some
 
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-ADAPTERS = "adapter_config.json"
 _MODEL_FILES = (CONFIG, "generation_config.json", INDEX, ADAPTERS)
 _TOKENIZER_FILES = (
     CONFIG, "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -61,7 +60,7 @@ def folder_of(path: str) -> Path | None:
 
 def check_model_files(folder: Path, where: str) -> None:
     """ModelError unless the model's JSON files can be read, and it is a model in weights: no adapters, nothing quantised."""
-    found = _checked(folder, _MODEL_FILES, where)
+    found = checked_files(folder, _MODEL_FILES, where)
     config, adapters = found.get(CONFIG), found.get(ADAPTERS)
     if adapters is not None:
         base = adapters.get("base_model_name_or_path")
@@ -94,15 +93,25 @@ def check_model_files(folder: Path, where: str) -> None:
 
 
 def check_tokenizer_files(folder: Path, where: str) -> None:
-    """ModelError unless the tokenizer's files can be read."""
-    _checked(folder, _TOKENIZER_FILES, where)
+    """ModelError unless the tokenizer's files can be read, and are themselves: a text that points to one is text too."""
+    found = checked_files(folder, _TOKENIZER_FILES, where)
+    for name in _TOKENIZER_FILES:
+        # Beside tokenizer.json the vocabularies of old are not read, and may have been left unfetched on purpose.
+        read = name.startswith("chat_template") or (name != "merges.txt" and "tokenizer.json" not in found)
+        if read and name not in found and os.path.exists(folder / name) and (other := other_file(folder / name)) is not None:
+            raise ModelError(describe(f"{where} {name}", other[0], got=str(folder / name), todo=other[1]))
+
+
+def settings_of(folder: Path, where: str) -> dict[str, Any]:
+    """config.json as it is written; empty where there is none."""
+    return checked_files(folder, (CONFIG,), where).get(CONFIG, {})
 
 
 def check_unquantised(config: dict[str, Any], where: str, got: object) -> None:
     """ModelError for a configuration whose weights are quantised, of the model or of a part of it."""
     for holder in (config, *(part for part in config.values() if isinstance(part, dict))):
         settings = holder.get("quantization_config", holder.get("compression_config"))
-        if settings:
+        if settings is not None:
             method = settings.get("quant_method") or "unnamed" if isinstance(settings, dict) else type(settings).__name__
             wrong = f"its weights are quantised ({method}): they are not trained here"
             raise ModelError(describe(where, wrong, got=str(got), todo=UNQUANTISED))
@@ -111,19 +120,27 @@ def check_unquantised(config: dict[str, Any], where: str, got: object) -> None:
 def stored_weights(folder: Path, where: str) -> dict[str, Stored] | None:
     """Every tensor of the folder's safetensors files by their headers; None when it has none.
 
-    ModelError for an index that leads outside, to nothing or to something else, for a name in two files, and for damaged files.
+    ModelError for an index that leads outside, to nothing or to something else, for a name in two files, for damaged files, and
+    for two sets of weights, of which transformers would take one in silence.
     """
-    explicit = _checked(folder, (CONFIG,), where).get(CONFIG, {}).get("transformers_weights")
+    explicit = checked_files(folder, (CONFIG,), where).get(CONFIG, {}).get("transformers_weights")
     if explicit is not None and os.path.exists(folder / explicit):
-        return _header(folder / explicit, where)
+        return header_of(folder / explicit, where)
+    place = f"{where} {INDEX}"
+    index = checked_files(folder, (INDEX,), where).get(INDEX, {})
+    named = index.get("weight_map")
     if os.path.lexists(folder / WEIGHTS):
-        return _header(folder / WEIGHTS, where)
+        files = {file for file in named.values() if isinstance(file, str)} if isinstance(named, dict) else set()
+        if others := sorted(file for file in files - {WEIGHTS} if _is_plain(file) and os.path.exists(folder / file)):
+            wrong = f"it holds two sets of weights: {WEIGHTS}, and {some(others)} named by {INDEX}"
+            raise ModelError(describe(where, wrong, got=str(folder), todo="take one of the two out, with the index"))
+        return header_of(folder / WEIGHTS, where)
     if not os.path.lexists(folder / INDEX):
         return None
-    place = f"{where} {INDEX}"
-    named = _checked(folder, (INDEX,), where)[INDEX].get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise ModelError(describe(place, "has no weight_map", expected="{tensor: file}", got=named))
+    if not isinstance(index.get("metadata"), dict):  # without which transformers does not read it
+        raise ModelError(describe(place, "has no metadata", expected="an object ({} will do)", got=index.get("metadata")))
     inside = {folder.resolve(), (folder / INDEX).resolve().parent}  # in the hub's cache all files are links to one folder
     stored: dict[str, Stored] = {}
     for name in sorted(set(named.values())):
@@ -136,7 +153,7 @@ def stored_weights(folder: Path, where: str) -> dict[str, Stored] | None:
         if (folder / name).resolve().parent not in inside:
             wrong = f"{name} is a link that leads outside its folder"
             raise ModelError(describe(place, wrong, got=str((folder / name).resolve()), todo="put the file itself there"))
-        for tensor, entry in _header(folder / name, where).items():
+        for tensor, entry in header_of(folder / name, where).items():
             if tensor in stored:
                 wrong = f"{tensor} is in two files: one of them would be dropped"
                 raise ModelError(describe(place, wrong, got=f"{stored[tensor].file.name} and {name}", todo="take one out"))
@@ -150,13 +167,19 @@ def stored_weights(folder: Path, where: str) -> dict[str, Stored] | None:
     return stored
 
 
-def _header(file: Path, where: str) -> dict[str, Stored]:
+def header_of(file: Path, where: str) -> dict[str, Stored]:
     place = f"{where} {file.name}"
     _check_regular(file, place)
-    with library(place, str(file), "fetch it again: it is damaged or cut short"):
-        with safe_open(file, "pt"):  # which checks the offsets against the file's length
-            pass
+
+    def instead(error: BaseException) -> ModelError:
+        again = "make it readable" if isinstance(error, OSError) else AGAIN
+        wrong, todo = other_file(file) or (first_words(error), again)
+        return ModelError(describe(place, wrong, got=str(file), todo=todo))
+
+    with library(place, str(file), instead=instead):
         with open(file, "rb") as opened:
+            with safe_open(file, "pt"):  # which checks the offsets against the file's length
+                pass
             (length,) = struct.unpack("<Q", opened.read(8))
             text = opened.read(min(length, _LONGEST_HEADER))
         found = _parsed(text.decode("utf-8"), place, str(file))
@@ -165,7 +188,7 @@ def _header(file: Path, where: str) -> dict[str, Stored]:
         }
 
 
-def _checked(folder: Path, names: tuple[str, ...], where: str) -> dict[str, dict[str, Any]]:
+def checked_files(folder: Path, names: tuple[str, ...], where: str) -> dict[str, dict[str, Any]]:
     """{name: object} of the JSON files that are there; the others are regular files of a sane size."""
     found = {}
     for name in names:
@@ -181,10 +204,15 @@ def _checked(folder: Path, names: tuple[str, ...], where: str) -> dict[str, dict
         if not name.endswith(".json"):
             continue
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(describe(place, first_words(error), expected="JSON in UTF-8", got=str(file))) from error
-        found[name] = _parsed(text, place, str(file))
+            found[name] = _parsed(file.read_text(encoding="utf-8"), place, str(file))
+        except OSError as error:
+            raise ModelError(describe(place, first_words(error), got=str(file), todo="make it readable")) from error
+        except ValueError as error:  # UnicodeDecodeError is one, and ModelError
+            other = other_file(file)
+            if other is None and isinstance(error, ModelError):
+                raise
+            wrong, todo = other or (first_words(error), AGAIN)
+            raise ModelError(describe(place, wrong, expected="JSON in UTF-8", got=str(file), todo=todo)) from error
     return found
 
 

@@ -29,7 +29,11 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         raise ModelError(describe("model.activation_checkpointing", "is not known", expected=expected, got=mode))
     # The random state is kept for the second forward only where one draws from it.
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model))
-    layers: list[Any] = decoder_layers(model)
+    try:
+        layers: list[Any] = decoder_layers(model)
+    except ModelError as error:
+        wrong = f"{type(model).__name__} cannot be checkpointed ({error})"
+        raise ModelError(describe("model.activation_checkpointing", wrong, todo="set it to none")) from error
     for layer in layers[:: CHECKPOINT_EVERY[mode]]:
         if not hasattr(layer, "gradient_checkpointing"):
             wrong = f"{type(layer).__name__} cannot be checkpointed"

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-_WINDOWS = ("sliding_window", "attention_window_size", "window_size", "attention_chunk_size")
+_WINDOWS = (
+    "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention", "keep_window_size",
+    "attention_chunk_size",
+)  # fmt: skip
+_MADE_FOR = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "max_target_positions")
 _LEARNED = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed", "pos_emb")
+# Tables that end where the configuration says, as learned ones do: angles (GPT-J, CodeGen, CTRL), and causal masks.
+_TABLES = ("embed_positions", "pos_encoding", "causal_mask")
+_ENDS = {"mpt": "max_seq_len", "reformer": "max_position_embeddings"}  # refused by code
+_BESIDE_THE_TEXT = ("vision", "image", "visual", "audio")
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Lengths:
     @staticmethod
     def of(config: PreTrainedConfig) -> Lengths:
         text: Any = config.get_text_config()
-        made_for = _first(text, "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+        made_for = _first(text, *_MADE_FOR)
         apart, alone = set(), None
         for rope in _ropes(text):
             kind = str(rope.get("rope_type", rope.get("type", "default")))
@@ -42,12 +50,17 @@ class Lengths:
 
 
 def learned_positions(backbone: nn.Module) -> int | None:
-    """How many positions there are embeddings for, where a model learned them one by one; None: it computes them."""
-    found = [
-        module.num_embeddings - int(getattr(module, "offset", 0) or 0)  # OPT and its like keep two rows in front
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _LEARNED
-    ]
+    """How many positions a model has embeddings or a table for; None: it computes them as they come."""
+    config = getattr(backbone, "config", None)
+    found = [n] if (n := _first(config, _ENDS.get(getattr(config, "model_type", ""), ""))) is not None else []
+    for path, module in backbone.named_modules():
+        if any(word in path for word in _BESIDE_THE_TEXT):
+            continue
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _LEARNED:
+            found.append(module.num_embeddings - int(getattr(module, "offset", 0) or 0))  # OPT keeps two rows in front
+        for name in _TABLES:
+            if isinstance(table := getattr(module, name, None), Tensor) and table.ndim >= 2:
+                found.append(table.shape[-1 if name == "causal_mask" else 0])
     return min(found, default=None)
 
 

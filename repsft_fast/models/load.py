@@ -10,7 +10,6 @@ named exceptions of law 2.
 """
 
 import copy
-import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from repsft_fast.errors import ModelError, describe, did_you_mean
-from repsft_fast.hub import near_path, offline, why_local, why_not_reached
-from repsft_fast.models.checks import check_head, no_packed_rows
+from repsft_fast.hub import offline
+from repsft_fast.models.checks import check_head, check_loads_again, no_packed_rows
 from repsft_fast.models.door import bounded_building, check_counts, check_memory, first_words, library
 from repsft_fast.models.folder import (
     CONFIG,
@@ -31,22 +30,25 @@ from repsft_fast.models.folder import (
     check_tokenizer_files,
     check_unquantised,
     folder_of,
+    settings_of,
     stored_weights,
 )
 from repsft_fast.models.gguf import correct, declared
+from repsft_fast.models.instead import no_weights
 from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
 from repsft_fast.models.lengths import forget_longest, learned_positions
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.loss import Head, LossSettings, attach_loss, backbone_of, supported_dtype
+from repsft_fast.models.meant import check_meant, said_of_config, said_of_generation
+from repsft_fast.models.places import CORRECT, config_wrong, is_of_config, located, unreadable
 from repsft_fast.models.readable import model_form, tokenizer_form
+from repsft_fast.models.tokenizer_file import as_the_file_says
 from repsft_fast.models.vocabulary import grow_vocabulary
 from repsft_fast.models.whole import check_finite, check_header, check_whole
 from repsft_fast.ops.attention import NAME, check_backend, own_attention, register
 
 _NO_INTERFACE = "its layers do not call transformers' attention interface"
-PACKAGE_PREFIX = "package:"
 _CONFIG_KEYS_NOT_PASSED = {"model_type", "architectures", "transformers_version"}
-_NAMED_IN_A_FOLDER = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def load_model(
@@ -104,27 +106,30 @@ def load_model(
     where, got = ("model.config", config.model_type) if path is None else ("model.path config.json", path)
     model: Any
     shape = model = _on_meta(config, trust_remote_code, options, where, got)
+    check_meant(shape, where)
+    check_loads_again(shape)
     check_memory(shape, options["dtype"], place, where, got)
-    said = _check_stored(shape, path, gguf_file, options) if path is not None and not random_weights else []
-    if place.type == "meta":
-        if place != device and path is not None and not random_weights:
-            _generate_as_saved(model, *_located(path, gguf_file)[::2])
-    elif path is not None and not random_weights:
-        model = _from_path(path, gguf_file, trust_remote_code, options)
-        if said is None:  # the hub sent it only now
-            said = _check_stored(shape, path, gguf_file, options)
-        if said is not None:
-            model.tie_weights()  # transformers 5.0 holds a head twice that the file has twice
-    else:
+    said: list[str] | None = []
+    if path is None or random_weights:
         # Frozen weights are in no checkpoint: a resumption draws them again, and on another device would draw others.
-        model = _drawn(config, place if lora is None else torch.device("cpu"), trust_remote_code, options)
-    _refuse_what_loss_leaves_out(model)
+        at = place if lora is None or place.type == "meta" else torch.device("cpu")
+        model = shape if at.type == "meta" else _drawn(config, at, trust_remote_code, options)
+    else:
+        said = _check_stored(shape, path, gguf_file, options)
+        _generate_as_saved(shape, *located(path, gguf_file)[::2])
+        if place.type != "meta":
+            model, zero = _from_path(path, gguf_file, trust_remote_code, options)
+            if said is None:  # the hub sent it only now
+                said = _check_stored(shape, path, gguf_file, options)
+            if said is not None:
+                model.tie_weights()  # transformers 5.0 holds a head twice that the file has twice
+            said = [*(said or []), *zero]
     if vocabulary is not None and (grown := grow_vocabulary(model, vocabulary, frozen=lora is not None)):
         said = [*(said or []), grown]
     head = Head.of(model)
     model.to(place)
     apply_layer_kernels(model, layer_kernels, device, compile=compile)
-    if place == device and device.type != "meta":
+    if weights_on is None and device.type != "meta":
         check_head(model, head)
     attach_loss(model, LossSettings(head, attention, packed, skip_below, chunk_bytes))
     if lora is not None:
@@ -133,7 +138,7 @@ def load_model(
     compile_layers(model, compile)
     forget_longest(model)
     model.position_limit = learned_positions(backbone_of(model))
-    model.load_said = said or []  # words for the user
+    model.load_said = [*(said or []), *said_of_generation(model, "model.path generation_config.json")]  # words for the user
     model.compute_dtype = computed
     model_form(model)  # the folder may be gone when the model is saved
     return model.train()
@@ -149,37 +154,34 @@ def load_tokenizer(
     """The tokenizer beside a model, with its chat template. Paths as in `load_model`; setting: what errors call the path.
 
     Out of a GGUF file it has the special tokens that the file declares; ModelError where transformers misreads its vocabulary.
+    Text is split as tokenizer.json says (`models.tokenizer_file`); `load_said` of the result has words for the user.
     """
     what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
-    folder, gguf, unreached = _located(str(path), gguf_file, setting, what)
+    folder, gguf, unreached = located(str(path), gguf_file, setting, what)
     here = folder_of(folder)
     if here is not None and not gguf:
         check_tokenizer_files(here, setting)
-    with library(setting, str(path), instead=lambda error: _unreadable(error, path, setting, what, folder)), offline(unreached):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+
+    def instead(error: BaseException) -> ModelError:
+        if not gguf and is_of_config(error, folder, trust_remote_code):
+            return config_wrong(error, path, setting)
+        return unreadable(error, path, setting, what, folder)
+
+    with library(setting, str(path), instead=instead), offline(unreached):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"a {type(tokenizer).__name__} is no tokenizer")
     if gguf and (file := Path(folder, gguf["gguf_file"])).is_file():
         with library(f"{setting} {file.name}", str(path), "fetch it again"):
             correct(tokenizer, declared(file), str(path))
+    said: list[str] = []
+    if not gguf and (here := here or folder_of(folder)) is not None:
+        tokenizer, said = as_the_file_says(tokenizer, here, setting)
+    with library(f"{setting} tokenizer_config.json", str(path), CORRECT):
+        tokenizer("")  # settings of the wrong type show when it is used
+    tokenizer.__dict__["load_said"] = said
     tokenizer_form(tokenizer)
     return tokenizer
-
-
-def locate(path: str, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file in it or None) for a path as people write it. ModelError for a missing package."""
-    if path.startswith("~"):
-        path = os.path.expanduser(path)  # which leaves it as it is when there is no such user
-    if path.startswith(PACKAGE_PREFIX):
-        package, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(describe("model.path", f"package {package} is not installed", todo=f"pip install {package}"))
-        path = str(Path(spec.submodule_search_locations[0], inside))
-    if path.endswith(".gguf") and gguf_file is None:
-        file = Path(path)
-        return str(file.parent), file.name
-    return path, gguf_file
 
 
 def config_of(
@@ -213,66 +215,20 @@ def config_of(
         if slips:
             raise ModelError("; ".join(slips))
         return made
-    folder, gguf, unreached = _located(str(path_or_config), gguf_file)
+    folder, gguf, unreached = located(str(path_or_config), gguf_file)
     if not gguf and (here := folder_of(folder)) is not None:
         check_model_files(here, "model.path")
 
     def instead(error: BaseException) -> ModelError:
         if os.path.isfile(Path(folder, CONFIG)):
-            todo = "correct it, or fetch it again"
-            if "trust_remote_code" in str(error):
-                todo = "read that code, and set model.trust_remote_code to true if it may run here"
-            return ModelError(describe("model.path config.json", first_words(error), got=str(path_or_config), todo=todo))
-        return _unreadable(error, path_or_config, folder=folder)
+            return config_wrong(error, path_or_config)
+        return unreadable(error, path_or_config, folder=folder)
 
     with library("model.path", path_or_config, instead=instead), offline(unreached):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
     if not gguf and (here := folder_of(folder)) is not None:  # again: it may have been fetched only now
         check_model_files(here, "model.path")
     return config
-
-
-def _located(
-    path: str, gguf_file: str | None, setting: str = "model.path", what: str = "a causal language model"
-) -> tuple[str, dict[str, str], bool]:
-    """`locate`, with the GGUF file as the keyword transformers takes, and whether a hub that is asked is out of reach.
-
-    ModelError for a GGUF file that is not there, and at once for what looks like a path and is not there.
-    """
-    folder, gguf_file = locate(path, gguf_file)
-    here = os.path.exists(folder)
-    if gguf_file and here and not Path(folder, gguf_file).is_file():
-        raise ModelError(describe("model.gguf_file", "does not exist", got=str(Path(folder, gguf_file))))
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    if here:
-        return folder, gguf, os.path.isfile(folder)  # which transformers would ask the hub for
-    if why := why_local(folder):
-        near = near_path(Path(folder))
-        meant = f"did you mean {near}? else " if near else ""
-        todo = f"{meant}give a folder or hub id of {what} ({why}: the hub is not asked)"
-        raise ModelError(describe(setting, "no such folder", got=path, todo=todo))
-    return folder, gguf, why_not_reached(folder, "model") is not None
-
-
-def _unreadable(
-    error: BaseException,
-    path: str | Path,
-    setting: str = "model.path",
-    what: str = "a causal language model",
-    folder: str | None = None,  # or hub id, that `path` led to
-) -> ModelError:
-    wrong, todo = first_words(error), f"give a folder or hub id of {what}"
-    folder = str(path) if folder is None else folder
-    if os.path.isfile(folder):
-        wrong = "is a file"
-        todo = f"give the folder it is in: {Path(folder).parent}"
-    elif os.path.isdir(folder):
-        if not any(Path(folder, name).exists() for name in _NAMED_IN_A_FOLDER):
-            wrong = "the folder holds neither a model nor a tokenizer"
-    elif why := why_not_reached(folder, "model"):
-        wrong = f"is no folder here ({Path(folder).absolute()}), and could not be had from the hub or its cache ({why})"
-        todo += "; HF_HUB_OFFLINE=1 reads the cache without asking"
-    return ModelError(describe(setting, wrong, got=str(path), todo=todo))
 
 
 def _on_meta(
@@ -290,30 +246,41 @@ def _check_stored(model: PreTrainedModel, path: str, gguf_file: str | None, opti
     Not known before: GGUF files, whose names transformers turns into its own as it reads them, and what the hub has yet to
     send. `_from_path` checks both when they are read.
     """
-    folder, gguf, _ = _located(path, gguf_file)
+    folder, gguf, _ = located(path, gguf_file)
+    if not gguf and os.path.isfile(folder):  # enough for a configuration
+        raise unreadable(FileNotFoundError(), path, folder=folder)
     here = None if gguf else folder_of(folder)
-    stored = stored_weights(here, "model.path") if here is not None else None
-    return check_header(model, stored, "model.path", path, options) if stored is not None else None
+    if here is None:
+        return None
+    stored = stored_weights(here, "model.path")
+    if stored is None:
+        if os.path.isdir(folder):
+            raise no_weights(here, "model.path")
+        return None
+    said = said_of_config(model, settings_of(here, "model.path"), f"model.path {CONFIG}")
+    return [*check_header(model, stored, "model.path", path, options), *said]
 
 
-def _from_path(path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
-    folder, gguf, unreached = _located(path, gguf_file)
+def _from_path(
+    path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    folder, gguf, unreached = located(path, gguf_file)
     # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
     options = {**options, **(gguf or {"use_safetensors": True}), "output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def instead(error: BaseException) -> ModelError:
         if _names_our_attention(error):
             return no_packed_rows(path, _NO_INTERFACE)
-        return _unreadable(error, path, folder=folder)
+        return unreadable(error, path, folder=folder)
 
     with library("model.path", path, instead=instead), offline(unreached):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     model, info = loaded
     check_whole(model, info, "model.path", path)
-    check_finite(model, "model.path", path)
+    said = check_finite(model, "model.path", path)
     if gguf:
         _forget_quantisation(model)
-    return model
+    return model, said
 
 
 def _drawn(config: PreTrainedConfig, place: torch.device, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
@@ -356,7 +323,7 @@ def _from_config(
 
 def _generate_as_saved(model: Any, folder: str, unreached: bool) -> None:
     """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one that read."""
-    with library("model.path generation_config.json", folder), offline(unreached):
+    with library("model.path generation_config.json", folder, CORRECT), offline(unreached):
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except OSError:
@@ -375,11 +342,3 @@ def _forget_quantisation(model: Any) -> None:
 def _names_our_attention(error: BaseException) -> bool:
     """Architectures with a table of attentions of their own (GPT-J, Falcon) do not know ours."""
     return NAME in str(error) and isinstance(error, KeyError | ValueError)
-
-
-def _refuse_what_loss_leaves_out(model: PreTrainedModel) -> None:
-    if model.config.is_encoder_decoder:
-        raise ModelError(describe("model", f"{type(model).__name__} has an encoder", expected="a decoder-only causal LM"))
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        wrong = "output_router_logits asks for the experts' auxiliary loss, which is not added"
-        raise ModelError(describe("model.config", wrong, todo="set output_router_logits to false"))

@@ -6,6 +6,9 @@ and targets are taken as they are, its weights whole or not at all; the dropout 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.adapter_folder import AdapterFolder
+from repsft_fast.models.door import first_words, library
 from repsft_fast.models.merge import ADAPTER, adapted_layers, check_merge, merged_state, parameter_of, plain_name
-from repsft_fast.models.targets import WHERE, Targets, choose, renamed_by_peft, shortest
+from repsft_fast.models.targets import WHERE, Targets, check_folders, choose, renamed_by_peft, routers, shortest
 
 __all__ = ["ADAPTER", "LoraSettings", "add_lora", "has_lora", "lora_said", "merged_state"]
 
@@ -46,6 +50,17 @@ class LoraSettings:
             raise ModelError(describe("model.lora", "has unknown settings", expected=", ".join(names), got=", ".join(unknown)))
         return LoraSettings(**{inner: values[name] for name, inner in names.items() if name in values})
 
+    def check(self) -> None:
+        """ModelError for numbers that no adapter has; a run's settings were checked before, a library's call was not."""
+        for name, good, expected in (
+            ("rank", type(self.rank) is int and self.rank >= 1, "a whole number ≥ 1"),
+            ("alpha", _is_number(self.alpha) and 0 < self.alpha < math.inf, "a number > 0"),
+            ("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number ≥ 0, < 1"),
+            ("target_modules", _are_names(self.target_modules), "text or a list of text"),
+        ):
+            if not good:
+                raise ModelError(describe(f"model.lora.{name}", "cannot be", expected=expected, got=repr(getattr(self, name))))
+
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fp32 adapters in place and freeze everything else; what is to be said of them: `lora_said`.
@@ -53,10 +68,11 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     ModelError when peft is missing, nothing or something else matches, a folder's adapters are not this model's, or merging
     (where it is asked for) is not exact for a kind of layer.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(describe("model.lora", "needs peft, which is not installed", todo="pip install peft")) from error
+    settings.check()
+    peft = _peft()
+    if any(hasattr(module, "backward_pass") for module in model.modules()):  # Reformer's
+        wrong = f"{type(model).__name__} has reversible layers, whose backward pass wants weights before them that are trained"
+        raise ModelError(describe("model.lora", wrong, todo="train all of it: drop model.lora"))
     said: list[str] = []
     folder = None if settings.source is None else AdapterFolder.read(settings.source)
     if folder is None:
@@ -76,10 +92,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     if settings.dropout > 0 and config.target_parameters:
         wrong = "adapters of parameters (experts) have no input of their own that could be dropped"
         raise ModelError(describe("model.lora.dropout", wrong, expected="0", got=settings.dropout, todo="set it to 0"))
-    try:
+    routed = set(routers(model))
+    where = WHERE if folder is None else f"{WHERE} of model.lora.from"
+
+    def refused(error: BaseException) -> ModelError:  # of several types
+        return ModelError(describe(where, f"peft refuses: {first_words(error)}", got=given))
+
+    with library(where, given, instead=refused):
         model.add_adapter(config, adapter_name=ADAPTER)
-    except Exception as error:  # peft's refusals are of several types
-        raise ModelError(describe(WHERE, f"peft refuses: {' '.join(str(error).split())}", got=given)) from error
     if chosen is not None:
         _refuse_others(model, chosen)
     written = model.peft_config[ADAPTER]
@@ -91,10 +111,21 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
     if folder is not None:
+        said += check_folders(model, adapted_layers(model), routed, merge=settings.merge)
         folder.load_into(model)
+    else:
+        said += _too_high(model, settings.rank)
     if settings.merge:
         check_merge(model)
     model.__dict__["lora_said"] = said
+
+
+def _peft() -> Any:
+    """The library. ModelError where it is missing, or there and cannot be imported."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(describe("model.lora", "needs peft, which is not installed", todo="pip install peft"))
+    with library("model.lora: import peft", "an installation that cannot be imported", "pip install --force-reinstall peft"):
+        return importlib.import_module("peft")
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -137,3 +168,21 @@ def _refuse_others(model: PreTrainedModel, chosen: Targets) -> None:
         example = sorted(found ^ meant)[0]
         wrong = f"peft adapts {len(found)} layers where {len(meant)} are meant: {example} is one they differ in"
         raise ModelError(describe(WHERE, wrong, todo="name the layers otherwise"))
+
+
+def _too_high(model: PreTrainedModel, rank: int) -> list[str]:
+    """A rank above a layer's own costs memory and adds nothing."""
+    over = [
+        name
+        for name, layer in adapted_layers(model).items()
+        if not hasattr(layer, "parameter_name") and rank > min(layer.get_base_layer().weight.shape)
+    ]
+    return [f"model.lora.rank: {rank} is more than {len(over)} of the layers have, first {over[0]}"] if over else []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(name, str) for name in value))

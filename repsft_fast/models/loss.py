@@ -5,6 +5,7 @@ and the head apart mixes sharded and plain tensors, or leaves the head's gradien
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -19,6 +20,11 @@ from repsft_fast.ops.attention import Packed, no_mask
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.row import Row
 from repsft_fast.stats import RowStats
+
+# Keys of text configurations that stand between the head and its logits. `check_head` finds out whether they are all.
+_MULTIPLY: tuple[str, ...] = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon H1
+_DIVIDE: tuple[str, ...] = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
+_CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,14 @@ class Head:
         if head is None or getattr(head, "weight", None) is None:
             raise ModelError(describe("model", f"{name} has no linear output head", expected="a causal language model"))
         config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+        multiply, divide = _MULTIPLY, _DIVIDE
+        if config.model_type.startswith("hyperclovax"):  # it multiplies by what Granite divides by, under the same name
+            multiply, divide = ("logits_scaling",), ()
+        scale = math.prod(float(getattr(config, key, None) or 1.0) for key in multiply)
+        scale /= math.prod(float(getattr(config, key, None) or 1.0) for key in divide)
+        cap = next((c for key in _CAP if (c := getattr(config, key, None)) is not None), None)
         bias = getattr(head, "bias", None) is not None  # Phi, GPT-J
-        return Head(scale, getattr(config, "final_logit_softcapping", None), bias)  # Gemma 2 caps
+        return Head(scale, cap, bias)
 
     def inputs(self, hidden: Tensor, head: Any) -> tuple[Tensor, Tensor]:  # [T, H'], [V, H'] in hidden's type
         """What the fused head multiplies. A bias is a column of ones beside the hidden states, exactly: 1 · b, and the
@@ -97,6 +107,7 @@ def hidden_states(model: PreTrainedModel, row: Row, attention: str = "auto", *, 
     backbone = backbone_of(model)
     if not packed:
         return backbone(input_ids=row.tokens[:, : max(row.real_tokens, 1)], use_cache=False).last_hidden_state[0]
+    check_row(backbone, row)
     output = backbone(
         input_ids=row.tokens,
         position_ids=row.positions,
@@ -105,6 +116,33 @@ def hidden_states(model: PreTrainedModel, row: Row, attention: str = "auto", *, 
         packed=Packed.of(row, attention),
     )
     return output.last_hidden_state[0]
+
+
+def row_limit(config: Any) -> int | None:
+    """How long a row of several documents may be, where layers count positions from its start; None: as long as it likes.
+
+    Llama 4 scales the queries of layers without rotary embedding by their place in the row (`attn_temperature_tuning`): by 1
+    up to `floor_scale` positions, and past it a document would be scaled by the length of those before it.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "no_rope_layers", None) or []
+    if getattr(text, "attn_temperature_tuning", False) and not all(rope):
+        return max(int(text.floor_scale) - 1, 0)
+    return None
+
+
+def check_row(backbone: Any, row: Row) -> None:
+    """ModelError for a row longer than `row_limit` that holds several documents. Shapes alone are looked at."""
+    limit = row_limit(backbone.config)
+    if limit is not None and row.real_tokens > limit and len(row.samples) > 1:
+        raise too_long(type(backbone).__name__, limit, row.real_tokens)
+
+
+def too_long(name: str, limit: int, got: int) -> ModelError:
+    wrong = f"{name} scales attention by the place in the row past {limit} positions"
+    todo = f"set batch.row_tokens: {limit}, or batch.pack: false" if limit else "set batch.pack: false"
+    expected = f"rows of at most {limit} positions" if limit else "rows of one sample"
+    return ModelError(describe("batch.row_tokens", wrong, expected=expected, got=got, todo=todo))
 
 
 def _loss(self: Any, row: Row) -> tuple[Tensor, RowStats]:

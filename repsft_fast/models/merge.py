@@ -26,16 +26,21 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
     W + delta in fp32 (fp64 stays fp64), cast back to W's type once. The model itself is not touched.
     """
-    layers = adapted_layers(model)
+    layers = adapted_layers(model, every_name=True)
     merged = {plain_name(name, layers): value for name, value in state.items() if not is_adapters(name, layers)}
+    done: dict[int, Tensor] = {}
     for name, layer in layers.items():
         target = plain_name(f"{name}.base_layer.{parameter_of(layer)}", layers)
+        if id(layer) in done:  # one layer in several places: one weight, added to once
+            merged[target] = done[id(layer)]
+            continue
         weight = merged[target]
         wide = torch.promote_types(weight.dtype, torch.float32)
         values = {key: state[f"{name}.{key}"].to(wide) for key in _adapter_keys(layer)}
         twin = _stand_in(layer, values, {parameter_of(layer): weight.to(wide)})
         with torch.no_grad():
             merged[target] = (weight.to(wide) + twin.get_delta_weight(ADAPTER).to(weight.device)).to(weight.dtype)
+        done[id(layer)] = merged[target]
     return merged
 
 
@@ -43,8 +48,17 @@ def check_merge(model: nn.Module) -> None:
     """Merge one layer of each kind, with numbers of its own, and compare with peft's forward. ModelError where they differ.
 
     Layers are stand-ins of the same sizes on the CPU: nothing of the model is read or drawn from its generator, so sharded
-    models and those on meta are checked too.
+    models and those on meta are checked too. A weight that another layer has too (Zamba's shared block) has one adapter here and
+    another there, or none: refused.
     """
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    for name, layer in adapted_layers(model).items():
+        if len(holders[id(getattr(_base(layer), parameter_of(layer)))]) > 1:
+            wrong = f"{name} shares its weight with another layer, which the merged weight would change too"
+            raise ModelError(describe("model.lora.merge", wrong, todo="set it to false, or leave the layer out"))
     smallest: dict[Any, tuple[int, str, Any]] = {}
     for name, layer in adapted_layers(model).items():
         kind = _kind(layer)
@@ -65,11 +79,15 @@ def check_merge(model: nn.Module) -> None:
             raise ModelError(describe("model.lora.merge", wrong, todo="set it to false, or leave the layer out"))
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Name → peft's layer, for every one; nested ones (two parameters of one module) each by its own name."""
+def adapted_layers(model: nn.Module, *, every_name: bool = False) -> dict[str, Any]:
+    """Name → peft's layer, for every one; nested ones (two parameters of one module) each by its own name.
+
+    every_name: a layer that stands in several places by all its names, as `state_dict` does, else by the first.
+    """
     from peft.tuners.lora import LoraLayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    named = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in named if isinstance(module, LoraLayer)}
 
 
 def plain_name(name: str, layers: Mapping[str, Any]) -> str:

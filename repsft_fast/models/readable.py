@@ -11,13 +11,15 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -25,7 +27,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_OF_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json")
+_OF_PIECES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")  # without what was added
+_OF_ADDED = ("added_tokens.json", "special_tokens_map.json")
+_OF_ALL = ("tekken.json",)
 _TEMPLATE, _TEMPLATE_OF_PROCESSOR = "chat_template.jinja", "chat_template.json"
 _NAMES_WEIGHTS_TYPE = ("dtype", "torch_dtype")
 # How it loaded the tokenizer, which is no part of what it is, and another name that 5.0 has for the source's special tokens.
@@ -33,6 +37,7 @@ _SAID_BY_THE_LIBRARY = ("backend", "is_local", "local_files_only", "model_specif
 _OF_OTHER_WEIGHTS = ("quantization_config", "compression_config")  # what is saved is plain, where it was loaded so
 _VERSION, _DERIVED = "transformers_version", "_from_model_config"
 _LOADED_FROM_FILES = "_weight_conversions"  # transformers sets it where weights were read
+_FROM_GGUF = "hf_quantizer"  # transformers sets it where it read one, and where it read quantised weights, which are refused
 _KEPT = "_source_form"
 
 
@@ -47,10 +52,15 @@ class ModelForm:
     files: dict[str, bytes] = field(default_factory=dict)  # of a processor, which a model of images needs beside it
 
     def type_of(self, name: str) -> torch.dtype | None:
-        """Of a weight by its name in the model, which may not be the file's; then all of that last name, else most decide."""
-        if name in self.types:
-            return self.types[name]
-        last = name.rpartition(".")[2]
+        """Of a weight by its name in the model; files may leave out the first parts of it (GPT-2's `h.0.ln_1.weight`).
+
+        Of a weight that the files do not know all of that last name decide, where they agree, else most.
+        """
+        parts = name.split(".")
+        for first in range(len(parts) - 1):
+            if (dtype := self.types.get(".".join(parts[first:]))) is not None:
+                return dtype
+        last = parts[-1]
         alike = {dtype for other, dtype in self.types.items() if other.rpartition(".")[2] == last}
         return alike.pop() if len(alike) == 1 else self.most
 
@@ -67,7 +77,9 @@ def model_form(model: PreTrainedModel) -> ModelForm:
     """Read at the first call and kept with the model: the source may be gone when the run ends."""
     kept = model.__dict__.get(_KEPT)
     if not isinstance(kept, ModelForm):
-        kept = _read_model(_folder(model.config._name_or_path), weights=_LOADED_FROM_FILES in model.__dict__)
+        # What lies beside a GGUF file is said of other weights: of the model before it was quantised, or of another.
+        folder = None if _FROM_GGUF in model.__dict__ else _folder(model.config._name_or_path)
+        kept = _read_model(folder, weights=_LOADED_FROM_FILES in model.__dict__)
         model.__dict__[_KEPT] = kept
     return kept
 
@@ -76,11 +88,44 @@ def tokenizer_form(tokenizer: PreTrainedTokenizerBase) -> TokenizerForm:
     """As `model_form`."""
     kept = tokenizer.__dict__.get(_KEPT)
     if not isinstance(kept, TokenizerForm):
-        names = {*_OF_VOCABULARIES, *tokenizer.vocab_files_names.values(), TOKENIZER, _TEMPLATE, _TEMPLATE_OF_PROCESSOR}
+        names = {
+            *_OF_PIECES,
+            *_OF_ADDED,
+            *_OF_ALL,
+            *tokenizer.vocab_files_names.values(),
+            TOKENIZER,
+            _TEMPLATE,
+            _TEMPLATE_OF_PROCESSOR,
+        }
         folder = _folder(tokenizer.name_or_path)
         kept = TokenizerForm() if folder is None else TokenizerForm(_json(folder / TOKENIZER_CONFIG), _files(folder, names))
         tokenizer.__dict__[_KEPT] = kept
     return kept
+
+
+def in_the_models_names(form: ModelForm, twin: PreTrainedModel, state: Mapping[str, Tensor]) -> ModelForm:
+    """The types of the source's weights also by the names that the model has for them.
+
+    transformers renames weights as it reads them (Mixtral's `block_sparse_moe.gate` is `mlp.gate`) and stacks experts in one;
+    what it will write for each of ours it tells here, of tensors without memory. A stack has the widest of its parts' types.
+    """
+    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items() if value.is_floating_point()}
+    if not form.types or form.types.keys() >= empty.keys():
+        return form
+
+    def written(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with contextlib.suppress(Exception):  # of any operation, which may need more than this one tensor
+            return revert_weight_conversion(twin, dict(tensors))
+        return {}
+
+    renamed = {id(value): name for name, value in written(empty).items()}
+    found: dict[str, torch.dtype] = {}
+    for name, value in empty.items():
+        if name not in form.types:
+            names = [renamed[id(value)]] if id(value) in renamed else written({name: value})
+            for dtype in {form.types[one] for one in names if one in form.types}:
+                found[name] = torch.promote_types(found.get(name, dtype), dtype)
+    return replace(form, types={**form.types, **found})
 
 
 def readable_config(model: PreTrainedModel, form: ModelForm, folder: Path, *, retyped: bool) -> None:
@@ -142,15 +187,20 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if inside and apart and template is not None:
         named = isinstance(template, dict)
         now["chat_template"] = [{"name": n, "template": t} for n, t in template.items()] if named else template
-    if "added_tokens_decoder" in source:
+    pieces, added = _same_tokens(form, folder)
+    if "added_tokens_decoder" in source or not added:  # what pieces leave out is found there
         now["added_tokens_decoder"] = {str(id): token.__getstate__() for id, token in tokenizer.added_tokens_decoder.items()}
     _write(path, {**{name: value for name, value in source.items() if name != "chat_template"}, **now})
-    if _TEMPLATE_OF_PROCESSOR in files and isinstance(template, str):
-        _write(folder / _TEMPLATE_OF_PROCESSOR, {"chat_template": template})
-    if _same_tokens(form, folder):
-        for name, content in files.items():
-            if name not in (_TEMPLATE, _TEMPLATE_OF_PROCESSOR) and not (folder / name).exists():
-                (folder / name).write_bytes(content)
+    if _TEMPLATE_OF_PROCESSOR in files:
+        was = (source.get("chat_template"), files.get(_TEMPLATE, b"").decode("utf-8", "replace"))
+        if isinstance(template, str) and template not in was:
+            _write(folder / _TEMPLATE_OF_PROCESSOR, {"chat_template": template})
+        else:
+            (folder / _TEMPLATE_OF_PROCESSOR).write_bytes(files[_TEMPLATE_OF_PROCESSOR])
+    for name, content in files.items():
+        fits = pieces and (added or name in _OF_PIECES)
+        if fits and name not in (_TEMPLATE, _TEMPLATE_OF_PROCESSOR) and not (folder / name).exists():
+            (folder / name).write_bytes(content)
 
 
 def _old_special_tokens(source: Mapping[str, Any], now: dict[str, Any]) -> None:
@@ -168,15 +218,29 @@ def _contents(tokens: Iterable[Any]) -> list[Any]:
     return [token.get("content") if isinstance(token, Mapping) else token for token in tokens]
 
 
-def _same_tokens(form: TokenizerForm, folder: Path) -> bool:
-    """Whether the source's vocabulary files still say what the saved tokenizer.json says."""
+def _same_tokens(form: TokenizerForm, folder: Path) -> tuple[bool, bool]:
+    """Whether the saved tokenizer.json has the source's pieces, and its added tokens: then its vocabulary files still hold.
+
+    Of what else a model of tokens says (its unknown token, empty affixes) transformers 5 writes some differently.
+    """
     now = _json(folder / TOKENIZER)
     if TOKENIZER in form.files:
         then = _parsed(form.files[TOKENIZER])
-        return bool(now) and all(now.get(name) == then.get(name) for name in ("model", "added_tokens"))
-    named = json.dumps(form.config) + "".join(json.dumps(_parsed(form.files.get(name, b""))) for name in _OF_VOCABULARIES[4:])
-    added = _contents(now.get("added_tokens") or [])
-    return all(json.dumps(token)[1:-1] in named for token in added)
+        pieces, added = (bool(now) and part(now) == part(then) for part in (_pieces, _added))
+        return pieces, added
+    named = json.dumps(form.config) + "".join(json.dumps(_parsed(form.files.get(name, b""))) for name in _OF_ADDED)
+    same = all(json.dumps(token)[1:-1] in named for token in _contents(now.get("added_tokens") or []))
+    return same, same
+
+
+def _pieces(tokenizer: Mapping[str, Any]) -> Any:
+    model = tokenizer.get("model") or {}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    return model.get("vocab"), merges
+
+
+def _added(tokenizer: Mapping[str, Any]) -> dict[Any, Any]:
+    return {token.get("id"): token.get("content") for token in tokenizer.get("added_tokens") or []}
 
 
 def _in_the_form_of(

@@ -18,7 +18,7 @@ import importlib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,11 @@ from repsft_fast.models.merge import copied
 ALL_LINEAR = "all-linear"
 WHERE = "model.lora.target_modules"
 _ROUTER_CLASS = re.compile(r"Router|Indexer|Top_?[kK]|TokenChoice|Gating$|MoE\w*Gate$")
-_ROUTER_NAME = re.compile(r"router|gate|wg|shared_expert_gate")
+_ROUTER_NAME = re.compile(r"router(_?gate)?|gate|wg|shared_expert_gate")
 _ASKED: dict[type, bool] = {}  # classes of linear layers with a forward of their own → whether it is a plain product
 _FEW = 8  # outputs of a layer that is asked
 _UNUSED_NAME = re.compile(r"(?:^|\.)(?:pooler|encoder_attn|crossattention|cross_attn)(?:\.|$)")
+_PARTS_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # where each expert is a layer
 _TOP_K = re.compile(r"\btopk\(")
 _READS_WEIGHT = r"\bself\.{name}\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim|data_ptr))"
 
@@ -274,17 +275,54 @@ def _refuse(model: PreTrainedModel, chosen: Targets, given: Any, renames: Callab
         raise ModelError(describe(WHERE, wrong, expected=expected, got=given, todo=f"drop it, or set {ALL_LINEAR}"))
 
 
+def check_folders(model: PreTrainedModel, layers: Mapping[str, Any], routed: Collection[str], *, merge: bool) -> list[str]:
+    """What is to be said of layers that a folder of adapters names, not the settings: they are taken as peft takes them.
+
+    routed: the model's routers, found before it had adapters.
+    ModelError where that is not what would be trained: on the head, which the fused loss does not call; beside weights that
+    the model reads itself; on layers that compute something else; merged into an embedding that is the head too.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in (head, embedding)]
+    tied = weights[0] is not None and weights[0] is weights[1]
+    seen = []
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if hasattr(layer, "parameter_name"):
+            continue
+        if layer is head:
+            wrong = f"its adapters are on the output head ({name}), which stays frozen here"
+        elif is_linear(base) and not _is_plain(base):
+            wrong = f"its adapters are on {name}, a {type(base).__name__}: {_OWN}"
+        elif is_linear(base) and _is_read(model, name):
+            wrong = f"its adapters are on {name}: {_READ}"
+        elif merge and tied and layer is embedding:
+            wrong = f"its adapters are on {name}, whose weight the output head shares: merged, they would change the head too"
+        else:
+            seen += [name] if name in routed else []
+            continue
+        todo = "merge them with peft into a model of its own, and train new ones beside that"
+        raise ModelError(describe("model.lora.from", wrong, expected="linear layers of the backbone", todo=todo))
+    return [f"model.lora.from: its adapters are on routers too, which go on being trained: {_leaves(seen)}"] if seen else []
+
+
 def _can_be_adapted(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _nothing(model: PreTrainedModel, given: str, pattern: bool) -> str:
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module))
+    head = model.get_output_embeddings()
+    linear = (name for name, module in model.named_modules() if is_linear(module) and module is not head)
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     stacks = dict.fromkeys(".".join(name.split(".")[-2:]) for name in _stacked(model))
     names = [*leaves, *stacks]
     near = did_you_mean(given, names)
     wrong = "matches no layer" if pattern else "names no layer"
     todo = f"did you mean {near}?" if near else f"{ALL_LINEAR} takes every linear layer of the backbone"
+    if stacks and given.rpartition(".")[2] in _PARTS_OF_EXPERTS:
+        todo = f"the experts are whole parameters here: name {' and '.join(stacks)}, or drop it"
+    elif pattern and "," in given and all(part.strip() in names for part in given.split(",")):
+        todo = f"give a list: [{', '.join(part.strip() for part in given.split(','))}]"
     return describe(WHERE, wrong, expected=f"one of {', '.join(names)}", got=given, todo=todo)
 
 

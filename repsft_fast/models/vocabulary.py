@@ -1,5 +1,6 @@
 """More tokens than the model knows: rows for them in the embedding and in the output head."""
 
+import copy
 from typing import Any
 
 import torch
@@ -27,14 +28,17 @@ def grow_vocabulary(model: PreTrainedModel, size: int, *, frozen: bool = False) 
     models"). Nothing is drawn: every rank and every resumption makes the same. Never smaller, tied weights stay tied.
     On meta only the shapes change. ModelError for an architecture that keeps tokens elsewhere too.
     """
-    old = _rows(model.get_input_embeddings(), model)
+    head = model.get_output_embeddings()
+    parts = [part for part in (model.get_input_embeddings(), head) if part is not None]
+    old = min(_rows(part, model) for part in parts)
     if size <= old:
         return None
     if frozen:
         wrong = "adapters leave the embedding frozen, so new tokens would never be learned"
         raise ModelError(describe(SETTING, wrong, expected=f"{old:,} tokens", got=f"{size:,}", todo="drop model.lora"))
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight  # type: ignore[union-attr]
+    if (most := max(_rows(part, model) for part in parts)) != old:
+        raise _cannot(model, f"its embedding and head have {most:,} and {old:,} rows, of which some are no tokens of text")
+    tied = _tied(model)
     if others := _other_tables(model, old):
         wrong = f"{type(model).__name__} keeps {old:,} tokens in {', '.join(others)} too, which would not know new ones"
         raise ModelError(describe(SETTING, wrong, got=f"{size:,} tokens", todo="use the model's own tokenizer"))
@@ -45,8 +49,12 @@ def grow_vocabulary(model: PreTrainedModel, size: int, *, frozen: bool = False) 
     embeddings: Any = model.get_input_embeddings()
     head = model.get_output_embeddings()
     rows = [_rows(part, model) for part in (embeddings, head) if part is not None]
-    if any(count != size for count in rows) or (tied and head.weight is not embeddings.weight):  # type: ignore[union-attr]
+    if any(count != size for count in rows):
         raise _cannot(model, f"it has {' and '.join(map(str, rows))} rows after it")
+    if apart := tied - _tied(model):
+        raise _cannot(model, f"{' and '.join(min(apart))} come apart, which it holds as one")
+    if unlike := _unlike_its_configuration(model):
+        raise _cannot(model, f"its configuration would not give {', '.join(unlike[:3])} their new sizes when it is loaded")
     for parameter in {
         id(p): p for p in (embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None))
     }.values():
@@ -76,6 +84,26 @@ def _other_tables(model: PreTrainedModel, old: int) -> list[str]:
         if isinstance(module, nn.Embedding | nn.Linear) and id(module) not in known and module.weight.shape[0] == old:
             found.append(name)
     return found
+
+
+def _tied(model: PreTrainedModel) -> set[tuple[str, ...]]:
+    """Names that are one weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {tuple(some) for some in names.values() if len(some) > 1}
+
+
+def _unlike_its_configuration(model: PreTrainedModel) -> list[str]:
+    """Weights and buffers that the configuration gives another shape: by which the saved model will be loaded."""
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config))
+    except Exception as error:  # of any library's class
+        raise _cannot(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    shapes = {name: value.shape for name, value in (*twin.named_parameters(), *twin.named_buffers())}
+    held = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, value in held if shapes.get(name, value.shape) != value.shape]
 
 
 def _cannot(model: PreTrainedModel, why: str) -> ModelError:

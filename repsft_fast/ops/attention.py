@@ -47,6 +47,8 @@ from repsft_fast.row import Row
 NAME = "repsft"
 BACKENDS = ("auto", "varlen", "flash2", "flash3", "flash4", "sdpa", "segments", "mask")
 _FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+# What layers pass and this function computes with, or may leave unread.
+_UNDERSTOOD = {"s_aux", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_router_logits"}
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_FLASH_HEAD_DIM = 256
 # From 2.12 on torch refuses fewer key and value heads unless it is told; 2.11 hands them to the same kernels unasked.
@@ -124,7 +126,8 @@ def packed_attention(
 
     `s_aux` in kwargs is the layer's attention sinks [A], which receive their exact gradient.
 
-    Raises ModelError for what would be computed wrongly: position biases, bidirectional layers, sinks by a flash kernel.
+    Raises ModelError for what would be computed wrongly: bidirectional layers, sinks by a flash kernel, and every keyword not
+    known to leave the scores alone: a bias, a selection of keys (MiniMax-M3's `block_indices`), whatever comes next.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     rule = Rule(scale, sliding_window, softcap, dropout, sinks_of(module, kwargs.get("s_aux"), query))
@@ -132,13 +135,15 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if packed is None and rule.sinks is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if kwargs.get("position_bias") is not None:
-        wrong = f"{type(module).__name__} passes position_bias, which packed rows do not support"
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD)
+    if unknown and (packed is not None or "position_bias" in unknown):
+        wrong = f"{type(module).__name__} passes {', '.join(unknown)}, which packed rows do not support"
         raise ModelError(describe("attention", wrong))
     if packed is None:
         return unpacked(query, key, value, attention_mask, rule, causal=causal).transpose(1, 2), None
     if not causal:
-        raise ModelError(describe("attention", f"{type(module).__name__} is not causal", todo="train a causal language model"))
+        wrong = f"{type(module).__name__} is not causal by itself, and the mask it would be given knows nothing of documents"
+        raise ModelError(describe("attention", wrong))
     backend = packed.backend
     if backend in ("auto", "sdpa"):
         backend = choose(query, value, rule, only_sdpa=backend == "sdpa")

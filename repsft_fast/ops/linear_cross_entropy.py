@@ -63,8 +63,9 @@ def linear_cross_entropy(
     rounded. Inside, autocast is off. A row named twice has its gradients added and two lines in the statistics.
 
     No rows: exactly zero loss and zero gradients. A target in `rows` outside 0 … V-1 gives NaN loss and NaN gradients, and
-    RowStats counts it; nothing is read out of bounds. Gradients are handed over once: a second backward through the same
-    call raises. The head gradient is fp32 and autograd casts it to the parameter's `grad_dtype`.
+    RowStats counts it; nothing is read out of bounds. `rows` outside 0 … N-1: IndexError, on a GPU the device's own assertion.
+    Gradients are handed over once: a second backward through the same call raises. The head gradient is fp32 and autograd casts
+    it to the parameter's `grad_dtype`.
 
     A sharded head (DTensor over a mesh of one dimension, its ranks holding rows of their own) is gathered here once, and its
     gradient, summed over the ranks, comes back sharded: all ranks must call and go backward together. Inside a method that
@@ -141,6 +142,7 @@ def head_pass(
     vocabulary, device = lm_head.shape[0], hidden.device
     sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dtype = functional.logits_dtype(device, hidden.dtype)  # of the GEMMs too
+    _check_inside(rows, len(hidden))
     chosen = hidden.detach().index_select(0, rows).to(dtype)
     head = lm_head.detach().to(hidden.dtype).to(dtype)
     total = rows.numel()
@@ -199,6 +201,17 @@ def head_pass(
     if unfinished is not None:
         return loss, grad_hidden, unfinished, stats
     return loss, grad_hidden, chosen.new_empty(0, dtype=sums) if grad_head is None else grad_head, stats
+
+
+def _check_inside(rows: Tensor, n: int) -> None:
+    """Where looking costs nothing: rows are places in hidden, not counted from its end."""
+    if rows.device.type != "cpu" or type(rows) is not Tensor or not rows.numel():
+        return
+    low, high = int(rows.numpy().min()), int(rows.numpy().max())
+    if low < 0 or high >= n:
+        wrong = "has an index that hidden has no row for"
+        got = low if low < 0 else high
+        raise IndexError(describe("linear_cross_entropy: rows", wrong, expected=f"0 … {n - 1}", got=got))
 
 
 def _put_back(gradients: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:  # [N', H] of `rows` → [N, H] in hidden's dtype
@@ -299,7 +312,8 @@ def _check(hidden, lm_head, targets, weights, rows, skip_below, softcap, chunk_b
         refuse("hidden", "is a sharded DTensor", "this rank's rows as a plain tensor", f"{hidden.placements}")
     for name, value in (("hidden", hidden), ("lm_head", lm_head)):
         if value.ndim != 2:
-            refuse(name, "has the wrong shape", "two dimensions", tuple(value.shape))
+            todo = "flatten it: hidden.flatten(0, -2), and targets and weights alike" if name == "hidden" else None
+            refuse(name, "has the wrong shape", "two dimensions", tuple(value.shape), todo)
     if hidden.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         refuse("hidden", "has an unusable dtype", "bf16, fp16, fp32 or fp64", hidden.dtype)
     half = hidden.dtype in (torch.float16, torch.bfloat16)

@@ -2,10 +2,10 @@
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+from uuid import uuid4
 
 from repsft_fast.errors import RepsftError, describe
 
@@ -74,16 +74,15 @@ def write(result: RunResult) -> Path:
     folder = Path(result.folder)
     target = folder / FILE
     text = json.dumps({"success": result.success, **asdict(result)}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}.", dir=folder)
+    written = folder / f".{FILE}.{uuid4().hex}"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(written, "x", encoding="utf-8") as file:  # whose mode is the umask's
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are private; a result is for everyone who may read the folder
-        os.replace(name, target)
+        os.replace(written, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise
     return target
 

@@ -10,7 +10,8 @@ from repsft_fast.config import Config
 from repsft_fast.data.ends import ends_in_words
 from repsft_fast.data.plan import Plan, summary
 from repsft_fast.distributed import World
-from repsft_fast.errors import ConfigError, ModelError, describe
+from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
+from repsft_fast.models.door import first_words
 from repsft_fast.models.lora import lora_said
 from repsft_fast.report.visible import escaping, one_line
 from repsft_fast.report.words import count, percent, rows_of, size
@@ -39,7 +40,7 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     data = load_data(config, tokenizer, torch.device("cpu"), vocabulary_of(config, tokenizer))
     plan = build_plan(config, data.train.index, World(0, ranks, 0, device))
     shape = build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
-    data.warnings += [*shape.load_said, *lora_said(shape)]
+    data.warnings += [*getattr(tokenizer, "load_said", ()), *shape.load_said, *lora_said(shape)]
     data.warnings += check_positions(config, shape, (data.train, data.validation, data.test))
     budget = budget_of(config, plan)
     first = plan.epoch(0, 0)
@@ -55,10 +56,15 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
         "rows": f"{count(planned.rows)} per epoch of at most {config.batch.row_tokens} tokens on {ranks} rank(s)",
         "utilisation": f"{percent(planned.utilisation, 1)} of the computed slots are real "
         f"({count(planned.real_tokens)} tokens, {count(planned.trained_tokens)} trained, per epoch)",
-        "memory": memory_line(config, ranks),
+        "memory": memory_line(config, ranks, longest_row(plan)),
     }
     if elsewhere:
-        lines |= rehearsal_lines(config, data, plan)
+        try:
+            lines |= rehearsal_lines(config, data, plan)
+        except RepsftError:
+            raise
+        except Exception as error:  # an architecture whose layers read numbers (which expert has how many tokens) has none here
+            lines["rehearsed"] = f"not possible with this architecture ({first_words(error)})"
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {one_line(text)}")
@@ -115,8 +121,13 @@ def computed_in_bf16(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
 
 
-def memory_line(config: Config, ranks: int) -> str:
-    """An estimate per rank from the model's shape, by the formulas of `sizing`."""
+def longest_row(plan: Plan) -> int:
+    """Tokens of the longest row there can be: of one sample where none share a row."""
+    return int(plan.index.lengths.max()) if plan.apart.alone_above == 0 else plan.row_tokens
+
+
+def memory_line(config: Config, ranks: int, row_tokens: int) -> str:
+    """An estimate per rank from the model's shape, by the formulas of `sizing`, with the longest row's activations."""
     try:
         model = build_model(config, World(0, ranks, 0, torch.device("meta")))
     except ModelError as error:
@@ -132,7 +143,7 @@ def memory_line(config: Config, ranks: int) -> str:
         return line + "; activations come on top"
     try:
         saved = saved_per_token(model.config, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
-    except ModelError:  # an attention whose memory is not linear in the row
+    except Exception:  # layers that read numbers (experts), that take no packed rows, or whose memory is not linear in them
         return line + "; activations come on top"
-    row = shape.row(saved, config.model.activation_checkpointing) * config.batch.row_tokens
-    return line + f"; {size(row)} of activations in a row of {count(config.batch.row_tokens)} tokens, plain layers"
+    row = shape.row(saved, config.model.activation_checkpointing) * row_tokens
+    return line + f"; {size(row)} of activations in a row of {count(row_tokens)} tokens, plain layers"

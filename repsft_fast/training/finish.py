@@ -77,7 +77,10 @@ def save_model(parts: Parts, reporter: Reporter) -> None:
         except Exception as error:
             words = str(error) if isinstance(error, RepsftError) else f"{type(error).__name__}: {error}"
             wrong = f"the merged model could not be saved: {words}"
-            todo = f"the trained adapters are saved, whole, in {(parts.folder / ADAPTERS).absolute()}"
+            todo = (
+                f"the trained adapters are saved, whole, in {(parts.folder / ADAPTERS).absolute()}: merge them with peft, or "
+                "mend that and --resume, which makes the updates after the last checkpoint again"
+            )
             raise ModelError(describe("model.lora.merge", wrong, todo=todo)) from error
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from repsft_fast.checkpoint import load as load_checkpoint
 from repsft_fast.checkpoint import save as save_checkpoint
 from repsft_fast.checkpoint.manifest import MANIFEST
+from repsft_fast.data.packing import pack
 from repsft_fast.data.plan import PlannedRow, Update
 from repsft_fast.distributed import World, full_tensor
 from repsft_fast.errors import RepsftError, SnapshotError
@@ -63,6 +64,8 @@ class Found:
 
 def packed_equals_unpacked(parts: Parts) -> Found:
     """Law 1. Losses of the samples of one row against each sample alone, and with the other samples exchanged."""
+    if parts.plan.apart.alone_above == 0:
+        raise Skipped("batch.pack is false: no samples share a row")
     first, second = (list(update.samples) for update in _updates(parts, 2))
     with _without_dropout(parts.model), torch.no_grad():
         packed = _losses(parts, first)
@@ -175,7 +178,8 @@ def revert_is_as_if_never_left(parts: Parts) -> Found:
 
 
 def no_host_sync(parts: Parts) -> Found:
-    """Law 8. Two updates after a first one; the counter sees what would make the host wait for the device."""
+    """Law 8. Two updates after a first one; the counter sees what would make the host wait for the device. What the
+    architecture's own layers wait for (which expert has how many tokens, a RoPE that asks for the longest position) is said."""
     if not parts.optimizer.vetoes_on_device:
         raise Skipped(f"{parts.optimizer.name} reads one number per update by its own construction")
     train(parts, 1)
@@ -185,7 +189,9 @@ def no_host_sync(parts: Parts) -> Found:
             train_step(parts, update)
     parts.ledger.read()
     found = ", ".join(f"{n} × {name}" for name, n in counter.found.items())
-    return Found(f"{counter.total} waits in {len(updates)} updates" + (f": {found}" if found else ""), counter.total == 0)
+    found += f"; {counter.theirs} in the architecture's own layers" if counter.theirs else ""
+    figure = f"{counter.total} waits in {len(updates)} updates" + (f": {found}" if found else "")
+    return Found(figure, counter.total == counter.theirs)
 
 
 def every_sample_once(parts: Parts) -> Found:
@@ -240,9 +246,8 @@ def sums_do_not_depend_on_order(parts: Parts) -> Found:
     """Law 11. Sums per sample over the statistics of a real row: in its order, in another, and in two parts."""
     ids = [sample for update in _updates(parts, 2) for sample in update.samples]
     with torch.no_grad():
-        row = _row(parts, ids)
-        _, stats = parts.model.loss(row)
-    owner, count = row.row_segments, len(ids)
+        owner, stats = _stats(parts, ids)
+    count = len(ids)
     order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(1)).to(owner.device)
     half = len(order) // 2
 
@@ -291,16 +296,33 @@ def _row(parts: Parts, ids: Sequence[int], *, denominator: float = 1.0, pad: int
     return store.row(planned, denominator=denominator, average=parts.config.loss.average)
 
 
+def _rows_of(parts: Parts, ids: Sequence[int]) -> list[np.ndarray]:  # places in ids
+    """One row, or as few as this model and batch.pack let these samples share."""
+    lengths = parts.data.train.index.lengths[list(ids)]
+    return pack(lengths, int(lengths.sum()), apart=parts.plan.apart)[0]
+
+
+def _stats(parts: Parts, ids: Sequence[int]) -> tuple[Tensor, RowStats]:  # [N'] place in ids, and statistics
+    owners, found = [], []
+    for places in _rows_of(parts, ids):
+        row = _row(parts, [ids[n] for n in places])
+        found.append(parts.model.loss(row)[1])
+        owners.append(torch.from_numpy(places).to(row.row_segments.device)[row.row_segments])
+    columns = {name: torch.cat([getattr(stats, name) for stats in found]) for name in RowStats.__dataclass_fields__}
+    return torch.cat(owners), RowStats(**columns)
+
+
 def _losses(parts: Parts, ids: Sequence[int]) -> list[Tensor]:  # per sample [trained] fp64
-    row = _row(parts, ids)
-    _, stats = parts.model.loss(row)
-    return [stats.loss[row.row_segments == n].double() for n in range(len(ids))]
+    owner, stats = _stats(parts, ids)
+    return [stats.loss[owner == n].double() for n in range(len(ids))]
 
 
 def _gradients(parts: Parts, update: Update, rows: Sequence[Sequence[int]], *, pad: int = 1) -> dict[str, Tensor]:
     parts.optimizer.zero_grad()
     for ids in rows:
-        parts.model.loss(_row(parts, ids, denominator=update.denominator, pad=pad))[0].backward()
+        for places in _rows_of(parts, ids):
+            row = _row(parts, [ids[n] for n in places], denominator=update.denominator, pad=pad)
+            parts.model.loss(row)[0].backward()
     found = {n: local(p.grad) for n, p in parts.optimizer.names.items() if p.grad is not None}
     parts.optimizer.zero_grad()  # drops them, so that they are ours: a copy of 135M in float64 is a gigabyte
     return found
@@ -345,11 +367,18 @@ def _in_float64(parts: Parts) -> Iterator[bool]:
         yield False
         return
     held = [(t, t.data) for t in tensors]
+    of_modules = (getattr(module, "config", None) for module in parts.model.modules())
+    configs: dict[int, Any] = {id(c): c for c in of_modules if hasattr(c, "_experts_implementation")}
+    experts = [(c, c._experts_implementation) for c in configs.values()]
     try:
         for tensor, data in held:
             tensor.data = data.double()
+        for config, _ in experts:
+            config._experts_implementation = "eager"  # the grouped product takes no float64
         yield True
     finally:
+        for config, implementation in experts:
+            config._experts_implementation = implementation
         for tensor, data in held:
             tensor.data = data
 

@@ -206,6 +206,8 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
     with distributed.together():
         seed_everything(config)
         tokenizer = build_tokenizer(config)
+        if config.model.path is not None:  # its shape alone: what is wrong with a folder is said before data is read for hours
+            build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
         data = load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
     distributed.same_everywhere("settings", json.dumps(config.to_dict(), sort_keys=True))
     distributed.same_everywhere("data", data.digest)
@@ -214,7 +216,7 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
         plan = build_plan(config, data.train.index, world)
         budget = budget_of(config, plan)
         model = build_model(config, world, tokenizer)
-        data.warnings += model.load_said
+        data.warnings += [*getattr(tokenizer, "load_said", ()), *model.load_said]
         check_vocabulary(model, data)
         data.warnings += lora_said(model)
         data.warnings += check_positions(config, model, (data.train, data.validation, data.test))
@@ -326,11 +328,12 @@ def vocabulary_of(config: Config, tokenizer: Any) -> int | None:
     """Token ids below this can be embedded; checked on the host, before anything reaches the device."""
     if config.model.config is not None and not config.model.resize_vocabulary:
         return config.model.config.get("vocab_size")
-    return None if tokenizer is None else len(tokenizer)
+    return None if tokenizer is None else tokens_of(tokenizer)
 
 
 def check_vocabulary(model: nn.Module, data: Data) -> None:
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    size = min(end.weight.shape[0] for end in ends if end is not None)  # some embed more tokens than their head gives
     for store in (data.train, data.validation, data.test):
         if store is not None:
             store.check_vocabulary(size)

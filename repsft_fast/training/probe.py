@@ -33,7 +33,8 @@ def look_ahead(parts: Parts, moments: Moments, tasks: Sequence[str]) -> dict[str
             moments.restore(NAME)
     except OutOfMemory as problem:
         moments.restore(NAME)
-        raise TrainingError(describe("probe", f"out of memory ({problem})", todo="lower batch.row_tokens")) from problem
+        todo = "lower batch.row_tokens" if parts.config.batch.pack else "lower data.max_tokens"
+        raise TrainingError(describe("probe", f"out of memory ({problem})", todo=todo)) from problem
     finally:
         moments.release(NAME)
     return found

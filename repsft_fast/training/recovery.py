@@ -86,10 +86,10 @@ class Recovery:
         if smaller is not None:
             todo = f"lower batch.row_tokens from {now} to {smaller}; the updates stay the same"
         else:
-            todo = (
-                f"batch.row_tokens is {now} and the longest sample needs that: set model.activation_checkpointing: full, "
-                "lower data.max_tokens, or use optim.name: adamw8bit"
-            )
+            needs = f"batch.row_tokens is {now} and the longest sample needs that"
+            if self.parts.plan.apart.alone_above == 0:
+                needs = "batch.pack is false, so that a row is one sample already"
+            todo = f"{needs}: set model.activation_checkpointing: full, lower data.max_tokens, or use optim.name: adamw8bit"
         state = "nothing was changed"
         if problem.stuck:
             state = (
@@ -112,6 +112,8 @@ def row_tokens(parts: Parts) -> int:
 
 def smaller_rows(parts: Parts) -> int | None:
     """Half the row, in whole buckets, and no shorter than the longest sample; None when there is nothing left to halve."""
+    if parts.plan.apart.alone_above == 0:
+        return None  # one sample a row: no setting of rows makes one shorter
     bucket = row_bucket(parts.config, parts.world.device)
     longest = int(parts.data.train.index.lengths.max())
     wanted = max(row_tokens(parts) // 2, longest)

@@ -160,7 +160,7 @@ def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[s
             tokenizer.save_pretrained(folder / "tokenizer")
             made["tokenizer"]["path"] = str(folder / "tokenizer")
         made["loss"] = {"average": config.loss.average}
-        made["batch"]["bucket_tokens"] = config.batch.bucket_tokens
+        made["batch"] |= {"bucket_tokens": config.batch.bucket_tokens, "pack": config.batch.pack}
         made["optim"] |= {"name": config.optim.name, "lr": config.optim.lr, "max_norm": config.optim.max_norm}
     _write(folder / "samples.jsonl", samples)
     return made

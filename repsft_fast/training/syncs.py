@@ -9,6 +9,8 @@ are asked for: torch.tensor([…], device=…), x[[0, 2]].
 from __future__ import annotations
 
 import collections
+import sys
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -39,12 +41,17 @@ class SyncCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: collections.Counter[str] = collections.Counter()
+        self.theirs = 0  # of these, those that an architecture's own code asked for
         self._pins = torch.cuda.is_available()  # where no memory can be pinned, none can be asked for
         self._asked = _Asked(self)
 
     @property
     def total(self) -> int:
         return sum(self.found.values())
+
+    def count(self, name: str) -> None:
+        self.found[name] += 1
+        self.theirs += _is_theirs(sys._getframe(1))
 
     def __enter__(self) -> SyncCounter:
         self._asked.__enter__()
@@ -58,13 +65,13 @@ class SyncCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         if name in READS:
-            self.found[name] += 1
+            self.count(name)
         elif name in _INDEXED:
             self._index(name, args)
         elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
-            self.found[name] += 1
+            self.count(name)
         elif name.startswith("aten::masked_fill") and isinstance(args[2], Tensor) and not _on_host(args[2].device):
-            self.found[f"{name} by a number on the device"] += 1
+            self.count(f"{name} by a number on the device")
         elif name == "aten::_to_copy":
             target = torch.device(kwargs.get("device") or args[0].device)
             self._copy(name, target, args[0], kwargs.get("non_blocking"))
@@ -77,19 +84,19 @@ class SyncCounter(TorchDispatchMode):
     def _index(self, name: str, args: Any) -> None:
         indices = [i for i in args[1] if i is not None]
         if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-            self.found[f"{name} by a mask"] += 1
+            self.count(f"{name} by a mask")
         if not _on_host(args[0].device) and any(_on_host(t.device) for t in [*indices, *args[2:3]]):
-            self.found[f"{name} of host numbers"] += 1
+            self.count(f"{name} of host numbers")
 
     def _copy(self, name: str, target: torch.device, source: Tensor, non_blocking: Any) -> None:
         if not _on_host(source.device) and source.device.type != "meta" and _on_host(target):
             if not non_blocking:
-                self.found[f"{name} to the host"] += 1
+                self.count(f"{name} to the host")
         elif _on_host(source.device) and not _on_host(target) and not self._asked.making:
             if not non_blocking:
-                self.found[f"{name} to the device, blocking"] += 1
+                self.count(f"{name} to the device, blocking")
             elif self._pins and not source.is_pinned():
-                self.found[f"{name} to the device, of pageable memory"] += 1
+                self.count(f"{name} to the device, of pageable memory")
 
 
 class _Asked(TorchFunctionMode):
@@ -108,13 +115,25 @@ class _Asked(TorchFunctionMode):
             finally:
                 self.making = False
             if not _on_host(made.device):
-                self.counter.found[f"{func.__name__} on the device"] += 1
+                self.counter.count(f"{func.__name__} on the device")
             return made
         if func in _SUBSCRIPTS and not _on_host(args[0].device):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(place, list | np.ndarray) for place in places):
-                self.counter.found["subscripts of host numbers"] += 1
+                self.counter.count("subscripts of host numbers")
         return func(*args, **kwargs)
+
+
+def _is_theirs(frame: FrameType | None) -> bool:
+    """Whether an architecture's own code is nearer than ours: the attention that its layers call is ours."""
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module in ("transformers", "transformers_modules"):
+            return True
+        if module in ("repsft_fast", "csrc_triton") and frame.f_globals["__name__"] != __name__:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _data(func: Any, args: Any, kwargs: Any) -> Any:

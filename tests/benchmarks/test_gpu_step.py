@@ -243,8 +243,8 @@ def fake_gpu(monkeypatch):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
         plain = parts.build_model
 
-        def build_model(config, world):
-            built = plain(config, world)
+        def build_model(*given):
+            built = plain(*given)
             built.tie_weights()  # the way to a GPU keeps what is tied; the way to a fake one does not
             return built
 

@@ -32,6 +32,7 @@ def test_padding_is_a_token_of_the_data_that_is_not_trained(ids, resident):
     assert made.tokens[0, real:].tolist() == [5] * (9 - real)
     assert made.targets[real:].tolist() == [IGNORE_INDEX] * (9 - real)
     assert not made.weights[real:].any()
+    assert not made.positions[0, real:].any(), "they would run past learned positions, and choose a RoPE's frequencies"
 
 
 @pytest.mark.parametrize("ids", [[0, 1], []])

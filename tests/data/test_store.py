@@ -64,7 +64,7 @@ class TestRow:
     def test_a_row_by_hand(self, store):
         row = store.row(planned([2, 0, 1], store, slots=8), denominator=4.0, average="sample")
         assert row.tokens.tolist() == [[11, 12, 5, 6, 7, 9, 5, 5]]
-        assert row.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
+        assert row.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0]]
         x = IGNORE_INDEX
         assert row.targets.tolist() == [12, x, x, 7, 8, 10, x, x]
         assert row.weights.tolist() == [0.125, 0, 0, 0.25, 0.25, 0.25, 0, 0]
@@ -97,7 +97,7 @@ class TestRow:
     def test_an_empty_row_is_padding_only(self, store):
         row = store.row(PlannedRow(np.empty(0, dtype=np.int64), 0, 5), denominator=3.0, average="sample")
         assert row.tokens.tolist() == [[store._tokens[0]] * 5]
-        assert row.positions.tolist() == [[0, 1, 2, 3, 4]]
+        assert row.positions.tolist() == [[0] * 5]
         assert row.targets.tolist() == [IGNORE_INDEX] * 5
         assert row.weights.tolist() == [0.0] * 5
         assert [t.numel() for t in (row.trained_rows, row.row_tasks, row.row_segments)] == [0, 0, 0]
@@ -176,7 +176,7 @@ class TestAgainstPlainPython:
             borders.append(len(tokens))
         lengths = [samples[i].positions for i in ids] + [padding] * (padding > 0)
         assert row.tokens.tolist() == [tokens + [samples[0].ids[0]] * padding]
-        assert row.positions.tolist() == [positions + list(range(padding))]
+        assert row.positions.tolist() == [positions + [0] * padding]
         assert row.targets.tolist() == targets + [IGNORE_INDEX] * padding
         assert row.weights.tolist() == np.float32(weights + [0.0] * padding).tolist()
         assert row.trained_rows.tolist() == trained_rows

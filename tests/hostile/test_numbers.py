@@ -17,8 +17,8 @@ def poisoned(monkeypatch):
     """Every row that holds sample 3 gives NaN statistics and a NaN loss, whenever it is computed."""
     plain = parts_module.build_model
 
-    def build_model(config, world):
-        model = plain(config, world)
+    def build_model(*given):
+        model = plain(*given)
         loss_of = model.loss
 
         def loss(row):

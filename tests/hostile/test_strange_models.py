@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -39,18 +40,33 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Code beside models is copied to a folder of this test alone, and forgotten after it: the name of its package is one."""
+    folder = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+        sys.path[:] = [path for path in sys.path if path != folder]
+
+    forget()
+    yield folder
+    forget()
+
+
 @pytest.mark.parametrize("asked", [False, True])
-def test_code_beside_a_model_runs_only_when_asked_for_by_name(tmp_path, monkeypatch, asked):
+def test_code_beside_a_model_runs_only_when_asked_for_by_name(tmp_path, own_modules, asked):
     """`asked` is the control: the same folder does run its code then."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
     folder.mkdir()
     auto = {"AutoConfig": "strange.StrangeConfig", "AutoTokenizer": ["strange.StrangeTokenizer", None]}
     (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": auto}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto}))
     trace = tmp_path / "trace"
-    (folder / "strange.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    (folder / "strange.py").write_text(f"open({str(trace)!r}, 'w').close()\nraise SystemExit(7)\n")  # an exit is refused too
     for load in (load_model, load_tokenizer):
-        with pytest.raises(ModelError, match=r"^(model\.path config\.json|tokenizer\.path): "):
+        with pytest.raises(ModelError, match=r"^(model|tokenizer)\.path config\.json: "):
             load(folder, trust_remote_code=asked)
     assert trace.exists() == asked

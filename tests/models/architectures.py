@@ -34,6 +34,7 @@ _SIZES: dict[str, Any] = {
     "is_decoder": True,
 }  # fmt: skip
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}  # DeepSeek's
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -55,10 +56,60 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "xmod": {"default_language": "en_XX"},
+    "longcat_flash": {"head_dim": 4},  # what its rotary embedding turns
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1},
+    "dbrx": {
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2},
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2},
+    },
+    "roc_bert": {"pronunciation_vocab_size": 11, "shape_vocab_size": 11, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _PLAIN),
+    },
+    "deepseek_v4": {
+        **{
+            "num_key_value_heads": 1,
+            "qk_rope_head_dim": 4,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+        },
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
+}
+_OWN["dots3_note_text"] = {
+    **{f"swa_{name}": value for name, value in _LATENT.items()},
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 12, "head_dim": 12, "index_head_dim": 8},
+    **{"index_n_heads": 2, "index_topk": 4, "shared_experts_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse"]},
+    "layer_types": ["sliding_attention", "indexed_attention"],
+}
+_OWN["qwen4_exp_text"] = {
+    **{"hc_lowrank": 8, "ple_embed_dim": 32, "ngram_vocab_size_base": 101, "split_ngram_parts": 2, "indexer_n_heads": 2},
+    **{"indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2},
+}
+# What stands beside the text in configurations for images and sounds.
+_SEEN = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14, "output_channels": 16, "mlp_dim": 48, "num_pos_feats": 8,
+}  # fmt: skip
+_BESIDE: dict[str, dict[str, Any]] = {
+    "gemma3": {"vision_config": _SEEN, "mm_tokens_per_image": 4},
+    "got_ocr2": {"vision_config": _SEEN},
+    "git": {"vision_config": _SEEN},
+    "blt": {},
 }
 
 # Architectures of one type that compute something else: name → (type, changes).
-_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _DYNAMIC = {**_PLAIN, "rope_type": "dynamic", "factor": 2.0}
 _OF_128 = {**_PLAIN, "factor": 4.0, "original_max_position_embeddings": 128}
 _LONG = {"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [2.0, 2.5, 3.0, 4.0], "original_max_position_embeddings": 8}
@@ -92,8 +143,9 @@ def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     with contextlib.suppress(ValueError):
         text = base.get_text_config()
         if text is not base:
-            name = next(n for n, part in vars(base).items() if part is text)
-            given = {name: {**_of(text), **_OWN.get(kind, {}), **changes}}
+            inner = next(n for n, part in vars(base).items() if part is text)
+            given = {inner: {**_of(text), **_OWN.get(text.model_type, {}), **_OWN.get(kind, {}), **changes}}
+    given |= _BESIDE.get(kind, {})
     made = AutoConfig.for_model(kind, **given)
     for part in {id(c): c for c in (made, made.get_text_config())}.values():
         for name, value in part.to_dict().items():  # nothing may be drawn, or two passes would differ

@@ -1,7 +1,9 @@
 """Going on from a folder of adapters: taken whole, by this model, or refused; on several ranks and after a resumption too."""
 
 import json
+import os
 import random
+import re
 import shutil
 
 import pytest
@@ -17,6 +19,8 @@ from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models.lora import lora_said
 from repsft_fast.training.trainer import train
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 
 
 def build(kind="llama", **options):
@@ -138,6 +142,10 @@ class TestFrom:
             ({"target_modules": ["nothing"]}, "peft refuses"),
             ({"target_modules": 5}, "neither text nor a list"),
             ({"target_modules": [["q_proj"]]}, "neither text nor a list"),
+            ({"rank_pattern": {"(a+)+b": 2}}, "repeats too much"),
+            ({"alpha_pattern": {"(": 4}}, "peft refuses: .*unterminated"),
+            ({"use_rslora": "no"}, "neither true nor false"),
+            ({"layers_to_transform": [7]}, "peft refuses"),
             ({"rank_pattern": {"q_proj": 4}}, "another shape"),
             ({"rank_pattern": {"q_proj": 1}}, "another shape"),
         ],
@@ -221,10 +229,44 @@ class TestFrom:
             with pytest.raises(ModelError, match=rf"model\.lora\.from: {words}"):
                 load_model(base, lora={"from": str(given)})
         (folder / "adapter_config.json").write_text("[1")
-        with pytest.raises(ModelError, match=r"adapter_config\.json: cannot be read"):
+        with pytest.raises(ModelError, match=r"model\.lora\.from adapter_config\.json: is no JSON"):
             load_model(base, lora={"from": str(folder)})
         (folder / "adapter_config.json").write_text("[1]")
-        with pytest.raises(ModelError, match="is of no LoRA adapters"):
+        with pytest.raises(ModelError, match=r"adapter_config\.json: holds a list, expected an object"):
+            load_model(base, lora={"from": str(folder)})
+
+    @pytest.mark.parametrize(
+        ("file", "content", "words"),
+        [
+            ("adapter_config.json", b'{"a":' * 9000 + b"1" + b"}" * 9000, "nested"),
+            ("adapter_config.json", b"", "is empty"),
+            ("adapter_config.json", b"null", "holds a NoneType"),
+            ("adapter_config.json", b"\xef\xbb\xbf{}", "byte-order mark"),
+            ("adapter_config.json", b'{"r": 2, "r": 4}', "r is there twice"),
+            ("adapter_config.json", b'{"r": ' + b"9" * 5000 + b"}", "is no JSON"),
+            ("adapter_config.json", POINTER, "is a pointer of Git LFS"),
+            ("adapter_model.safetensors", POINTER, "is a pointer of Git LFS"),
+            ("adapter_model.safetensors", b"<!DOCTYPE html>", "is a web page"),
+            ("adapter_model.safetensors", b"", "is empty"),
+            ("adapter_model.safetensors", None, "is a pipe"),
+            ("adapter_config.json", None, "is a pipe"),
+        ],
+    )
+    def test_what_stands_in_place_of_a_file(self, trained, file, content, words):
+        base, folder, _ = trained
+        (folder / file).unlink()
+        if content is None:
+            os.mkfifo(folder / file)
+        else:
+            (folder / file).write_bytes(content)
+        with pytest.raises(ModelError, match=rf"model\.lora\.from {re.escape(file)}: .*{words}"):
+            load_model(base, lora={"from": str(folder)})
+
+    def test_an_enormous_config(self, trained):
+        base, folder, _ = trained
+        with open(folder / "adapter_config.json", "r+b") as file:
+            file.truncate(1 << 33)  # a hole, no bytes
+        with pytest.raises(ModelError, match=r"adapter_config\.json: is too large to be one"):
             load_model(base, lora={"from": str(folder)})
 
     def test_pickles_are_not_read(self, trained):
@@ -237,7 +279,7 @@ class TestFrom:
         base, folder, _ = trained
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(ModelError, match=r"adapter_model\.safetensors: cannot be read"):
+        with pytest.raises(ModelError, match=r"model\.lora\.from adapter_model\.safetensors: .*fetch it again"):
             load_model(base, lora={"from": str(folder)})
 
     @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])

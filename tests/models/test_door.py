@@ -138,7 +138,7 @@ def test_building_is_bounded_in_time(monkeypatch):
         torch.nn.Linear(2, 2, device="meta")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors", None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "a new one", None])
 def test_quantised_folders_are_called_that(folder, method):
     rewrite(folder, quantization_config={"quant_method": method, "bits": 4})
     refused(
@@ -154,6 +154,39 @@ def test_adapters_are_called_that(folder):
 
 
 class TestIndex:
+    @pytest.mark.parametrize("metadata", [None, [], "x", "absent"])
+    def test_metadata_that_the_library_needs(self, folder, metadata):
+        shard(folder)
+        file = folder / "model.safetensors.index.json"
+        named = json.loads(file.read_text())["weight_map"]
+        file.write_text(json.dumps({"weight_map": named, **({} if metadata == "absent" else {"metadata": metadata})}))
+        refused(folder, r"^model\.path model\.safetensors\.index\.json: has no metadata, expected an object")
+
+    @pytest.mark.parametrize("metadata", [{}, {"total_size": "12"}, {"total_size": 10**40}, {"total_size": None, "x": [1]}])
+    def test_metadata_says_nothing_of_the_weights(self, folder, metadata):
+        shard(folder)
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "metadata": metadata}))
+        assert load_model(folder).load_said == []
+
+    def test_two_sets_of_weights(self, source, folder):
+        shard(folder)
+        shutil.copy(source / "model.safetensors", folder)
+        refused(
+            folder, r"^model\.path: it holds two sets of weights: model.safetensors, and a.safetensors, b.safetensors named"
+        )
+        (folder / "a.safetensors").unlink()
+        refused(folder, "two sets of weights")
+        (folder / "b.safetensors").unlink()  # an index left behind
+        assert load_model(folder).load_said == []
+
+    def test_other_files_beside_the_weights(self, folder):
+        """Mistral ships its own form beside; trainers leave their state."""
+        for name in ("consolidated.safetensors", "optimizer.pt", "pytorch_model.bin", "original/consolidated.00.pth"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"x")
+        assert load_model(folder).load_said == []
+
     def test_shards_load_as_one_file_does(self, source, folder):
         shard(folder)
         one, other = load_model(source), load_model(folder)
@@ -169,6 +202,16 @@ class TestIndex:
             (folder / name).symlink_to(outside)
         write_index(folder, dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, name))
         refused(folder, r"^model\.path model\.safetensors\.index\.json: .*leads outside")
+
+    def test_a_folder_of_links_with_other_names_as_the_hubs_cache_is(self, source, folder):
+        shard(folder)
+        blobs, snapshot = folder.parent / "blobs", folder.parent / "snapshots" / "abc"
+        blobs.mkdir()
+        snapshot.mkdir(parents=True)
+        for number, file in enumerate(sorted(folder.iterdir())):
+            file.rename(blobs / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        assert load_model(snapshot).lm_head.weight.equal(load_model(source).lm_head.weight)
 
     def test_a_folder_of_links_as_the_hubs_cache_makes_them(self, source, folder):
         shard(folder)
@@ -216,7 +259,9 @@ class Panic(BaseException):
 Panic.__name__ = "PanicException"  # what tokenizers' Rust raises
 
 
-@pytest.mark.parametrize("error", [RecursionError("deep"), MemoryError(), KeyError("x"), Exception("plain"), Panic("index")])
+@pytest.mark.parametrize(
+    "error", [RecursionError("deep"), MemoryError(), KeyError("x"), Exception("plain"), Panic("index"), SystemExit(3)]
+)
 def test_every_exception_of_a_library_is_ours(error):
     with pytest.raises(ModelError, match=r"^here: .*got there; do that$"), library("here", "there", "do that"):
         raise error

@@ -1,17 +1,20 @@
 """Where adapters go, what is said of it, what a folder of them says, and going on from one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import torch
 import transformers
-from architectures import KINDS, tiny_config
+from architectures import KINDS, VOCABULARY, tiny_config
 from transformers import AutoModelForCausalLM
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, ModelError
 from repsft_fast.models import load_model, save_pretrained
+from repsft_fast.models import lora as lora_module
 from repsft_fast.models.lora import LoraSettings, add_lora, lora_said
 from repsft_fast.models.merge import adapted_layers
 from repsft_fast.models.targets import all_linear, routers, shortest
@@ -96,6 +99,11 @@ class TestAllLinear:
         assert "compute more than W x" in " ".join(lora_said(model))
         assert "mlp.dense_h_to_4h" in adapted(made("falcon")), "a product written out is one"
 
+    def test_a_router_of_a_variant(self):
+        model = made("doge", is_moe=True, num_experts=16, num_experts_per_tok=4)
+        assert "mlp.router_gate" in " ".join(lora_said(model))
+        assert not any("router_gate" in name for name in adapted_layers(model))
+
     def test_the_head_and_the_embedding_stay_out_and_transposed_layers_are_in(self):
         assert adapted(made("gpt2")) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 
@@ -153,6 +161,11 @@ class TestNames:
             ("llama", "(", "matches no layer"),
             ("llama", [], "there is nothing to adapt"),
             ("llama", ["lm_head"], "stay frozen"),
+            ("llama", ["q_proj", "embed_tokens"], "stay frozen"),
+            ("llama", ["all-linear", "lm_head"], "stay frozen"),
+            ("llama", "q_proj, v_proj", r"give a list: \[q_proj, v_proj\]"),
+            ("qwen3_moe", ["q_proj", "gate_proj"], "name experts.gate_up_proj and experts.down_proj"),
+            ("mixtral", ["w1"], "name experts.gate_up_proj and experts.down_proj"),
             ("llama", ["mlp"], "is a LlamaMLP"),
             ("llama", ["input_layernorm"], "is a LlamaRMSNorm"),
             ("qwen2_moe", ["shared_expert_gate"], "is a router"),
@@ -170,6 +183,98 @@ class TestNames:
         with pytest.raises(ModelError, match=r"model\.lora\.dropout: adapters of parameters .*expected 0, got 0\.1"):
             build("gpt_oss", lora={"dropout": 0.1, "target_modules": ["experts.down_proj"]})
         build("gpt_oss", lora={"dropout": 0.1})
+
+
+class TestSettings:
+    """A library's call is not checked by the settings' own rules."""
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"rank": 0}, {"rank": -1}, {"rank": 2.5}, {"rank": True}, {"rank": "2"}, {"alpha": 0}, {"alpha": -3.0},
+            {"alpha": float("nan")}, {"alpha": float("inf")}, {"alpha": None}, {"dropout": 1.0}, {"dropout": -0.1},
+            {"dropout": float("nan")}, {"target_modules": None}, {"target_modules": [1]}, {"target_modules": 3},
+        ],
+    )  # fmt: skip
+    def test_numbers_that_no_adapter_has(self, setting):
+        with pytest.raises(ModelError, match=rf"model\.lora\.{next(iter(setting))}: cannot be, expected"):
+            build(lora=setting)
+
+    def test_a_rank_above_the_layers_own_is_told(self):
+        assert "40 is more than 14 of the layers have" in " ".join(lora_said(build(lora={"rank": 40})))
+        assert lora_said(build(lora={"rank": 16})) == []
+
+    def test_reversible_layers_give_adapters_no_gradient(self):
+        with pytest.raises(ModelError, match=r"model\.lora: ReformerModelWithLMHead has reversible layers.*drop model\.lora"):
+            made("reformer")
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (ImportError("cannot import name is_thing"), "cannot import name is_thing"),
+            (RuntimeError("built for another torch"), "built for another torch"),
+            (AttributeError("no attribute"), "AttributeError no attribute"),
+        ],
+    )
+    def test_a_peft_that_cannot_be_imported(self, error, words, monkeypatch):
+        right = lora_module.importlib.import_module
+
+        def broken(name, *more):
+            if name == "peft":
+                raise error
+            return right(name, *more)
+
+        monkeypatch.setattr(lora_module.importlib, "import_module", broken)
+        with pytest.raises(ModelError, match=rf"model\.lora: import peft: {words}.*--force-reinstall peft"):
+            build(lora={"rank": 2})
+
+    def test_no_peft(self, monkeypatch):
+        monkeypatch.setattr(lora_module.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ModelError, match=r"model\.lora: needs peft, which is not installed; pip install peft"):
+            build(lora={"rank": 2})
+
+
+RESULTS = json.loads(Path(__file__).with_name("results.json").read_text())
+TRAINED = [kind for kind, found in RESULTS.items() if found.get("LoRA") == "exact"]
+
+
+def without_gradient(kind, targets):
+    """Adapted layers whose B gets none from three documents, of a model none of whose own parameters is zero."""
+    torch.manual_seed(0)
+    model = load_model(
+        tiny_config(kind), packed=RESULTS[kind]["packed"] == "exact", lora={"rank": 2, "target_modules": targets}
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.requires_grad and not parameter.any():  # a gate that begins closed
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    for document in tiny.documents((30, 21, 25), vocabulary=VOCABULARY):
+        model.loss(tiny.row([document], denominator=3.0))[0].backward()
+    found = [name for name, p in model.named_parameters() if "lora_B" in name and (p.grad is None or not p.grad.any())]
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_oss", pytest.param("mamba2", id="one a row")])
+def test_every_adapter_is_trained(kind):
+    assert without_gradient(kind, "all-linear") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINED)
+def test_every_adapter_of_every_architecture_is_trained(kind):
+    """One that the model passes over would be saved as it began, in silence."""
+    try:
+        config = tiny_config(kind)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        pytest.skip(f"transformers {transformers.__version__} makes no {kind}: {error}")
+    assert without_gradient(kind, "all-linear") == []
+    stacks = next((names for why, names in all_linear(shape, lambda _: False)[1].items() if "experts in one" in why), ())
+    names = shortest(stacks, [name for name, _ in shape.named_parameters() if name not in stacks], parts=2)
+    if names:
+        assert without_gradient(kind, ["all-linear", *names]) == []
 
 
 class TestTheFolder:
@@ -246,9 +351,7 @@ class TestRuns:
 
         monkeypatch.setattr(finish_module, "save_pretrained", save)
         monkeypatch.setattr(finish_module, "evaluate_test", lambda parts: saved.append("test"))
-        words = (
-            rf"model\.lora\.merge: .*RuntimeError: no room; the trained adapters are saved, whole, in {tmp_path}/run/adapter"
-        )
+        words = rf"model\.lora\.merge: .*RuntimeError: no room; the trained adapters are saved, whole, in {tmp_path}/run/adap"
         with pytest.raises(ModelError, match=words):
             train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
         assert saved == [("adapter", False), "test", ("run", True)]

@@ -234,3 +234,24 @@ def test_adapters_train_sharded_as_whole(kind):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(torch.from_numpy(gradients[name]), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_in_several_places_is_added_to_once_and_everywhere():
+    plain = load_model(tiny_config("llama"))
+    plain.model.layers[1] = plain.model.layers[0]
+    add_lora(plain, LoraSettings(rank=2, merge=True))
+    fill(plain)
+    state = plain.state_dict()
+    merged = merged_state(plain, state)
+    assert not [name for name in merged if "base_layer" in name or "lora_" in name]
+    first, second = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
+    assert merged[first] is merged[second]
+    assert not torch.equal(merged[first], state[first.replace(".weight", ".base_layer.weight")])
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_weight_that_two_layers_share_is_not_merged(place):
+    """Zamba's shared block, each place with adapters of its own."""
+    with pytest.raises(ModelError, match="shares its weight with another layer"):
+        load_model(tiny_config("zamba"), lora={"rank": 2, "merge": True}, packed=False, device=place)
+    load_model(tiny_config("zamba"), lora={"rank": 2}, packed=False, device=place)

@@ -49,8 +49,6 @@ def loaded(source):
 
 OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 READER = Path(__file__).with_name("old_reader.py")
-# Of families that both know: what is unlike in the result, and why.
-UNLIKE = {"qwen2": ({"ids", "added", "special"}, "transformers 5 reads any tokenizer.json beside a Qwen2 as Qwen2's own")}
 # What 4 writes and 5 does not load whole: there is nothing to be saved.
 NOT_WHOLE = {
     "cpmant": "the head is tied to more rows than it has in 5, and drawn",
@@ -120,12 +118,14 @@ def test_transformers_4_reads_every_family(old_python, tmp_path):
         save_pretrained(model, load_tokenizer(source), result)
         unlike = differences(source, result) - {("model.safetensors", None)}
         named = {key for key in unlike if not key[0].endswith(".safetensors")} - DIFFERENCES.keys()
-        assert not named or kind in UNLIKE, (kind, named)
+        assert not named, (kind, named)
     found = old(old_python, "read", tmp_path / "models")
     assert len(found) > 80, refused
+    wrong = {}
     for kind, seen in found.items():
         if seen.get("source"):  # 4.57.6 does not read what it wrote
             continue
-        assert "error" not in seen, (kind, seen)
-        unlike = {*seen["unlike"], *(["logits"] if seen["difference"] else [])}
-        assert unlike == UNLIKE.get(kind, (set(), ""))[0], (kind, seen)
+        if seen.get("unlike", ["error"]) or seen["difference"]:
+            wrong[kind] = seen
+    assert not wrong, f"{len(wrong)} of {len(found)}: {wrong}"
+    print(f"{len(found)} of {len(sources)} families are equal")

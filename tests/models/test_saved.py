@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from repsft_fast import train
 from repsft_fast.config import Config
@@ -14,12 +14,13 @@ from repsft_fast.config.checks import warnings
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model, load_tokenizer, save_pretrained
 from repsft_fast.models.export import cast
+from repsft_fast.models.load import _forget_quantisation
 from repsft_fast.models.readable import ModelForm, model_form, tokenizer_form
 from tests import ranks, runs, tiny
+from tests.models.architectures import tiny_config
 from tests.models.sources import (
     DIFFERENCES,
     OLD_FORMS,
-    TEMPLATE,
     THETA,
     VOCABULARY,
     change,
@@ -73,6 +74,14 @@ def test_what_lay_beside_a_source_that_is_gone(tmp_path):
     save_pretrained(model, words, tmp_path / "result")
     assert read(tmp_path / "result" / "config.json")["rope_theta"] == THETA
     assert (tmp_path / "result" / "special_tokens_map.json").exists()
+
+
+def test_what_lies_beside_a_gguf_file_is_not_its_source(tmp_path):
+    """Of a model before it was quantised, or of another: its types and its rope_theta say nothing of these weights."""
+    model = load_model(write_source(tmp_path / "source"))
+    del model.__dict__["_source_form"]
+    _forget_quantisation(model)  # which is what tells them apart
+    assert model_form(model) == ModelForm()
 
 
 def test_a_source_in_the_cache_of_the_hub(tmp_path, monkeypatch):
@@ -195,6 +204,42 @@ class TestTypes:
             "bfloat16", "float32", "float32", "bfloat16", "bfloat16",
         ]  # fmt: skip
 
+    @pytest.mark.parametrize(("kind", "wide"), [("mixtral", "block_sparse_moe.gate"), ("gpt2", "ln_")])
+    def test_weights_that_the_library_renames(self, kind, wide, tmp_path):
+        """Mixtral's routers and stacked experts; GPT-2's files leave out the first part of every name."""
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+        file = tmp_path / "source" / "model.safetensors"
+        weights = load_file(file)
+        assert any(wide in name for name in weights)
+        save_file(
+            {
+                name.removeprefix("transformer."): value.float() + 1 / 3 if wide in name else value
+                for name, value in weights.items()
+            },
+            file,
+            metadata={"format": "pt"},
+        )
+        assert save_pretrained(load_model(tmp_path / "source"), None, tmp_path / "result") == []
+        old, new = load_file(file), load_file(tmp_path / "result" / "model.safetensors")
+        assert {name: value.dtype for name, value in new.items()} == {
+            name: torch.float32 if wide in name else torch.bfloat16 for name in weights
+        }
+        assert all(torch.equal(new[name], old[name.removeprefix("transformer.")]) for name in new)
+
+    def test_a_stack_has_the_widest_type_of_its_parts(self, tmp_path):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(tiny_config("mixtral"), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / "source")
+        file = tmp_path / "source" / "model.safetensors"
+        weights = load_file(file)
+        name = next(name for name in weights if name.endswith("experts.1.w2.weight"))
+        save_file({**weights, name: weights[name].float()}, file, metadata={"format": "pt"})
+        save_pretrained(load_model(tmp_path / "source"), None, tmp_path / "result")
+        made = load_file(tmp_path / "result" / "model.safetensors")
+        assert made[name].dtype == torch.float32
+        assert made[name.replace("w2", "w1")].dtype == torch.bfloat16
+
     def test_tied_weights_stay_one(self):
         value = torch.ones(2, 2)
         made, _ = cast({"a": value, "b": value, "n": torch.ones(1, dtype=torch.int64)}, ModelForm(most=torch.bfloat16))
@@ -220,6 +265,26 @@ def test_modes_are_the_umasks(mask, mode, tmp_path):
         assert os.umask(mask) == mask, "asking has not changed it"
     finally:
         os.umask(before)
+
+
+POLICY = {"mixture__policy": "msft", "data__validation_fraction": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("mask", "changes"),
+    [(0o022, {}), (0o027, {"model__lora": {"rank": 2, "merge": True}}), (0o077, POLICY), (0o002, {"model__lora": {"rank": 2}})],
+)
+def test_modes_of_everything_a_run_writes_are_the_umasks(mask, changes, tmp_path):
+    settings = runs.settings(tmp_path, tasks=2, checkpoint__every_updates=2, budget__epochs=1, **changes)
+    before = os.umask(mask)
+    try:
+        train(Config.of(settings))
+    finally:
+        os.umask(before)
+    written = [path for folder in ("run", "cache") for path in [tmp_path / folder, *(tmp_path / folder).rglob("*")]]
+    assert {path.name for path in written} >= {"result.json", "run.yaml", "run.png", "metrics.jsonl", "MANIFEST.json", ".lock"}
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o7777 for path in written}
+    assert modes == {name: (0o777 if (tmp_path / name).is_dir() else 0o666) & ~mask for name in modes}
 
 
 SAMPLED = {"temperature": 0.6, "do_sample": False, "top_p": 0.9, "eos_token_id": 2, "bos_token_id": 1, "own_key": 3}
@@ -256,72 +321,6 @@ class TestGeneration:
         made = read(tmp_path / "result" / "generation_config.json")
         assert (made["temperature"], made["max_length"]) == (0.7, 50)
         load_model(tmp_path / "result")
-
-
-class TestTokenizer:
-    @pytest.mark.parametrize("places", [("config",), ("file",), ("config", "file"), ()])
-    def test_the_chat_template_stands_where_it_stood(self, places, tmp_path):
-        source = write_source(tmp_path / "source")
-        if "file" in places:
-            (source / "chat_template.jinja").write_text(TEMPLATE)
-        if "config" not in places:
-            config = read(source / "tokenizer_config.json")
-            del config["chat_template"]
-            write(source / "tokenizer_config.json", config)
-        words = load_tokenizer(source)
-        if places:
-            words.chat_template = "another"
-        save_pretrained(load_model(source), words, tmp_path / "result")
-        made = read(tmp_path / "result" / "tokenizer_config.json")
-        assert made.get("chat_template") == ("another" if "config" in places else None)
-        assert (tmp_path / "result" / "chat_template.jinja").exists() == ("file" in places)
-        assert load_tokenizer(tmp_path / "result").chat_template == ("another" if places else None)
-
-    def test_vocabulary_files_of_the_same_tokens_come_along(self, tmp_path):
-        source = write_source(tmp_path / "source")
-        (source / "tokenizer.model").write_bytes(b"pieces")
-        write(source / "added_tokens.json", {"<think>": VOCABULARY - 1})
-        saved(source, tmp_path / "result")
-        assert (tmp_path / "result" / "tokenizer.model").read_bytes() == b"pieces"
-        assert read(tmp_path / "result" / "added_tokens.json") == {"<think>": VOCABULARY - 1}
-
-    def test_of_other_tokens_they_stay_behind(self, tmp_path):
-        source = write_source(tmp_path / "source")
-        (source / "tokenizer.model").write_bytes(b"pieces")
-        words = load_tokenizer(source)
-        words.add_tokens(["<new>"])
-        words.add_special_tokens({"additional_special_tokens": ["<tool>", "<other>"]})
-        save_pretrained(load_model(source), words, tmp_path / "result")
-        assert not (tmp_path / "result" / "tokenizer.model").exists()
-        made = read(tmp_path / "result" / "tokenizer_config.json")
-        assert made["additional_special_tokens"] == ["<tool>", "<other>"]
-        assert made["extra_special_tokens"] == {}
-        assert {entry["content"] for entry in made["added_tokens_decoder"].values()} >= {"<new>", "<other>", "<think>"}
-        again = load_tokenizer(tmp_path / "result")
-        assert again.get_vocab() == words.get_vocab()
-        assert again("w5 <new> <other> <tool>")["input_ids"] == words("w5 <new> <other> <tool>")["input_ids"]
-
-    def test_named_special_tokens_stay_named(self, tmp_path):
-        source = write_source(tmp_path / "source")
-        change(source / "tokenizer_config.json", extra_special_tokens={"image_token": "<tool>"}, image_token="<tool>")
-        saved(source, tmp_path / "result")
-        made = read(tmp_path / "result" / "tokenizer_config.json")
-        assert made["extra_special_tokens"] == {"image_token": "<tool>"}
-        assert AutoTokenizer.from_pretrained(tmp_path / "result").image_token == "<tool>"
-
-    def test_without_a_configuration_of_its_own(self, tmp_path):
-        source = write_source(tmp_path / "source")
-        (source / "tokenizer_config.json").unlink()
-        saved(source, tmp_path / "result")
-        assert "tokenizer_class" not in read(tmp_path / "result" / "tokenizer_config.json")
-        assert load_tokenizer(tmp_path / "result").get_vocab() == load_tokenizer(source).get_vocab()
-
-    def test_of_the_new_form_it_stays_in_the_new_form(self, tmp_path):
-        source = write_source(tmp_path / "source")
-        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "new")
-        words = load_tokenizer(tmp_path / "new")
-        save_pretrained(load_model(source), words, tmp_path / "result")
-        assert read(tmp_path / "result" / "tokenizer_config.json") == read(tmp_path / "new" / "tokenizer_config.json")
 
 
 def test_what_has_changed_since_is_not_put_back():

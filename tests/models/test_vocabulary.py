@@ -1,9 +1,11 @@
 """Rows for tokens that the model has none for: embedding, head, bias, saved sizes; what cannot be grown is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repsft_fast import train
@@ -12,7 +14,7 @@ from repsft_fast.errors import ConfigError, DataError, ModelError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models.vocabulary import grow_vocabulary, tokens_of
 from tests import ranks, runs
-from tests.models.architectures import VOCABULARY, tiny_config
+from tests.models.architectures import KINDS, VOCABULARY, tiny_config
 from tests.models.sources import write_source
 
 SIZE = VOCABULARY + 5
@@ -120,6 +122,35 @@ def test_what_transformers_cannot_resize_is_refused(monkeypatch):
         grow_vocabulary(model, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("mllama", "its embedding and head have 105 and 97 rows, of which some are no tokens of text"),
+        ("marian", "its configuration would not give model.decoder.embed_tokens.weight their new sizes when it is loaded"),
+        ("deepseek_v4", r"its configuration would not give model\.layers\.0\.mlp\.gate\.tid2eid their new sizes"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_refused(kind, why):
+    """Rows of images beside those of tokens, sizes by other names, experts chosen by a table over tokens."""
+    if kind not in KINDS:
+        pytest.skip("an older transformers does not know it")
+    with pytest.raises(ModelError, match=rf"^model\.resize_vocabulary: \w+ cannot be given more tokens \({why}"):
+        grow_vocabulary(made(kind), SIZE)
+
+
+def test_weights_that_come_apart_are_refused(monkeypatch):
+    model = made(tie_word_embeddings=True)
+    resize = type(model).resize_token_embeddings
+
+    def untied(self, *arguments, **options):
+        resize(self, *arguments, **options)
+        self.lm_head.weight = torch.nn.Parameter(self.lm_head.weight.detach().clone())
+
+    monkeypatch.setattr(type(model), "resize_token_embeddings", untied)
+    with pytest.raises(ModelError, match=r"\(model\.embed_tokens\.weight and lm_head\.weight come apart"):
+        grow_vocabulary(model, SIZE)
+
+
 def test_with_adapters_they_would_not_be_learned(tmp_path):
     with pytest.raises(ModelError, match=r"adapters leave the embedding frozen.*expected 97 tokens, got 102; drop model\.lora"):
         grow_vocabulary(made(), SIZE, frozen=True)
@@ -151,6 +182,22 @@ def test_a_run_learns_them(tmp_path):
     rows = model.get_output_embeddings().weight[VOCABULARY:]
     assert not torch.allclose(rows[0], rows[1], atol=1e-3), "each went its own way"
     assert "2 tokens more than the model had" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_goes_on_has_the_same_bits(tmp_path):
+    settings = larger_tokenizer(tmp_path, {"resize_vocabulary": True, "save_dtype": "float32"})
+    settings |= {"checkpoint": {"every_updates": 1, "keep_last": 9}, "budget": {"updates": 4}}
+    train(Config.of(settings))
+    whole = load_file(tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    for later in sorted((tmp_path / "run" / "checkpoints").glob("gen-*"))[1:]:
+        shutil.rmtree(later)
+    train(Config.of(settings), resume=True)
+    again = load_file(tmp_path / "run" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert "goes on after update 1" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_without_it_the_line_to_type_is_named(tmp_path):

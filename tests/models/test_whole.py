@@ -1,6 +1,7 @@
 """A model is loaded whole or refused: every tensor misspelt, dropped and reshaped once; the causes that are named."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -88,10 +89,65 @@ def test_every_tensor_misspelt_dropped_and_reshaped(changed, sources, name):
         refused(folder, f"{key}: {[size[0] - 1, *size[1:]]} in the file, {size} by the configuration", ways=WAYS[1:2])
 
 
+SLOW = ("gpt2", "qwen3_moe", "deepseek_v3", "gpt_oss", "phi3", "gemma3_text", "bloom", "mamba2", "olmoe")
+
+
+@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_tensor_of_architectures_that_rename_and_merge(tmp_path, name):
+    """Of some of them transformers merges experts or splits projections as it loads; none says which."""
+    with quiet():
+        AutoModelForCausalLM.from_config(tiny_config(name)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    options = {"device": "meta", "packed": name != "mamba2"}
+    assert load_model(tmp_path, **options).load_said == []
+    kinds = {re.sub(r"\d+", "0", key): key for key in sorted(weights)}  # the last layer's and expert's
+    for key in sorted(kinds.values() if name == "mixtral" else weights):
+        for made in (
+            {(f"{k}x" if k == key else k): v for k, v in weights.items()},
+            {k: v for k, v in weights.items() if k != key},
+            {k: (v[:-1].clone() if k == key else v) for k, v in weights.items()},
+        ):
+            save_file(made, tmp_path / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(ModelError, match=r"^model\.path: ") as raised:
+                load_model(tmp_path, **options)
+            assert "conversion" not in str(raised.value), (key, str(raised.value))
+
+
+def test_weights_of_single_experts_are_named(tmp_path):
+    with quiet():
+        AutoModelForCausalLM.from_config(tiny_config("mixtral")).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in sorted(weights) if "experts.1." in key)
+    save_file({k: v for k, v in weights.items() if k != key}, tmp_path / "model.safetensors")
+    refused(tmp_path, f"1 weights of single experts are missing in it ({key})")
+    weights[key] = weights[key][:-1].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    refused(tmp_path, f"1 are of another shape than those of the other experts ({key}: ")
+
+
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "foo.bar."])
 def test_a_foreign_prefix(changed, prefix):
     folder = changed(lambda w: {prefix + k: v for k, v in w.items()})
     refused(folder, "21 of the model's 21 weights are missing", "21 weights of it are not", f"its names carry {prefix}")
+
+
+def test_a_prefix_in_place_of_another_or_missing(changed):
+    text = changed(lambda w: {k.replace("model.", "model.language_model.", 1): v for k, v in w.items()})
+    refused(text, "its names say model.language_model. where the model says model.: rename them")
+    bare = changed(lambda w: {k.removeprefix("model."): v for k, v in w.items()})  # a backbone saved alone, and its head
+    whole = changed(lambda w: w)
+    assert all(torch.equal(a, b) for a, b in zip(load_model(bare).parameters(), load_model(whole).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"model_type": "qwen3"}])
+def test_weights_missing_in_every_layer_are_no_further_layers(changed, changes):
+    refused(changed(lambda w: w, **changes), "missing in it", "is its config.json that of these weights?")
+
+
+def test_a_head_of_another_kind_is_no_further_layer(changed):
+    refused(
+        changed(lambda w: w | {"medusa_head.0.linear.weight": torch.ones(2, 2)}), "is its config.json that of these weights?"
+    )
 
 
 @pytest.mark.parametrize(("layers", "words"), [(3, ("9 of the model's 30", "more layers")), (1, ("9 weights", "fewer layers"))])
@@ -133,6 +189,9 @@ def test_a_tied_model_whose_file_has_another_head(changed):
     refused(changed(lambda w: w | {"lm_head.weight": w[key] + 1}, "llama-tied"), "the file holds two different ones")
     model = load_model(changed(lambda w: w | {"lm_head.weight": w[key]}, "llama-tied"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    alone = load_model(changed(lambda w: {("lm_head.weight" if k == key else k): v for k, v in w.items()}, "llama-tied"))
+    assert alone.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)  # the head alone, under its own name
+    assert alone.lm_head.weight is alone.model.embed_tokens.weight
 
 
 def test_old_tables_of_positions_and_heads_of_several_tokens_are_no_reason(changed):
@@ -142,6 +201,35 @@ def test_old_tables_of_positions_and_heads_of_several_tokens_are_no_reason(chang
     for way in WAYS:
         (said,) = load_model(folder, **way).load_said
         assert "holds 2 weights whose head that predicts several tokens is not loaded" in said
+
+
+def test_what_the_class_leaves_out_in_silence_is_said(tmp_path):
+    """A layer that it knows by number as a head that predicts several tokens; masks and positions of old files are not."""
+
+    def said(name, *more, **options):
+        with quiet():
+            AutoModelForCausalLM.from_config(tiny_config(name)).save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        save_file({**weights, **dict(more)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        made = [load_model(tmp_path, **options, **way).load_said for way in WAYS[:2]]
+        assert made[0] == made[1]
+        return made[0]
+
+    further = ("model.layers.61.eh_proj.weight", torch.ones(2, 2)), ("model.layers.61.enorm.weight", torch.ones(2))
+    (words,) = said("deepseek_v3", *further)
+    assert "holds 2 weights (model.layers.61.eh_proj.weight, model.layers.61.enorm.weight) that transformers leaves" in words
+    masks = torch.ones(1, 1, 4, 4, dtype=torch.uint8), torch.tensor(-1e4)
+    for name in ("gpt2", "gptj"):
+        old = ("transformer.h.0.attn.bias", masks[0]), ("transformer.h.0.attn.masked_bias", masks[1])
+        assert said(name, *old, packed=False) == []
+    inv_freq = ("gpt_neox.layers.0.attention.rotary_emb.inv_freq", torch.ones(4))
+    assert said("gpt_neox", ("gpt_neox.layers.0.attention.bias", masks[0]), inv_freq) == []
+
+
+def test_numbers_that_are_not_finite_in_the_type_of_most_files(changed):
+    folder = changed(lambda w: {k: v.bfloat16() for k, v in w.items()} | {"model.norm.weight": torch.full((32,), float("nan"))})
+    with pytest.raises(ModelError, match=r"held in bfloat16 \(model\.norm\.weight: 32\)"):
+        load_model(folder, param_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -98,3 +98,19 @@ def test_distinct_rows_change_no_bit(dtype):
         alone.append(again.grad[row])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(hidden.grad[rows], torch.stack(alone), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("rows", "got"), [([0, -1], -1), ([N], N), ([1, 10**12], 10**12)])
+def test_rows_that_are_not_there(rows, got, compiled):
+    """Negative ones too: index_select would not count them from the end either."""
+    hidden, head, targets = inputs(torch.float32)
+    run = torch.compile(linear_cross_entropy, backend="aot_eager") if compiled else linear_cross_entropy
+    with pytest.raises(IndexError, match=f"rows: has an index that hidden has no row for, expected 0 … 8, got {got}"):
+        run(hidden, head, targets, None, torch.tensor(rows))
+
+
+def test_batches_of_hidden_states_are_flattened_by_the_caller():
+    hidden, head, targets = inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"expected two dimensions, got \(3, 3, 8\); flatten it: hidden.flatten\(0, -2\)"):
+        linear_cross_entropy(hidden.view(3, 3, H), head, targets.view(3, 3))

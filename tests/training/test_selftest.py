@@ -42,7 +42,7 @@ def leak(parts, monkeypatch):
     from repsft_fast.models import loss
 
     plain = loss.hidden_states
-    monkeypatch.setattr(loss, "hidden_states", lambda *a: (lambda h: h + 0.1 * h.mean(0, keepdim=True))(plain(*a)))
+    monkeypatch.setattr(loss, "hidden_states", lambda *a, **k: (lambda h: h + 0.1 * h.mean(0, keepdim=True))(plain(*a, **k)))
 
 
 def denominator_of_the_row(parts, monkeypatch):
