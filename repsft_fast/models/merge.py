@@ -48,8 +48,8 @@ def check_merge(model: nn.Module) -> None:
     """Merge one layer of each kind, with numbers of its own, and compare with peft's forward. ModelError where they differ.
 
     Layers are stand-ins of the same sizes on the CPU: nothing of the model is read or drawn from its generator, so sharded
-    models and those on meta are checked too. A weight that another layer has too (Zamba's shared block) has one adapter here and
-    another there, or none: refused.
+    models and those on meta are checked too. A weight that another layer has too (Zamba's shared block) has one adapter here,
+    and another or none there: refused.
     """
     holders: dict[int, set[int]] = {}
     for module in model.modules():
