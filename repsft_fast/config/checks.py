@@ -92,7 +92,7 @@ def _model(config: Settings) -> Iterator[Finding]:
                 "model.resize_vocabulary",
                 "adapters leave the embedding frozen, so new tokens would never be learned",
                 got="true with model.lora",
-                todo="drop one of the two",
+                todo="drop model.lora, or first save a model with the new rows by a run without adapters, and adapt that one",
             ),
         )
     source = getattr(model.lora, "from", None)

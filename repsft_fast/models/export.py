@@ -49,7 +49,13 @@ def save_pretrained(
     dtype: of the weights. auto: each in the type its source has it in; without weights to start from, as they are held.
     Returns what is to be said of the cast. ModelError for `merge_lora` without adapters, and for other types.
     """
+    if not isinstance(model, PreTrainedModel):
+        todo = "a PeftModel writes its own folder: model.save_pretrained(folder)"
+        raise ModelError(describe("save_pretrained", "is for a PreTrainedModel", got=type(model).__name__, todo=todo))
     adapted = has_lora(model)
+    if adapted and ADAPTER not in model.peft_config:
+        named = ", ".join(model.peft_config)
+        raise ModelError(describe("save_pretrained", "knows adapters of one name", expected=ADAPTER, got=named))
     if merge_lora and not adapted:
         raise ModelError(describe("model.lora.merge", "there are no adapters to merge"))
     _type_of(dtype)
@@ -81,13 +87,33 @@ def write_state(
     if has_lora(model) and not merge_lora:
         _save_adapters(model, state, form, folder)
     else:
-        twin, whole = _twin(model), merged_state(model, state) if merge_lora else state
-        whole, said = cast(whole, in_the_models_names(form, twin, whole), dtype)
+        twin, held = _twin(model), merged_state(model, state) if merge_lora else state
+        named = in_the_models_names(form, twin, held)
+        whole, said = cast(held, named, dtype)
+        if merge_lora:
+            said += _narrowed(held, whole, named)
         _save_model(model, twin, whole, form, folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
     _by_the_umask(folder)
     return said
+
+
+def _narrowed(held: Mapping[str, Tensor], saved: Mapping[str, Tensor], form: ModelForm) -> list[str]:
+    """The base of adapters is held in the type that is computed with: of a wider source the merged model has rounded weights,
+    also where nothing was added, in the source's type."""
+    counts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for name, value in {id(value): (name, value) for name, value in held.items() if value.is_floating_point()}.values():
+        source = form.type_of(name)
+        wider = (source or value.dtype, saved[name].dtype)
+        if all(torch.promote_types(dtype, value.dtype) != value.dtype for dtype in wider):
+            counts[wider[0], value.dtype] += value.numel()
+    total = sum(value.numel() for value in {id(value): value for value in held.values()}.values())
+    return [
+        f"{count:,} of {total:,} merged weights are of a base held in {_name(narrow)}, rounded from {_name(wide)}; "
+        f"model.compute_dtype: float32 keeps them, or merge the saved adapters into the base with peft"
+        for (wide, narrow), count in counts.items()
+    ]
 
 
 def cast(

@@ -7,14 +7,29 @@ saved with a wrong end token never stops; so the file has the last word.
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import AutoConfig, PreTrainedConfig
 
 from repsft_fast.errors import ModelError, describe
 
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+
+
+def config_of_file(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
+    """The architecture in a GGUF file of a folder. transformers parses all of it, every token of the vocabulary too: 5 s for
+    50k tokens, and a run asks several times before it trains."""
+    there = Path(folder, gguf_file).stat()
+    return copy.deepcopy(_config_of_file(str(folder), gguf_file, there.st_size, there.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _config_of_file(folder: str, gguf_file: str, size: int, changed_ns: int) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
 
 
 def declared(file: Path) -> dict[str, int]:

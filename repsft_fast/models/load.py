@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -33,14 +34,14 @@ from repsft_fast.models.folder import (
     settings_of,
     stored_weights,
 )
-from repsft_fast.models.gguf import correct, declared
+from repsft_fast.models.gguf import config_of_file, correct, declared
 from repsft_fast.models.instead import no_weights
 from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
 from repsft_fast.models.lengths import forget_longest, learned_positions
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.loss import Head, LossSettings, attach_loss, backbone_of, supported_dtype
 from repsft_fast.models.meant import check_meant, said_of_config, said_of_generation
-from repsft_fast.models.places import CORRECT, config_wrong, is_of_config, located, unreadable
+from repsft_fast.models.places import CORRECT, NO_TOKENIZER, config_wrong, is_of_config, located, unreadable
 from repsft_fast.models.readable import model_form, tokenizer_form
 from repsft_fast.models.tokenizer_file import as_the_file_says
 from repsft_fast.models.vocabulary import grow_vocabulary
@@ -88,7 +89,8 @@ def load_model(
     device meta: the architecture without memory, to be sized and never trained; no weights are read.
     Raises ModelError when the model cannot be loaded or would not train on what was asked.
     """
-    device = torch.device(device)
+    with library("device", device, "give cpu, cuda or meta"):
+        device = torch.device(device)
     place = device if weights_on is None else torch.device(weights_on)
     held = supported_dtype(param_dtype, "model.param_dtype")
     if compute_dtype is None:
@@ -100,12 +102,14 @@ def load_model(
         options["attn_implementation"] = implementation
     check_backend(attention)
     check_layer_kernels(layer_kernels, compile)
+    if "cuda" in (device.type, place.type) and not torch.cuda.is_available():
+        raise ModelError(describe("device", "torch finds no CUDA device", got=str(device), todo="give cpu"))
     path = str(path_or_config) if isinstance(path_or_config, str | Path) else None
     config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     # Built without memory first: sizes and names are checked before memory is taken and a weight is read, on every rank alike.
     where, got = ("model.config", config.model_type) if path is None else ("model.path config.json", path)
     model: Any
-    shape = model = _on_meta(config, trust_remote_code, options, where, got)
+    shape = model = _on_meta(copy.deepcopy(config), trust_remote_code, options, where, got)  # which is written into
     check_meant(shape, where)
     check_loads_again(shape)
     check_memory(shape, options["dtype"], place, where, got)
@@ -118,7 +122,7 @@ def load_model(
         said = _check_stored(shape, path, gguf_file, options)
         _generate_as_saved(shape, *located(path, gguf_file)[::2])
         if place.type != "meta":
-            model, zero = _from_path(path, gguf_file, trust_remote_code, options)
+            model, zero = _from_path(path, config, gguf_file, trust_remote_code, options)
             if said is None:  # the hub sent it only now
                 said = _check_stored(shape, path, gguf_file, options)
             if said is not None:
@@ -138,7 +142,8 @@ def load_model(
     compile_layers(model, compile)
     forget_longest(model)
     model.position_limit = learned_positions(backbone_of(model))
-    model.load_said = [*(said or []), *said_of_generation(model, "model.path generation_config.json")]  # words for the user
+    ends = "model.config" if path is None else "model.path generation_config.json"
+    model.load_said = [*(said or []), *said_of_generation(model, ends)]  # words for the user
     model.compute_dtype = computed
     model_form(model)  # the folder may be gone when the model is saved
     return model.train()
@@ -179,6 +184,9 @@ def load_tokenizer(
         tokenizer, said = as_the_file_says(tokenizer, here, setting)
     with library(f"{setting} tokenizer_config.json", str(path), CORRECT):
         tokenizer("")  # settings of the wrong type show when it is used
+        special = {*tokenizer.all_special_tokens, "▁"}
+        if not gguf and not tokenizer.get_vocab().keys() - special:  # transformers makes one of its class's name alone
+            raise ModelError(describe(setting, "holds no tokenizer, only special tokens", got=str(path), todo=NO_TOKENIZER))
     tokenizer.__dict__["load_said"] = said
     tokenizer_form(tokenizer)
     return tokenizer
@@ -225,7 +233,11 @@ def config_of(
         return unreadable(error, path_or_config, folder=folder)
 
     with library("model.path", path_or_config, instead=instead), offline(unreached):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        if gguf and os.path.isdir(folder):
+            config = config_of_file(folder, **gguf)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        config._attn_implementation = None  # one that the file names would go before ours, and may not be installed
     if not gguf and (here := folder_of(folder)) is not None:  # again: it may have been fetched only now
         check_model_files(here, "model.path")
     return config
@@ -262,11 +274,12 @@ def _check_stored(model: PreTrainedModel, path: str, gguf_file: str | None, opti
 
 
 def _from_path(
-    path: str, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]
+    path: str, config: PreTrainedConfig, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
     folder, gguf, unreached = located(path, gguf_file)
     # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
-    options = {**options, **(gguf or {"use_safetensors": True}), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    read: dict[str, Any] = {**(gguf or {"use_safetensors": True}), "config": config}
+    options = {**options, **read, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def instead(error: BaseException) -> ModelError:
         if _names_our_attention(error):
@@ -315,7 +328,11 @@ def _from_config(
     def instead(error: BaseException) -> ModelError:
         if _names_our_attention(error):
             return no_packed_rows(config.model_type, _NO_INTERFACE)
-        return ModelError(describe(where, first_words(error), got=got or config.model_type, todo="correct it"))
+        wrong, todo = first_words(error), "correct it"
+        if wrong.startswith("Unrecognized configuration class"):  # and a list of all that are
+            wrong = f"model_type {config.model_type} is no causal language model to transformers {transformers.__version__}"
+            todo = "give a causal language model, of text alone"
+        return ModelError(describe(where, wrong, got=got or config.model_type, todo=todo))
 
     with library(where, got, instead=instead):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)

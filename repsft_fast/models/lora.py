@@ -24,6 +24,7 @@ from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.adapter_folder import AdapterFolder
 from repsft_fast.models.door import first_words, library
 from repsft_fast.models.merge import ADAPTER, adapted_layers, check_merge, merged_state, parameter_of, plain_name
+from repsft_fast.models.readable import was_gguf, weights_were_read
 from repsft_fast.models.targets import WHERE, Targets, check_folders, choose, renamed_by_peft, routers, shortest
 
 __all__ = ["ADAPTER", "LoraSettings", "add_lora", "has_lora", "lora_said", "merged_state"]
@@ -40,10 +41,16 @@ class LoraSettings:
 
     @staticmethod
     def of(given: Any) -> LoraSettings:
-        """From a mapping or any object with these attributes; others it has are not read."""
+        """From a mapping or any object with these attributes; others it has are not read.
+
+        ModelError for what has not the first two: peft's LoraConfig, whose names are other ones, or true and false.
+        """
         if isinstance(given, LoraSettings):
             return given
         names = {("from" if field.name == "source" else field.name): field.name for field in fields(LoraSettings)}
+        if not isinstance(given, Mapping) and not all(hasattr(given, name) for name in ("rank", "alpha")):
+            expected = f"a mapping of {', '.join(names)}; None for no adapters"
+            raise ModelError(describe("model.lora", "are no settings of adapters", expected=expected, got=str(given)))
         values = given if isinstance(given, Mapping) else {name: getattr(given, name) for name in names if hasattr(given, name)}
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -73,7 +80,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     if any(hasattr(module, "backward_pass") for module in model.modules()):  # Reformer's
         wrong = f"{type(model).__name__} has reversible layers, whose backward pass wants weights before them that are trained"
         raise ModelError(describe("model.lora", wrong, todo="train all of it: drop model.lora"))
-    said: list[str] = []
+    said = [] if settings.merge else _said_of_base(model)
     folder = None if settings.source is None else AdapterFolder.read(settings.source)
     if folder is None:
         config = peft.LoraConfig(
@@ -138,9 +145,22 @@ def lora_said(model: nn.Module) -> list[str]:
 
 
 def base_of(model: PreTrainedModel) -> str | None:
-    """Where the frozen weights are: a folder by its whole path, so that adapters find it from anywhere, or a hub id."""
-    name = getattr(model, "name_or_path", None) or None
+    """Where the frozen weights are: a folder by its whole path, so that adapters find it from anywhere, or a hub id.
+
+    None for random ones: a path gave their configuration, and holds others.
+    """
+    name = (getattr(model, "name_or_path", None) or None) if weights_were_read(model) else None
     return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
+
+
+def _said_of_base(model: PreTrainedModel) -> list[str]:
+    """Adapters are nothing without their base: where a reader of their folder will not find it."""
+    merge = "set model.lora.merge: true to save the whole model"
+    if not weights_were_read(model):
+        return [f"model.lora: the adapters are saved without the random weights beside which they learn; {merge}"]
+    if was_gguf(model):
+        return [f"model.lora: the base is a GGUF file: who loads it for the adapters must name it as gguf_file; or {merge}"]
+    return []
 
 
 def _name_targets(model: PreTrainedModel, config: Any, chosen: Targets) -> None:

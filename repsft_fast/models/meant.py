@@ -19,8 +19,9 @@ from repsft_fast.errors import ModelError, describe, did_you_mean
 from repsft_fast.models.door import library
 
 _OF_ROPE = ("factor", "long_factor", "short_factor", "attention_factor")
-_OLD_KEYS = {  # which are still read
+_OLD_KEYS = {  # which are still read, or were every model's once
     "rope_theta", "rope_scaling", "torch_dtype", "rotary_pct", "rotary_emb_base", "partial_rotary_factor",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_encoder_decoder",
 }  # fmt: skip
 _ALIKE = 0.9  # of two keys, one of them unknown, to be taken for one that is misspelt
 

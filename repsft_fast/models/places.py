@@ -16,6 +16,9 @@ from repsft_fast.models.instead import CONFIG, instead_of_a_model
 
 PACKAGE_PREFIX = "package:"
 CORRECT = "correct it, or fetch it again"
+NO_TOKENIZER = "fetch it, or set tokenizer.path to a folder that has one"
+_TRUST = "read that code, and set model.trust_remote_code to true if it may run here"
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", ".model", ".tiktoken")
 _NAMED_IN_A_FOLDER = (CONFIG, "tokenizer.json", "tokenizer_config.json")
 
 
@@ -71,10 +74,14 @@ def unreadable(
     if os.path.isfile(folder):
         wrong = "is a file"
         todo = f"give the folder it is in: {Path(folder).parent}"
+    elif _asks_for_code(error):
+        todo = _TRUST
     elif os.path.isdir(folder):
         if not any(Path(folder, name).exists() for name in _NAMED_IN_A_FOLDER):
             neither = "the folder holds neither a model nor a tokenizer", todo
             wrong, todo = instead_of_a_model(Path(folder)) or neither
+        elif "tokenizer" in what and not any(name.endswith(_TOKENIZERS) for name in os.listdir(folder)):
+            wrong, todo = "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json …)", NO_TOKENIZER
     elif why := why_not_reached(folder, "model"):
         wrong = f"is no folder here ({Path(folder).absolute()}), and could not be had from the hub or its cache ({why})"
         todo += "; HF_HUB_OFFLINE=1 reads the cache without asking"
@@ -84,11 +91,15 @@ def unreadable(
 def config_wrong(error: BaseException, path: str | Path, setting: str = "model.path") -> ModelError:
     """For a config.json that transformers does not take."""
     todo = CORRECT
-    if "trust_remote_code" in str(error) or "custom code which must be executed" in str(error):
-        todo = "read that code, and set model.trust_remote_code to true if it may run here"
+    if _asks_for_code(error):
+        todo = _TRUST
     elif "does not recognize this architecture" in str(error):
         todo = f"upgrade transformers ({transformers.__version__} here), or correct model_type"
     return ModelError(describe(f"{setting} {CONFIG}", first_words(error), got=str(path), todo=todo))
+
+
+def _asks_for_code(error: BaseException) -> bool:
+    return "trust_remote_code" in str(error) or "custom code which must be executed" in str(error)
 
 
 def is_of_config(error: BaseException, folder: str, trust_remote_code: bool) -> bool:

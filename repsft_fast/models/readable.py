@@ -73,12 +73,21 @@ class TokenizerForm:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+def weights_were_read(model: PreTrainedModel) -> bool:
+    """Out of files, not drawn at random. True on meta, where nobody knows."""
+    return _LOADED_FROM_FILES in model.__dict__ or was_gguf(model) or any(p.is_meta for p in model.parameters())
+
+
+def was_gguf(model: PreTrainedModel) -> bool:
+    return _FROM_GGUF in model.__dict__
+
+
 def model_form(model: PreTrainedModel) -> ModelForm:
     """Read at the first call and kept with the model: the source may be gone when the run ends."""
     kept = model.__dict__.get(_KEPT)
     if not isinstance(kept, ModelForm):
         # What lies beside a GGUF file is said of other weights: of the model before it was quantised, or of another.
-        folder = None if _FROM_GGUF in model.__dict__ else _folder(model.config._name_or_path)
+        folder = None if was_gguf(model) else _folder(model.config._name_or_path)
         kept = _read_model(folder, weights=_LOADED_FROM_FILES in model.__dict__)
         model.__dict__[_KEPT] = kept
     return kept

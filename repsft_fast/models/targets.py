@@ -88,6 +88,8 @@ def choose(model: PreTrainedModel, given: str | Sequence[str], renames: Callable
             raise ModelError(_nothing(model, one, pattern))
         modules.update(dict.fromkeys(here))
         parameters.update(dict.fromkeys(stacks))
+    named = {*modules, *parameters}
+    left_out = {why: rest for why, names in left_out.items() if (rest := tuple(n for n in names if n not in named))}
     chosen = Targets(tuple(modules), tuple(parameters), left_out)
     if not modules and not parameters:
         raise ModelError(describe(WHERE, "there is nothing to adapt", got=given, todo="name the layers"))

@@ -53,8 +53,10 @@ def as_the_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
     if made == wanted:  # its settings change the file's splitting, whoever reads it
         return tokenizer, []
     text, one, other = next(each for each in zip(texts, made, wanted, strict=True) if each[1] != each[2])
-    words = f"transformers makes a {own.__name__} of it, which splits {text!r} into {_some(one)}, and its {FILE} into"
-    return plain, [f"{where}: {words} {_some(other)}: it is read as {FILE} says, got {folder}"]
+    at = next((n for n, (a, b) in enumerate(zip(one or (), other or ())) if a != b), min(len(one or ()), len(other or ())))
+    into, instead = (f"{'… ' if at and ids else ''}{_some(ids and ids[at:])}" for ids in (one, other))  # where they part
+    words = f"transformers makes a {own.__name__} of it, which splits {text!r} into {into}, and its {FILE} into"
+    return plain, [f"{where}: {words} {instead}: it is read as {FILE} says, got {folder}"]
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

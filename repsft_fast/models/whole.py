@@ -46,6 +46,7 @@ _TABLES = re.compile(
     r"|(cos|sin)_cached|(^|\.)version)$"
 )
 _MULTI_TOKEN = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*)\.")
+_OTHER_HEADS = re.compile(r"((\w+\.)?(score|classifier|qa_outputs)|v_head|value_head|reward_head|regression_head)\.")
 _NUMBER = re.compile(r"\.(\d+)\.")
 _NUMBERED = re.compile(r"^(.*?\.)(\d+)\.")
 
@@ -249,10 +250,12 @@ def _way_out(model: Any, missing: list[str], unused: list[str], mismatched: bool
     if any(_QUANTISED.search(name) for name in unused):
         return f"it is quantised: {UNQUANTISED}"
     for fragment, whose in _WRAPPERS.items():
-        if sum(fragment in name for name in unused) > len(unused) / 2:
+        if sum(f".{fragment}" in f".{name}" for name in unused) > len(unused) / 2:
             return f"its names carry {fragment} of {whose}: take that out of them (safetensors.torch.load_file, save_file)"
     if (prefix := _foreign_prefix(set(missing), unused)) is not None:
         return f"its names {prefix}: rename them (safetensors.torch.load_file, save_file)"
+    if heads := [name for name in unused if _OTHER_HEADS.match(name)]:
+        return f"it holds a model with another head ({_first(heads)}): give the causal language model that it was made of"
     if missing == ["lm_head.weight"]:
         return "it has no head of its own: set tie_word_embeddings to true in its config.json if the embeddings are the head"
     held = set(model.state_dict())

@@ -8,27 +8,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from repsft_fast.errors import ModelError
 from repsft_fast.models import config_of, load_model, load_tokenizer
 from repsft_fast.models.door import bounded_building, library, machine_memory, quiet
-from tests import tiny
 
 READERS = (lambda folder: load_model(folder), lambda folder: load_model(folder, device="meta"))
 SETTINGS = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 97}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    AutoModelForCausalLM.from_config(tiny.config("llama")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "m")
 
 
 def rewrite(folder, **changes):
@@ -285,3 +271,15 @@ def test_a_gguf_file_cut_short(tmp_path):
     for read in (load_model, config_of, load_tokenizer):
         with pytest.raises(ModelError, match=r"^(model|tokenizer)\.path"):
             read(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu", "cuda:-1"])
+def test_a_device_that_torch_does_not_know(folder, device):
+    with pytest.raises(ModelError, match=rf"^device: .*got {device}; give cpu, cuda or meta"):
+        load_model(folder, device=device)
+
+
+def test_a_device_that_is_not_here(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"^device: torch finds no CUDA device, got cuda"):
+        load_model(folder, device="cuda")

@@ -15,6 +15,7 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, ModelError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models import lora as lora_module
+from repsft_fast.models.load import _forget_quantisation
 from repsft_fast.models.lora import LoraSettings, add_lora, lora_said
 from repsft_fast.models.merge import adapted_layers
 from repsft_fast.models.targets import all_linear, routers, shortest
@@ -37,6 +38,10 @@ def made(kind, targets="all-linear", **changes):
         pytest.skip(f"transformers {transformers.__version__} makes no {kind}: {str(error)[:60]}")
     add_lora(model, LoraSettings(rank=2, target_modules=targets))
     return model
+
+
+def said_of_layers(model):
+    return [one for one in lora_said(model) if "random weights" not in one]  # of which these models are
 
 
 def adapted(model):
@@ -109,12 +114,18 @@ class TestAllLinear:
 
     def test_plain_models_are_told_nothing(self):
         model = made("llama")
-        assert lora_said(model) == []
+        assert said_of_layers(model) == []
         names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
         assert model.peft_config["default"].target_modules == names
 
+    def test_what_is_named_beside_it_is_not_left_out(self):
+        model = made("gpt_oss", ["all-linear", "experts.down_proj"])
+        (said,) = said_of_layers(model)
+        assert "leaves out experts.gate_up_proj (2): experts" in said
+        assert said_of_layers(made("gpt_oss", ["all-linear", "experts.down_proj", "experts.gate_up_proj"])) == []
+
     def test_stacked_experts_are_told(self):
-        (said,) = lora_said(made("gpt_oss"))
+        (said,) = said_of_layers(made("gpt_oss"))
         assert "experts.gate_up_proj" in said
         assert "only where they are named" in said
 
@@ -202,7 +213,16 @@ class TestSettings:
 
     def test_a_rank_above_the_layers_own_is_told(self):
         assert "40 is more than 14 of the layers have" in " ".join(lora_said(build(lora={"rank": 40})))
-        assert lora_said(build(lora={"rank": 16})) == []
+        assert said_of_layers(build(lora={"rank": 16})) == []
+
+    @pytest.mark.parametrize("lora", [True, False, 8, "all-linear", "peft"])
+    def test_what_are_no_settings(self, lora):
+        """peft's own have other names for most of these, which would be passed over."""
+        import peft
+
+        lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear") if lora == "peft" else lora
+        with pytest.raises(ModelError, match=r"model\.lora: are no settings of adapters, expected a mapping of rank, alpha, "):
+            build(lora=lora)
 
     def test_reversible_layers_give_adapters_no_gradient(self):
         with pytest.raises(ModelError, match=r"model\.lora: ReformerModelWithLMHead has reversible layers.*drop model\.lora"):
@@ -290,11 +310,31 @@ class TestTheFolder:
 
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
 
-    def test_a_hub_id_stays_one(self):
-        config = tiny_config("llama")
-        config._name_or_path = "owner/model"
-        model = load_model(config, lora={"rank": 2})
+    def test_a_hub_id_stays_one(self, tmp_path):
+        build().save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        model.name_or_path = "owner/model"
+        add_lora(model, LoraSettings(rank=2))
         assert model.peft_config["default"].base_model_name_or_path == "owner/model"
+        assert lora_said(model) == []
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_it_names_no_base_whose_weights_are_others(self, tmp_path, merge):
+        """Of random weights nothing is saved but the adapters: the folder that gave the configuration holds other ones."""
+        build().save_pretrained(tmp_path)
+        model = load_model(tmp_path, random_weights=True, lora={"rank": 2, "merge": merge})
+        assert model.peft_config["default"].base_model_name_or_path is None
+        said = ["model.lora: the adapters are saved without the random weights beside which they learn; "
+                "set model.lora.merge: true to save the whole model"]  # fmt: skip
+        assert lora_said(model) == ([] if merge else said)
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_a_base_in_gguf_is_told(self, tmp_path, merge):
+        build().save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        _forget_quantisation(model)  # which is what tells them apart
+        add_lora(model, LoraSettings(rank=2, merge=merge))
+        assert ["gguf_file" in one for one in lora_said(model)] == ([] if merge else [True])
 
     @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
     def test_peft_reads_the_same_adapters(self, kind, tmp_path):

@@ -1,7 +1,6 @@
 """What a configuration asks for and would not get is refused or said: on one rank, on meta, on ranks that are sent theirs."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -9,24 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model
+from repsft_fast.models.checks import check_no_leak
 from repsft_fast.models.door import quiet
+from repsft_fast.models.meant import said_of_config
 from tests import tiny
 from tests.models.architectures import tiny_config
 from tests.models.sources import change, read, write
 
 WAYS = ({}, {"device": "meta"}, {"weights_on": "meta"})
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    AutoModelForCausalLM.from_config(tiny.config("llama")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "m")
 
 
 def refused(folder, words):
@@ -121,6 +110,33 @@ def test_names_of_architectures_that_say_nothing_else(folder, names):
     assert load_model(folder, device="meta").load_said == []
 
 
+@pytest.mark.parametrize("name", ["tie_encoder_decoder", "eos_token_id", "sep_token_id"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_keys_that_every_configuration_had_once_are_no_slips(kind, name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(kind))
+    assert said_of_config(model, {name: 1}, "here") == []
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "somebody's"])
+def test_an_attention_named_in_the_file_is_not_taken_in_place_of_ours(folder, name):
+    """It may not be installed; and in packed rows it would let documents see each other."""
+    change(folder / "config.json", _attn_implementation=name)
+    for way in WAYS:
+        model = load_model(folder, **way)
+        assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"repsft"}
+    check_no_leak(load_model(folder))
+    assert load_model(folder, packed=False).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["t5", "qwen2_5_vl", "clip"])
+def test_models_of_another_kind_are_called_that(tmp_path, kind):
+    write(tmp_path / "config.json", {"model_type": kind})
+    refused(tmp_path, f"model_type {kind} is no causal language model to transformers")
+    with pytest.raises(ModelError, match=rf"^model\.config: model_type {kind} is no causal language model"):
+        load_model({"model_type": kind})
+
+
 @pytest.mark.parametrize("end", [97, -5, 10**30])
 def test_ends_that_the_model_has_no_token_for_are_said(folder, end):
     change(folder / "generation_config.json", eos_token_id=[2, end])
@@ -129,6 +145,8 @@ def test_ends_that_the_model_has_no_token_for_are_said(folder, end):
         assert f"generation_config.json: eos_token_id {end}: the model has 97 tokens" in said
     change(folder / "generation_config.json", eos_token_id=96)
     assert load_model(folder).load_said == []
+    (said,) = load_model(tiny.config("llama", eos_token_id=end)).load_said  # no file to name
+    assert said.startswith(f"model.config: eos_token_id {end}: ")
 
 
 @pytest.mark.parametrize("changes", [{"max_new_tokens": "5"}, {"cache_implementation": "x"}, {"watermarking_config": {"x": 1}}])

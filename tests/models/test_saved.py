@@ -163,6 +163,19 @@ class TestTypes:
         assert load_file(tmp_path / "wide" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
         assert read(tmp_path / "wide" / "config.json")["torch_dtype"] == "float32"
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_a_base_held_narrower_than_its_source(self, tmp_path, dtype):
+        """Frozen weights are held in what is computed with: merged, all of them are rounded, in a file of the source's type."""
+        source = write_source(tmp_path / "source", dtype=dtype)
+        model = load_model(source, compute_dtype="bfloat16", lora={"rank": 2})
+        told = save_pretrained(model, None, tmp_path / "result", merge_lora=True)
+        total = sum(value.numel() for value in load_file(source / "model.safetensors").values())
+        name = str(dtype).removeprefix("torch.")
+        said = f"{total:,} of {total:,} merged weights are of a base held in bfloat16, rounded from {name}; model.compute_dtype"
+        assert [one.startswith(said) for one in told] == ([] if dtype == torch.bfloat16 else [True])
+        assert save_pretrained(model, None, tmp_path / "narrow", merge_lora=True, dtype="bfloat16") == []  # as it was wanted
+        assert save_pretrained(model, None, tmp_path / "adapters") == []
+
     def test_names_in_the_file_that_are_not_the_modules(self, tmp_path):
         source = write_source(tmp_path / "source", "gpt2")
         saved(source, tmp_path / "same")
@@ -321,6 +334,19 @@ class TestGeneration:
         made = read(tmp_path / "result" / "generation_config.json")
         assert (made["temperature"], made["max_length"]) == (0.7, 50)
         load_model(tmp_path / "result")
+
+
+def test_what_is_not_saved_here_is_refused_in_words(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    plain = AutoModelForCausalLM.from_config(tiny.config("llama"))
+    with pytest.raises(ModelError, match=r"is for a PreTrainedModel, got PeftModel; a PeftModel writes its own folder"):
+        save_pretrained(peft.get_peft_model(plain, config), None, tmp_path)
+    other = AutoModelForCausalLM.from_config(tiny.config("llama"))
+    other.add_adapter(config, adapter_name="mine")
+    with pytest.raises(ModelError, match=r"knows adapters of one name, expected default, got mine"):
+        save_pretrained(other, None, tmp_path)
 
 
 def test_what_has_changed_since_is_not_put_back():

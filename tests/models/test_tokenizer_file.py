@@ -155,3 +155,37 @@ def test_a_config_that_is_the_reason_is_named(folder):
     change(folder / "config.json", model_type=["llama"])
     with pytest.raises(ModelError, match=r"^model\.path config\.json: .*unhashable.*correct it"):
         load_tokenizer(folder, setting="model.path")
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_settings_without_a_vocabulary_are_no_tokenizer(folder, name):
+    """transformers makes an empty one of the class's name: every text would be no tokens at all."""
+    (folder / "tokenizer.json").unlink()
+    write(folder / "tokenizer_config.json", {"tokenizer_class": name})
+    with pytest.raises(ModelError, match=r"^tokenizer\.path: holds no tokenizer, only special tokens.*fetch it"):
+        load_tokenizer(folder)
+
+
+def test_a_vocabulary_of_bytes_or_of_three_words_is_one(tmp_path):
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    assert load_tokenizer(tmp_path)("a").input_ids[0] == 100
+    (tmp_path / "tokenizer_config.json").unlink()
+    words = Tokenizer(models.WordLevel({"A": 0, "B": 1, "?": 2}, unk_token="?"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path)("B").input_ids == [1]
+
+
+def test_a_tokenizer_of_code_that_may_not_run_names_the_setting(folder):
+    (folder / "tokenizer.json").unlink()
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    with pytest.raises(ModelError, match=r"^tokenizer\.path: .*set model\.trust_remote_code to true"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("setting", ["tokenizer.path", "model.path"])
+@pytest.mark.parametrize("settings", [True, False])
+def test_a_model_without_its_tokenizer(folder, setting, settings):
+    for name in ["tokenizer.json", *(["tokenizer_config.json"] if not settings else [])]:
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=rf"^{setting}: holds no tokenizer.*fetch it, or set tokenizer\.path"):
+        load_tokenizer(folder, setting=setting)

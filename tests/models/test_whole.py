@@ -125,7 +125,7 @@ def test_weights_of_single_experts_are_named(tmp_path):
     refused(tmp_path, f"1 are of another shape than those of the other experts ({key}: ")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "foo.bar."])
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "foo.bar.", "_forward_module."])
 def test_a_foreign_prefix(changed, prefix):
     folder = changed(lambda w: {prefix + k: v for k, v in w.items()})
     refused(folder, "21 of the model's 21 weights are missing", "21 weights of it are not", f"its names carry {prefix}")
@@ -148,6 +148,16 @@ def test_a_head_of_another_kind_is_no_further_layer(changed):
     refused(
         changed(lambda w: w | {"medusa_head.0.linear.weight": torch.ones(2, 2)}), "is its config.json that of these weights?"
     )
+
+
+@pytest.mark.parametrize("name", ["score", "v_head.summary", "model.score", "classifier.dense", "qa_outputs"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_classifier_or_a_value_model_is_called_that(changed, name, kept):
+    def other_head(weights):
+        weights = weights | {f"{name}.weight": torch.ones(2, 32)}
+        return weights if kept else {key: value for key, value in weights.items() if key != "lm_head.weight"}
+
+    refused(changed(other_head), f"a model with another head ({name}.weight): give the causal language model", ways=WAYS[:2])
 
 
 @pytest.mark.parametrize(("layers", "words"), [(3, ("9 of the model's 30", "more layers")), (1, ("9 weights", "fewer layers"))])
