@@ -50,7 +50,7 @@ def save_pretrained(
     Returns what is to be said of the cast. ModelError for `merge_lora` without adapters, and for other types.
     """
     if not isinstance(model, PreTrainedModel):
-        todo = "a PeftModel writes its own folder: model.save_pretrained(folder)"
+        todo = "a PeftModel has a save_pretrained of its own"
         raise ModelError(describe("save_pretrained", "is for a PreTrainedModel", got=type(model).__name__, todo=todo))
     adapted = has_lora(model)
     if adapted and ADAPTER not in model.peft_config:
