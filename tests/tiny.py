@@ -97,3 +97,13 @@ def row(
         samples=tuple(range(len(lengths)) if ids is None else ids),
         real_tokens=real,
     )
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with adapters that do something: at the start B is zero."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return model

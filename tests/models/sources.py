@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from repsft_fast.models import load_model, load_tokenizer, save_pretrained
+from repsft_fast.models.targets import all_linear, shortest
 from tests.models.architectures import VOCABULARY, tiny_config
 
 THETA = 5000.0
@@ -108,3 +111,17 @@ def differences(source, result):
 
 def same(old, new):
     return old is not None and new is not None and old.dtype == new.dtype and torch.equal(old, new)
+
+
+def named_stacks(kind: str) -> list[str]:
+    """Names by which settings mean the experts that an architecture keeps in one parameter; skips those without a
+    tiny model."""
+    try:
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(tiny_config(kind))
+    except Exception as error:
+        pytest.skip(f"transformers {transformers.__version__} makes no {kind}: {error}")
+    if sum(p.numel() for p in shape.parameters()) > 2e7:
+        pytest.skip("no tiny model")
+    stacks = next((names for why, names in all_linear(shape, lambda _: False)[1].items() if "experts in one" in why), ())
+    return shortest(stacks, [name for name, _ in shape.named_parameters() if name not in stacks], parts=2)

@@ -28,20 +28,13 @@ def build(kind="llama", **options):
     return load_model(tiny_config(kind), packed=False, **options)
 
 
-def filled(model):
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
-    return model
-
-
 @pytest.fixture
 def trained(tmp_path):
     """(base folder, adapter folder, the adapted model)."""
     build().save_pretrained(tmp_path / "base")
-    model = filled(load_model(tmp_path / "base", lora={"rank": 2, "alpha": 6.0, "target_modules": ["q_proj", "down_proj"]}))
+    model = tiny.filled(
+        load_model(tmp_path / "base", lora={"rank": 2, "alpha": 6.0, "target_modules": ["q_proj", "down_proj"]})
+    )
     save_pretrained(model, None, tmp_path / "adapters")
     return tmp_path / "base", tmp_path / "adapters", model
 
@@ -285,7 +278,7 @@ class TestFrom:
     @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
     def test_transposed_layers_and_experts(self, kind, tmp_path):
         targets = ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind == "gpt_oss" else "all-linear"
-        before = filled(build(kind, lora={"rank": 2, "target_modules": targets}))
+        before = tiny.filled(build(kind, lora={"rank": 2, "target_modules": targets}))
         save_pretrained(before, None, tmp_path)
         model = build(kind, lora={"from": str(tmp_path), "merge": True})
         found = {name: value for name, value in model.state_dict().items() if ".lora_" in name}

@@ -16,7 +16,8 @@ from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models import merge as merge_module
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.merge import adapted_layers, check_merge, merged_state
-from repsft_fast.models.targets import Targets, all_linear, shortest
+from repsft_fast.models.targets import Targets
+from tests.models.sources import named_stacks
 
 STACKED = ["all-linear", "experts.gate_up_proj", "experts.down_proj"]
 FAMILIES = {  # kinds of layers: plain, transposed, a bias, shared experts, experts in one parameter (both ways round)
@@ -32,17 +33,7 @@ def adapted(kind, targets="all-linear", **changes):
     except AttributeError as error:
         pytest.skip(f"transformers {transformers.__version__} makes no {kind} of its own defaults: {error}")
     add_lora(model, LoraSettings(rank=2, target_modules=targets))
-    return fill(model)
-
-
-def fill(model):
-    """Adapters that do something: at the start B is zero."""
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
-    return model
+    return tiny.filled(model)
 
 
 def logits(model):
@@ -65,7 +56,7 @@ def compared(model, kind, **changes):
 
 def assert_merges(model, kind, **changes):
     merged, expected, base = compared(model, kind, **changes)
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
     assert (base - expected).abs().max() > 1e-2, "the adapters do nothing"
 
 
@@ -81,16 +72,7 @@ def test_merged_logits_are_pefts(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_logits_are_pefts_for_every_architecture(kind):
     """Also with adapters on every stack of experts."""
-    try:
-        config = tiny_config(kind)
-        with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        pytest.skip(f"no tiny model: {type(error).__name__}")
-    if sum(p.numel() for p in shape.parameters()) > 2e7:
-        pytest.skip("no tiny model")
-    stacks = next((names for why, names in all_linear(shape, lambda _: False)[1].items() if "experts in one" in why), ())
-    names = shortest(stacks, [name for name, _ in shape.named_parameters() if name not in stacks], parts=2)
+    config, names = tiny_config(kind), named_stacks(kind)
     for targets in ["all-linear", *([["all-linear", *names]] if names else [])]:
         try:
             model = adapted(kind, targets).double()
@@ -106,7 +88,7 @@ def test_the_sum_is_made_in_fp32_and_rounded_once():
     """B A in bf16 first, or added in bf16, gives other weights."""
     for kind, targets in (("llama", "all-linear"), ("qwen3_moe", STACKED)):
         torch.manual_seed(0)
-        model = fill(load_model(tiny_config(kind), param_dtype="bfloat16", lora={"rank": 2, "target_modules": targets}))
+        model = tiny.filled(load_model(tiny_config(kind), param_dtype="bfloat16", lora={"rank": 2, "target_modules": targets}))
         state = model.state_dict()
         merged = merged_state(model, state)
         wide = {name: value.double() for name, value in state.items()}
@@ -189,7 +171,7 @@ def test_a_layer_named_like_peft_names_its_own_keeps_its_name():
 def merge_on_ranks(world, kind, targets, folder):
     torch.manual_seed(0)
     model = load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets, "merge": True})
-    fill(model)
+    tiny.filled(model)
     shard(model, world)
     check_merge(model)
     state = full_state(model, world)
@@ -202,7 +184,7 @@ def test_two_ranks_merge_as_one(kind, tmp_path):
     targets = FAMILIES[kind]
     sharded, _ = ranks.run_ranks(merge_on_ranks, kind, targets, tmp_path)
     torch.manual_seed(0)
-    model = fill(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets}))
+    model = tiny.filled(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets}))
     whole = merged_state(model, model.state_dict())
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(torch.from_numpy(sharded[name]), value) for name, value in whole.items())
@@ -214,7 +196,7 @@ def step_on_ranks(world, kind, targets):
     """Loss and adapters' gradients of one row on every rank."""
     torch.manual_seed(0)
     model = load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets})
-    fill(model)
+    tiny.filled(model)
     shard(model, world)
     document = tiny.documents((12,))
     loss, _ = model.loss(tiny.row(document, denominator=world.size))
@@ -227,20 +209,20 @@ def step_on_ranks(world, kind, targets):
 def test_adapters_train_sharded_as_whole(kind):
     loss, gradients = ranks.run_ranks(step_on_ranks, kind, FAMILIES[kind])[0]
     torch.manual_seed(0)
-    model = fill(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": FAMILIES[kind]}))
+    model = tiny.filled(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": FAMILIES[kind]}))
     expected, _ = model.loss(tiny.row(tiny.documents((12,))))
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(torch.from_numpy(gradients[name]), parameter.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(gradients[name]), parameter.grad, rtol=0, atol=1e-6)
 
 
 def test_a_layer_in_several_places_is_added_to_once_and_everywhere():
     plain = load_model(tiny_config("llama"))
     plain.model.layers[1] = plain.model.layers[0]
     add_lora(plain, LoraSettings(rank=2, merge=True))
-    fill(plain)
+    tiny.filled(plain)
     state = plain.state_dict()
     merged = merged_state(plain, state)
     assert not [name for name in merged if "base_layer" in name or "lora_" in name]

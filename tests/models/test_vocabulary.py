@@ -89,7 +89,9 @@ def test_what_is_saved_has_them(tmp_path):
     assert not any(report.values())
     ids = AutoTokenizer.from_pretrained(tmp_path / "result")("w5 <a> <b>")["input_ids"]
     assert ids == [5, VOCABULARY, VOCABULARY + 1]
-    torch.testing.assert_close(logits(again, ids), logits(model.eval(), ids), rtol=0.02, atol=0.02)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # the source's type, in which the new rows too are saved
+    torch.testing.assert_close(logits(again, ids), logits(model.eval(), ids), rtol=0, atol=1e-6)
 
 
 def test_ids_with_gaps():
@@ -217,4 +219,4 @@ def test_two_ranks_learn_them_as_one_does(tmp_path):
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("one", "run"))
     assert one.config.vocab_size == two.config.vocab_size == VOCABULARY + 2
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=0, atol=1e-5)
