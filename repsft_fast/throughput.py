@@ -52,7 +52,7 @@ class ModelShape:
         for path, module in model.named_modules():
             if isinstance(module, nn.Embedding) or module is head or "lora_" in path:
                 continue
-            experts = "experts" in path.split(".")[-2:]  # one tensor holds all of them, or each is a module in a list
+            experts = "experts" in path.split(".")[-2:]  # one tensor holds all of them
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and experts and chosen:
                     matrices += parameter.numel() * min(chosen / parameter.shape[0], 1.0)

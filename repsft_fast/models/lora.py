@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.adapter_folder import AdapterFolder
 from repsft_fast.models.door import first_words, library
-from repsft_fast.models.merge import ADAPTER, adapted_layers, check_merge, merged_state, parameter_of, plain_name
+from repsft_fast.models.merge import ADAPTER, adapted_layers, check_merge, parameter_of, plain_name
 from repsft_fast.models.readable import was_gguf, weights_were_read
 from repsft_fast.models.targets import WHERE, Targets, check_folders, choose, renamed_by_peft, routers, shortest
 
-__all__ = ["ADAPTER", "LoraSettings", "add_lora", "has_lora", "lora_said", "merged_state"]
+__all__ = ["ADAPTER", "LoraSettings", "add_lora", "has_lora", "lora_said"]
 
 
 @dataclass(frozen=True)
