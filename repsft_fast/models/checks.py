@@ -44,6 +44,8 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if of_the_wire(error):
+            raise  # another rank is gone
         if model.config._attn_implementation == NAME:  # with its own it may be able to
             raise no_packed_rows(type(model).__name__, _stopped_by(error)) from error
         wrong = f"{type(model).__name__} cannot compute four tokens ({_first_line(error)})"
