@@ -196,12 +196,16 @@ def run_seconds(folder: Path, every: int | None) -> tuple[float, float]:
         "budget": {"updates": SHARE_UPDATES},
         "stop": {"token_accuracy": None},
         "evaluate": {"generate_samples": 0},
-        "checkpoint": {"every_updates": every},
+        "checkpoint": {"every_updates": every, "every_minutes": None, "keep_extendable": False},
     }
     moments: list[float] = []
     train(settings, on_update=lambda work: moments.append(time.perf_counter()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    stalls = [line["stall_seconds"] + line["waited_seconds"] for line in lines if line["kind"] == "checkpoint"]
+    stalls = [
+        line["stall_seconds"] + line["waited_seconds"]
+        for line in lines
+        if line["kind"] == "checkpoint" and line["why"] == "due"
+    ]
     if len(stalls) != (0 if every is None else (SHARE_UPDATES - 1) // every):
         raise RuntimeError(f"{len(stalls)} checkpoints were made, which is not what was asked for")
     return moments[-1] - moments[0], sum(stalls)

@@ -8,20 +8,25 @@ and a field of `Repsft`.
 import argparse
 import inspect
 import os
+import re
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand
+from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, CliSubCommand
 
 from repsft_fast.config import Config, environment_layer, file_layer, page, text_layer, unknown_setting
 from repsft_fast.config.sections import Settings
 from repsft_fast.errors import ConfigError, RepsftError, describe, did_you_mean
 from repsft_fast.report import visible
+from repsft_fast.report.stream import standing
+from repsft_fast.report.told import print_error, print_traceback
 
 Options = Mapping[str, Any]
+
+
+_LAUNCHED = {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}  # any: there may be other ranks
 
 
 class RunRefused(ConfigError):
@@ -97,6 +102,28 @@ class Demo(Verb):
         return demo(options["folder"])
 
 
+class Export(Verb):
+    """Write the model folder of a run from one of its checkpoints: of a run that was killed, or that could not save its model.
+
+    The weights are those the run would save if it ended there: the best validation's with evaluate.keep: best, the result of a
+    mixture's policy, else the last. From the newest whole checkpoint, into the run's folder; with --to into a new one. The data
+    is not needed.
+    """
+
+    run: CliPositionalArg[str] = Field(description="The run's folder")
+    to: str | None = Field(None, description="A new or empty folder for the model; without it, the run's own")
+    generation: int | None = Field(None, description="The checkpoint: 12 for checkpoints/gen-00000012. With --to")
+    merge: str | None = Field(None, description="true: adapters added into the weights; false: alone [model.lora.merge]")
+    dtype: str | None = Field(None, description="Type of the weights: auto, float32, bfloat16, float16 [model.save_dtype]")
+    base: str | None = Field(None, description="Where the model of model.path lies now, if it was moved")
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.verbs import export
+
+        return export(options["run"], **{name: options[name] for name in ("to", "generation", "merge", "dtype", "base")})
+
+
 class Doctor(Verb):
     """Say what this machine has: versions, devices, which kernels and optimizers can be used, and what is missing."""
 
@@ -150,6 +177,7 @@ class Repsft(BaseSettings):
     train: CliSubCommand[Train] = Field(description="train a model")
     msft: CliSubCommand[Msft] = Field(description="train a model on several tasks, each until it overfits")
     demo: CliSubCommand[Demo] = Field(description="a small run on generated data, from nothing to its stop")
+    export: CliSubCommand[Export] = Field(description="write the model of a run from a checkpoint")
     inspect: CliSubCommand[Inspect] = Field(description="show samples as the model sees them")
     doctor: CliSubCommand[Doctor] = Field(description="what this machine has and what is missing")
     selftest: CliSubCommand[Selftest] = Field(description="the laws, checked on this machine")
@@ -159,6 +187,7 @@ class Repsft(BaseSettings):
         "train": Train,
         "msft": Msft,
         "demo": Demo,
+        "export": Export,
         "inspect": Inspect,
         "doctor": Doctor,
         "selftest": Selftest,
@@ -167,8 +196,26 @@ class Repsft(BaseSettings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done or stopped by rule, 1 error, 2 usage, 130 / 143 saved after SIGINT / SIGTERM."""
+    """The exit code: 0 done or stopped by rule, 1 error, 2 usage, 128 + n saved after signal n.
+
+    What becomes of the streams it prints to ends nothing. A verb that is there to print and could not says so with 1.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with standing() as out:
+        code = _main(arguments)
+        out.flush()
+        if code == 0 and out.trouble and not out.left and _is_there_to_print(arguments):
+            code = 1
+            print_error(RepsftError(f"{out.trouble}: what was asked for is not all there"))
+    return code
+
+
+def _is_there_to_print(arguments: Sequence[str]) -> bool:
+    runs = ("train", "msft", "demo", "export")
+    return bool({"--dry-run", "--help", "-h"} & set(arguments)) or not arguments or arguments[0] not in runs
+
+
+def _main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         visible.escaping(stream)
     if not arguments:
@@ -177,18 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except SystemExit as stop:  # argparse, after it printed help or what is wrong with the flags
+        if isinstance(stop.code, str):  # a library's last words
+            visible.show(visible.console(sys.stderr), visible.visible(stop.code, "\n"))
+            return 1
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except RepsftError as error:
         if "--traceback" in arguments:
-            traceback.print_exc()
-        _print_error(error)
-        if isinstance(error, RunRefused) and {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+            print_traceback(type(error), error, error.__traceback__)
+        print_error(error)
+        if isinstance(error, RunRefused) and not _LAUNCHED.isdisjoint(os.environ):
             from repsft_fast import distributed
 
             distributed.refuse(error)
         return error.exit_code
+    except Exception:
+        sys.excepthook = print_traceback  # a bug is not dressed up, and what it quotes is not obeyed
+        raise
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -222,7 +275,7 @@ def _options(verb: type[Verb], values: dict[str, Any], problems: list[str]) -> d
     """The verb's own options, typed, taken out of `values`."""
     options = {}
     for name, info in verb.model_fields.items():
-        if name not in Settings.model_fields:
+        if name not in Settings.model_fields or not issubclass(verb, Settings):
             given = values.pop(name, info.default)
             try:
                 options[name] = TypeAdapter[Any](info.annotation or str).validate_python(given)
@@ -273,7 +326,7 @@ def _add_verb(verbs: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
     usage = (
         f"repsft {name} [--config FILE] [--section.setting VALUE ...] [options]"
         if takes_settings
-        else f"repsft {name} [options]"
+        else f"repsft {name} {'RUN ' if name == 'export' else ''}[options]"
     )
     return verbs.add_parser(name, usage=usage, **{**kwargs, "description": inspect.cleandoc(Repsft.VERBS[name].__doc__ or "")})
 
@@ -304,12 +357,13 @@ def _add_argument(parser: Any, *names: str, **kwargs: Any) -> None:
             "help": _without_default(kwargs),
         }
     elif "metavar" in kwargs:
-        kwargs |= {"metavar": {"str": "TEXT", "int": "N"}[kwargs["metavar"]], "help": _without_default(kwargs)}
+        words = {"str": "TEXT", "int": "N"}
+        kwargs |= {"metavar": words.get(kwargs["metavar"], kwargs["metavar"]), "help": _without_default(kwargs)}
     parser.add_argument(*names, **kwargs)
 
 
 def _without_default(kwargs: Mapping[str, Any]) -> str:
-    return kwargs["help"].rpartition(" (default")[0]
+    return re.sub(r" \((default|required).*", "", kwargs["help"])
 
 
 def _unknown_arguments(left: Sequence[str], options: Sequence[str], has_settings: bool) -> list[str]:
@@ -328,18 +382,3 @@ def _unknown_arguments(left: Sequence[str], options: Sequence[str], has_settings
             problems.append(describe("command line", "an argument that belongs to no flag", got=argument))
         after_flag = argument.startswith("--") and "=" not in argument
     return problems
-
-
-def _print_error(error: RepsftError) -> None:
-    """To stderr, in red on a terminal. What one rank refuses (exit code 2) all know, and one of them tells it."""
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    if error.exit_code == ConfigError.exit_code and rank != 0:
-        return
-    from rich.text import Text
-
-    console = visible.console(sys.stderr)
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    title = Text("error" if len(problems) == 1 else f"{len(problems)} errors", style="bold red")
-    visible.show(console, title + Text(f" (rank {rank})" if rank else ""))
-    for problem in problems:  # it may quote a row: the terminal does not obey that
-        visible.show(console, visible.visible(f"  {problem}", "\n"), "red")

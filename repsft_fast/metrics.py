@@ -6,8 +6,15 @@ host waits (when logging, and before a snapshot, checkpoint or decision).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +26,8 @@ from repsft_fast.distributed import World, all_max, all_sum
 from repsft_fast.row import Row
 from repsft_fast.stats import FRACTION_BITS, K, RowStats, TokenStats
 
+JUDGED = 5  # numbers of a judgement: spike, and of loss and norm the middles and the limits
+
 
 @dataclass(frozen=True)
 class UpdateRecord:
@@ -28,9 +37,14 @@ class UpdateRecord:
     loss: float  # the update's objective: weighted sum over its denominator
     grad_norm: float
     lr: float
-    vetoed: bool  # non-finite: no weight was touched
+    vetoed: bool  # refused, as not finite or as a spike: no weight was touched
     tasks: TokenStats  # [tasks, K] on the host
     kept: float = 0.0  # largest share of a row's trained positions that loss.skip_below kept (products.needed_share)
+    judged: tuple[float, ...] = (0.0,)  # 1.0 for a spike, then what it was judged by (training.spikes)
+
+    @property
+    def spike(self) -> bool:
+        return self.judged[0] > 0.0
 
 
 class Ledger:
@@ -40,7 +54,7 @@ class Ledger:
         self.world = world
         self.capacity = capacity
         self._tables = torch.zeros(capacity, num_tasks, K, dtype=torch.int64, device=device)
-        self._scalars = torch.zeros(capacity, 4, dtype=torch.float64, device=device)  # loss, grad norm, veto, kept
+        self._scalars = torch.zeros(capacity, 4 + JUDGED, dtype=torch.float64, device=device)  # loss, grad norm, veto, kept, …
         self._epoch = torch.zeros(num_tasks, K, dtype=torch.int64, device=device)
         self._pending: list[tuple[int, float]] = []  # (update, lr) of every closed slot
         self._spilled: list[UpdateRecord] = []
@@ -56,6 +70,10 @@ class Ledger:
     def open_loss(self) -> Tensor:
         """[] fp64, this rank's loss of the open update so far; a view that stays on the device."""
         return self._scalars[len(self._pending), 0]
+
+    def judged(self, numbers: Tensor) -> None:
+        """[JUDGED] fp64, the same on every rank: whether the open update is a spike, and what that was judged by."""
+        self._scalars[len(self._pending), 4:] = numbers
 
     def close(self, update: int, lr: float, grad_norm: Tensor, veto: Tensor) -> None:
         """End the open update. grad_norm: [] before clipping; veto: [] 1.0 when the step was refused."""
@@ -105,8 +123,8 @@ class Ledger:
             scalars[:, 0] = torch.where(finite, summed, float("nan"))
             scalars[:, 3] = all_max(scalars[:, 3].contiguous())
         records = [
-            UpdateRecord(update, float(row[0]), float(row[1]), lr, bool(row[2] > 0), TokenStats(table), float(row[3]))
-            for (update, lr), row, table in zip(self._pending, scalars, tables.clone(), strict=True)
+            UpdateRecord(update, row[0], row[1], lr, row[2] > 0, TokenStats(table), row[3], tuple(row[4:]))
+            for (update, lr), row, table in zip(self._pending, scalars.tolist(), tables.clone(), strict=True)
         ]
         self._tables[:count].zero_()
         self._scalars[:count].zero_()
@@ -162,22 +180,154 @@ def _means(stats: TokenStats) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, flushed at once, so a killed run keeps what it had."""
+    """metrics.jsonl: one JSON object a line, handed to the system at once, so a killed run keeps what it had.
 
-    def __init__(self, path: Path | None):
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+    Nothing that goes wrong here is raised. Lines that cannot be written wait in memory and go first with the next one; `tell`
+    hears of it. A line that a kill cut short is ended, so that the next one does not hang on to it.
+    """
 
-    def write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
-            self._file.flush()
+    MOST_WAITING_BYTES = 1 << 24  # what is beyond is left out, and counted
+
+    def __init__(self, path: Path | None, tell: Callable[[str], None] = lambda text: None):
+        """Appends to a plain file, which is made where none is; None writes nothing."""
+        self.path, self.left_out = path, 0
+        self._tell = tell
+        self._file: int | None = None
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._written = 0  # of the first line that waits, so many bytes are in the file
+        self._closed = False
+        self._size = 0  # of the file when a line was last written
+        self._lock = threading.Lock()  # the watch of the ranks says its last words from a thread of its own
+        self._give()
+
+    @property
+    def missing(self) -> str:
+        """What is not in the file, in words; "" when it holds every line."""
+        lost = len(self._waiting) + self.left_out
+        return f"{lost} lines of metrics.jsonl could not be written" if lost else ""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        line = self._line(record)
+        with self._lock:
+            if self._waiting_bytes + len(line) > self.MOST_WAITING_BYTES:
+                self.left_out += 1
+            else:
+                self._waiting.append(line)
+                self._waiting_bytes += len(line)
+        self._give()
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Lets the file go, once it takes no more. A line that comes later opens it again."""
+        least = self._waiting_bytes + 1
+        while (left := self._waiting_bytes - self._written) and left < least:
+            least = left
+            self._give()
+        self._closed = True
+        file, self._file = self._file, None
+        if file is None or self.path is None:
+            return
+        try:
+            mine = os.fstat(file)
+            os.close(file)  # where a network's disk says what it did not take
+            there = os.lstat(self.path)
+        except OSError as error:
+            self._tell(f"metrics.jsonl: is not all there ({_why(error)})")
+        else:
+            if mine.st_size < self._size:
+                self._tell(_CUT)
+            if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+                self._tell("metrics.jsonl: was replaced while the run wrote it; its lines went to the file it was before")
+
+    def _give(self) -> None:
+        """Writes what waits, as far as it goes."""
+        if self.path is None:
+            return
+        cut = False
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._file = _append_to(self.path)
+                    self._size = self._written = 0
+                size = os.fstat(self._file).st_size
+                if size < self._size:
+                    cut, self._size = True, size
+                    if not self._written:  # else the rest of a line follows, and that one is spoilt
+                        _end_line(self._file)
+                while self._waiting:
+                    line = self._waiting[0]
+                    while self._written < len(line):
+                        self._written += os.write(self._file, memoryview(line)[self._written :])
+                    self._waiting.popleft()
+                    self._waiting_bytes -= len(line)
+                    self._written = 0
+                self._size = os.fstat(self._file).st_size
+                why = ""
+            except OSError as error:
+                why = _why(error)
+                if error.errno == errno.ESTALE and self._file is not None:  # NFS: only opening it again helps
+                    with suppress(OSError):
+                        os.close(self._file)
+                    self._file = None
+        if cut:
+            self._tell(_CUT)
+        if why:
+            self._tell(f"metrics.jsonl: cannot be written ({why}); the lines wait in memory and are tried again")
+
+    def _line(self, record: Mapping[str, Any]) -> bytes:
+        try:
+            text = json.dumps(record, allow_nan=False, default=_plain)
+        except (ValueError, TypeError):
+            kind = record.get("kind")
+            self._tell(f"metrics.jsonl: a value in a line of kind {kind} has no JSON of its own: null where it is not a number")
+            text = json.dumps(_finite(record), allow_nan=False, default=str)
+        return text.encode() + b"\n"
+
+
+_CUT = "metrics.jsonl: was cut short while the run wrote it: lines before this one are gone"
+
+
+def _end_line(file: int) -> None:
+    """Ends the last line of a file that was cut anywhere."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
+
+
+def _append_to(path: Path) -> int:
+    """A descriptor of the plain file at `path`, whose last line is ended. Raises OSError: nothing is written through a link."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "it is not a plain file")
+        _end_line(file)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _why(error: OSError) -> str:
+    return "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
 
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"metrics.jsonl: {type(value).__name__} is not a JSON value")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, and texts for keys."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if hasattr(value, "item"):
+        with suppress(Exception):  # of several numbers: their text will do
+            value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Column, Table
 from rich.text import Text
@@ -31,9 +31,15 @@ def demo(folder: str) -> RunResult | None:
     from repsft_fast.demo import prepare
     from repsft_fast.training.trainer import train
 
-    target = Path(folder)
+    target = Path(Config.of("demo", {"run.folder": folder}).run.folder)  # ~ and variables filled in
     tokenizer = prepare(target.parent / f"{target.name}-tokenizer")
-    result = train(Config.of("demo", {"run.folder": folder, "tokenizer.path": str(tokenizer)}))
+    try:
+        result = train(Config.of("demo", {"run.folder": folder, "tokenizer.path": str(tokenizer)}))
+    except ConfigError as error:
+        if "--resume" not in str(error):
+            raise
+        todo = "give a new one: --folder"  # the demo has no --resume
+        raise ConfigError(describe("--folder", "holds another run", got=folder, todo=todo)) from error
     if result is not None:
         show_answers(result.more.get("answers", []))
         print(
@@ -42,6 +48,28 @@ def demo(folder: str) -> RunResult | None:
         )
         print("  repsft train --config smollm2")
     return result
+
+
+def export(run: str, *, to: str | None, generation: int | None, merge: str | None, dtype: str | None, base: str | None) -> None:
+    """Write a run's model from a checkpoint and say what was written: of which update, and where."""
+    problems = []
+    if merge not in (None, "true", "false"):
+        problems.append(describe("--merge", "cannot be used", expected="true or false", got=merge))
+    if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+        problems.append(describe("--dtype", "cannot be used", expected="auto, float32, bfloat16 or float16", got=dtype))
+    if problems:
+        raise ConfigError(problems)
+    from repsft_fast.training.exporting import export as write
+    from repsft_fast.training.trainer import quiet_libraries
+
+    quiet_libraries()
+    merged = None if merge is None else merge == "true"
+    done = write(run, to=to, generation=generation, merge=merged, dtype=cast(Any, dtype), base=base)
+    console = visible.console()
+    for note in done.notes:
+        visible.show(console, visible.one_line(note), "yellow")
+    words = f"the model of update {done.update:,} ({done.which}), from checkpoint {done.generation}: {done.folder}"
+    visible.show(console, visible.one_line(words))
 
 
 def show_answers(answers: list[dict[str, Any]]) -> None:

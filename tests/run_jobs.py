@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,15 +48,16 @@ def train(
     forget: str | None = None,
     poison: tuple[int, ...] = (),
     full_after: int | None = None,
-    again: bool = False,
+    again: float | None = None,
     block_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Train. kill_after: SIGKILL after that many updates of this and all earlier processes; kill_at: at the kill_time-th
     passing of that crash point, of the checkpoint's or of run_points; signal_after: `number` to itself after that many
-    updates; signal_at: at the kill_time-th passing of that point. again: the signal comes twice. passings: a file for how often
-    each of run_points was passed. forget: the item of the closed list that a resumed run does not put back. poison: after these
-    many updates (of all branches) the next one's loss is NaN. full_after: after that many updates memory runs out in the next
-    one, unless its rows are shorter than the settings'. block_checkpoints: a file lies where their folder should be.
+    updates; signal_at: at the kill_time-th passing of that point. again: the signal comes once more, so many seconds later.
+    passings: a file for how often each of run_points was passed. forget: the item of the closed list that a resumed run does
+    not put back. poison: after these many updates (of all branches) the next one's loss is NaN. full_after: after that many
+    updates memory runs out in the next one, unless its rows are shorter than the settings'. block_checkpoints: a file lies
+    where their folder should be.
 
     Returns the result and the hash of the closed list of state as it was when the loop ended.
     """
@@ -78,7 +80,8 @@ def train(
             if block_checkpoints:
                 Path(settings["run"]["folder"], "checkpoints").write_text("")
             os.kill(os.getpid(), number)
-            if again:
+            if again is not None:
+                time.sleep(again)
                 os.kill(os.getpid(), number)
 
     passed: Counter[str] = Counter()
@@ -145,7 +148,7 @@ def command_line(settings: dict[str, Any], folder: str, signal_after: int = -1, 
 
 def forgetting(item: str) -> None:
     """From now on a load leaves this item as it finds it: a tensor's name, or a value's as `value:state|progress|update`."""
-    load, put_back = checkpoint.load, saver.Saver._put_back
+    load, put_back = checkpoint.load, saver.Saver.put_back
 
     def without_tensor(path: Any, tensors: Any, *, prefix: str = "", **more: Any) -> Any:
         found = {name: tensor for name, tensor in tensors.items() if prefix + name == item}
@@ -166,7 +169,7 @@ def forgetting(item: str) -> None:
 
     checkpoint.load = without_tensor
     if item.startswith(VALUE):
-        saver.Saver._put_back = without_value
+        saver.Saver.put_back = without_value
 
 
 def lines(folder: str | Path) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def planted(point: Point) -> Iterator[None]:
         around(Conductor, "put_back_result", "finish: before", "finish: the result is in")
         around(finish, "save_pretrained", "finish: before the model", "finish: after the model")
         around(results, "write", "finish: before result.json", "finish: after result.json")
-        around(finish, "_draw", after="finish: after the pictures")
+        around(finish, "draw", after="finish: after the pictures")
         for holder, name, ours in (
             (TeacherForced, "__call__", between_rows),
             (Tiers, "write", half_written),

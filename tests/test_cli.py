@@ -33,7 +33,7 @@ def trainer(monkeypatch):
 
         return call
 
-    for verb in ("train", "msft", "inspect", "demo", "doctor"):
+    for verb in ("train", "msft", "inspect", "demo", "doctor", "export"):
         setattr(fake, verb, noting(verb))
     for name in ("training.trainer", "verbs"):
         monkeypatch.setitem(sys.modules, f"repsft_fast.{name}", fake)
@@ -121,6 +121,21 @@ class TestOtherVerbs:
     def test_demo_and_doctor_need_no_settings_and_take_none(self, trainer, capsys):
         assert cli.main(["demo", "--optim.lr", "3"]) == 2
         assert "--optim.lr is not an option" in capsys.readouterr().err
+
+    def test_export_takes_the_run_and_where_to_and_what(self, trainer):
+        assert cli.main(["export", "runs/a"]) == 0
+        nothing = {"to": None, "generation": None, "merge": None, "dtype": None, "base": None}
+        assert trainer.calls[-1] == ("export", ("runs/a",), nothing)
+        given = ["--to", "m", "--generation", "12", "--merge", "false", "--dtype", "float32", "--base", "b"]
+        assert cli.main(["export", *given, "runs/a"]) == 0
+        assert trainer.calls[-1][2] == {"to": "m", "generation": 12, "merge": "false", "dtype": "float32", "base": "b"}
+
+    def test_export_without_a_run_or_with_two(self, trainer, capsys):
+        assert cli.main(["export"]) == 2
+        assert "required: RUN" in capsys.readouterr().err
+        assert cli.main(["export", "a", "b"]) == 2
+        assert "got b" in capsys.readouterr().err
+        assert trainer.calls == []
 
     def test_bench_hands_everything_on(self, monkeypatch):
         seen = []
@@ -211,7 +226,7 @@ class TestRefusals:
         ("arguments", "piece"),
         [
             (["trian"], "trian is not a verb; did you mean train?"),
-            (["qqq"], "qqq is not a verb; there are train, msft, demo, inspect, doctor, selftest, bench"),
+            (["qqq"], "qqq is not a verb; there are train, msft, demo, export, inspect, doctor, selftest, bench"),
             (["train", "--config", "none.yaml"], "none.yaml: no such settings file"),
             (["train", *LEAST, "--optim.lr"], "--optim.lr"),
             (["train", *LEAST, "stray"], "an argument that belongs to no flag, got stray"),
@@ -268,7 +283,7 @@ class TestHelp:
     def test_is_quick_and_loads_nothing_heavy(self):
         text, seconds = min((self.help_of("--help") for _ in range(3)), key=lambda answer: answer[1])
         assert seconds < 1.0
-        assert all(verb in text for verb in ("train", "msft", "demo", "inspect", "doctor", "bench"))
+        assert all(verb in text for verb in ("train", "msft", "demo", "export", "inspect", "doctor", "bench"))
 
     def test_of_train_names_every_setting_with_its_default_and_fits_the_terminal(self):
         text, _ = self.help_of("train", "--help")
@@ -286,6 +301,10 @@ class TestHelp:
         assert "--folder" in self.help_of("demo", "--help")[0]
         assert "--settings" in self.help_of("doctor", "--help")[0]
         assert "--show" in self.help_of("inspect", "--help")[0]
+        text = self.help_of("export", "--help")[0]
+        assert "usage: repsft export RUN [options]" in text
+        assert "The run's folder" in text
+        assert "(default" not in text
 
     def test_the_module_runs_too(self):
         done = subprocess.run(

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from repsft_fast import cli
+from repsft_fast.distributed import handshake, launch, listening
 from repsft_fast.training import size_page
 from repsft_fast.training.known_models import MODELS
 from repsft_fast.training.sizing import ModelSize
@@ -69,3 +71,24 @@ def meta_model(name):
     from repsft_fast.models.load import load_model
 
     return load_model(MODELS[name], device="meta")
+
+
+def test_the_signals_are_those_that_are_listened_to():
+    from repsft_fast.training.signals import CODES
+
+    table = PAGE.partition("## Signals")[2].partition("## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| SIG")]
+    said = {}
+    for _, names, _, _, codes, _ in rows:
+        said |= dict(zip(re.findall(r"SIG\w+", names), map(int, codes.split(","))))
+    assert said == {signal.Signals(number).name: 128 + number for number in CODES}
+    assert '[ "$CODE" = 138 ]' in PAGE, "the script goes on after the warning that it asks for"
+    assert "--signal=USR1@" in PAGE
+
+
+def test_the_variables_are_those_that_are_read():
+    table = PAGE.partition("## What the launcher must say")[2].partition("## ")[0]
+    for names in (launch._OURS, *launch._LAUNCHERS, (listening.LISTEN, handshake.SECRET, "MASTER_ADDR", "MASTER_PORT")):
+        for name in names:
+            short = name.replace("OMPI_COMM_WORLD_LOCAL_RANK", "_LOCAL_RANK").replace("OMPI_COMM_WORLD_SIZE", "_SIZE")
+            assert f"`{short}`" in table, name

@@ -83,6 +83,33 @@ class TestPrecedence:
         assert Config.of({**LEAST, "model.lora": None}, {"model.lora.rank": 8}).model.lora.rank == 8
         assert of({"model.lora": {}}).model.lora.rank == 16
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "rows #1",
+            "#1",
+            "&a rows",
+            "a\nb",
+            "<s>{% for m in messages %}\n{{ m.content }}\n\n{% endfor %}",
+            "<|user|>\n  {{ messages[0].content }} # no comment",
+            "{{ bos_token }}\n{% for m in messages %}{% endfor %}",
+            "| x",
+        ],
+    )
+    def test_text_in_a_flag_or_variable_is_as_it_was_typed(self, text):
+        assert (
+            Config.of(LEAST, environment={"REPSFT_TOKENIZER__CHAT_TEMPLATE": text + "{#"}).tokenizer.chat_template
+            == text + "{#"
+        )
+        assert Config.of(LEAST, environment={"REPSFT_DATA__SPLIT": text}).data.split == text
+
+    @pytest.mark.parametrize(
+        ("text", "value"), [("'a #b'", "a #b"), ('"a\\nb"', "a\nb"), (" a ", "a"), ("!!str 3", "3"), ("'~'", "~")]
+    )
+    def test_quotes_and_spaces_in_a_flag_or_variable_are_yaml_s(self, text, value):
+        assert Config.of(LEAST, environment={"REPSFT_DATA__SPLIT": text}).data.split == value
+        assert Config.of(LEAST, environment={"REPSFT_OPTIM__LR": "1e-5 # rate"}).optim.lr == 1e-5
+
     def test_another_config_can_be_refined(self):
         config = of({"optim.lr": 1e-3})
         assert Config.of(config) == config
@@ -146,6 +173,19 @@ class TestYaml:
         assert config.model.config == {"model_type": "llama", "id2label": {"0": "no"}, "betas": [1, 2]}
         assert Config.of(config.to_dict()) == config
 
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("optim:\n  lr: 1\n  lr: 2\n", "run.yaml line 3: optim.lr is set twice, got also on line 2"),
+            ('"a\\nb": 1\n"a\\nb": 2\n', r"run.yaml line 2: a\nb is set twice, got also on line 1"),
+            ("a: &a [*a]\n", "run.yaml line 1: an anchor contains itself"),
+        ],
+    )
+    def test_its_own_words_are_not_wrapped(self, tmp_path, text, said):
+        with pytest.raises(ConfigError) as caught:
+            Config.of(written(tmp_path, text))
+        assert caught.value.problems == [f"{tmp_path}/{said}"]
+
     @pytest.mark.parametrize("word", ["2026-11-21", "1:30", "off", "no", "=", "0o17"])
     def test_words_that_older_yaml_takes_for_something_else(self, tmp_path, word):
         assert Config.of(written(tmp_path, LEAST_YAML.replace("folder: r", f"folder: {word}"))).run.folder == word
@@ -168,20 +208,21 @@ class TestYaml:
             "off",
             "true",
             "null",
-            "~",
             "<<",
             "=",
             "2026-11-21",
             "\x85",
             "a\u2028b",
             " ",
+            "~",
             "-",
         ],
     )
     def test_text_that_looks_like_something_else_stays_text(self, tmp_path, text):
-        config = of({"run.folder": text, "data.train": {text: text}})
+        config = of({"data.task_column": text, "tokenizer.template_kwargs": {text: text}})
         assert Config.of(written(tmp_path, config.to_yaml())) == config
-        assert yaml.safe_load(config.to_yaml())["run"]["folder"] == text  # other readers agree
+        assert yaml.safe_load(config.to_yaml())["data"]["task_column"] == text  # other readers agree
+        assert yaml.safe_load(config.to_yaml())["tokenizer"]["template_kwargs"] == {text: text}
 
     def test_anchors_and_merges_work(self, tmp_path):
         text = LEAST_YAML + "optim: &o {lr: 1e-3}\nloss: {average: token}\n"
@@ -198,7 +239,12 @@ class TestYaml:
         st.fixed_dictionaries(
             {},
             optional={
-                "run.folder": st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs", "Cc"])),
+                # Spaces around a path are refused, and ~ and $ are filled in: tests/config.
+                "run.folder": st.text(
+                    min_size=1,
+                    alphabet=st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="~$:\\\\"),
+                ),
+                "data.split": st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs", "Cc"])),
                 "run.seed": st.integers(0, 2**63 - 1),
                 "optim.lr": st.floats(1e-300, 1e300),
                 "optim.betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),

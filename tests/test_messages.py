@@ -37,6 +37,7 @@ def test_every_setting_that_a_message_names_exists():
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {name}"
         for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "foreign.py"  # names of others; tests/config holds what they are led to
         for line, name in strangers(path.read_text(encoding="utf-8"))
     ]
     assert found == []

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
         RunLock(tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"pid": 3}', "[]", "\x00" * 50])
+@pytest.mark.parametrize("text", ["", "{", '{"pid": 3}', "\x00" * 50])
 def test_a_lock_file_with_odd_text(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     fd = os.open(tmp_path / ".lock", os.O_RDWR)
@@ -106,3 +107,113 @@ def test_a_lock_file_with_odd_text(tmp_path, text):
         RunLock(tmp_path)
     os.close(fd)
     RunLock(tmp_path).close()
+
+
+@pytest.mark.parametrize("text", ["[]", "somebody's", '{"pi', " ", "\x00x"])
+def test_somebodys_lock_file_is_left_alone(text, tmp_path):
+    """Other programs lock folders by a file of this name, too."""
+    (tmp_path / ".lock").write_text(text)
+    if text == '{"pi':  # what a power cut leaves of ours
+        RunLock(tmp_path).close()
+        return
+    with pytest.raises(ConfigError, match=r"its .lock is no run's.*move that file away, or choose another folder"):
+        RunLock(tmp_path)
+    assert (tmp_path / ".lock").read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "socket"])
+def test_what_is_no_lock_file_is_said_and_never_waited_for(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    path = tmp_path / ".lock"
+    (tmp_path / "theirs").write_text("theirs")
+    match kind:
+        case "link":
+            path.symlink_to("theirs")
+        case "dangling":
+            path.symlink_to("not-there")
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "socket":
+            socket.socket(socket.AF_UNIX).bind(".lock")
+    words = {"dangling": "a link", "socket": "no file"}.get(kind, f"a {kind}")
+    with pytest.raises(ConfigError, match=f"cannot be written, got .lock is {words}"):
+        RunLock(tmp_path)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert not (tmp_path / "not-there").exists()
+
+
+def test_a_lock_file_that_went_or_was_replaced_is_noticed(tmp_path):
+    with RunLock(tmp_path) as lock:
+        path = tmp_path / ".lock"
+        assert lock.lost() is None
+        path.rename(tmp_path / "aside")
+        assert "was removed while this run held the folder" in lock.lost()
+        path.write_text('{"pid": 1}')
+        assert "was replaced" in lock.lost()
+        path.unlink()
+        path.mkdir()
+        assert "was replaced" in lock.lost()
+        path.rmdir()
+        os.mkfifo(path)
+        assert "was replaced" in lock.lost()
+        path.unlink()
+        path.write_bytes((tmp_path / "aside").read_bytes())  # a file system that numbers its files anew looks so
+        assert lock.lost() is None
+        path.unlink()
+        (tmp_path / "aside").rename(path)
+        assert lock.lost() is None
+    assert lock.lost() is None
+
+
+def test_a_file_system_that_does_not_answer_says_nothing_of_the_lock(tmp_path, monkeypatch):
+    with RunLock(tmp_path) as lock:
+
+        def fail(*arguments, **how):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(runlock.os, "stat", fail)
+        assert lock.lost() is None
+        monkeypatch.undo()
+
+
+def test_a_lock_taken_away_between_opening_and_locking_it(tmp_path, monkeypatch):
+    """As a start that fails does with its own: the name must lead to the file that is locked."""
+    flock, took = fcntl.flock, []
+
+    def slow(fd, how):
+        if not took:
+            took.append((tmp_path / ".lock").unlink())
+        return flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with RunLock(tmp_path), pytest.raises(ConfigError, match="in use by another run"):
+        RunLock(tmp_path)
+
+
+def test_a_copy_by_hard_links_has_a_lock_of_its_own(tmp_path):
+    """After `cp -al run copy` one file would lock both folders, and its text change in both."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "copy").mkdir()
+    RunLock(tmp_path / "run").close()
+    os.link(tmp_path / "run" / ".lock", tmp_path / "copy" / ".lock")
+    before = (tmp_path / "copy" / ".lock").read_bytes()
+    with RunLock(tmp_path / "run") as lock:
+        lock._text = b"other"
+        assert (tmp_path / "copy" / ".lock").read_bytes() == before
+        assert lock.lost() is None
+        with pytest.raises(ConfigError, match="in use"):
+            RunLock(tmp_path / "run")
+        RunLock(tmp_path / "copy").close()
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_lock_that_was_made_is_taken_away_on_request(there, tmp_path):
+    if there:
+        RunLock(tmp_path).close()
+    lock = RunLock(tmp_path)
+    assert lock.created is not there
+    lock.close(remove=lock.created)
+    assert (tmp_path / ".lock").exists() == there

@@ -1,6 +1,8 @@
 """Trackers: none unless asked for, missing ones told before the run, broken ones switched off during it."""
 
 import sys
+import threading
+import time
 import types
 from functools import partial
 
@@ -99,7 +101,7 @@ def test_a_tracker_that_breaks_is_switched_off_and_said_once(tmp_path, fake, mon
     def broken(*_):
         raise ConnectionError("server gone")
 
-    monkeypatch.setattr(one._open["wandb"]._run, "log", broken)
+    monkeypatch.setattr(one._open["wandb"].tracker._run, "log", broken)
     for _ in range(3):
         one.log(RECORD)
     one.finish({})
@@ -124,3 +126,84 @@ def test_flat_numbers():
         ("a", 1),
         ("b/c", 2.5),
     ]
+
+
+class TestOneThatStandsStill:
+    @pytest.fixture
+    def stuck(self, fake, monkeypatch):
+        """wandb whose `log` takes one record and then stands still until `stuck` is set."""
+        go = threading.Event()
+        monkeypatch.setattr(trackers, "START_S", 0.2)
+        init = sys.modules["wandb"].init
+
+        def slow(**settings):
+            run = init(**settings)
+            log = run.log
+            run.log = lambda numbers: (log(numbers), go.wait(30))
+            return run
+
+        monkeypatch.setattr(sys.modules["wandb"], "init", slow)
+        yield go
+        go.set()
+
+    def test_holds_no_update_up_and_the_others_get_all(self, tmp_path, fake, stuck, monkeypatch):
+        monkeypatch.setattr(trackers, "MOST_WAITING", 3)
+        notes, started = [], time.monotonic()
+        one = Trackers(["wandb", "trackio"], tmp_path, {}, note=notes.append)
+        for number in range(20):
+            one.log({**RECORD, "loss": float(number)})
+            time.sleep(0.002)  # trackio's thread has its turn
+        one.finish({}, 0.2)
+        assert time.monotonic() - started < 5
+        assert [text.split(";")[0] for text in notes] == [
+            "log.trackers: wandb does not keep up",
+            "log.trackers: wandb has not ended within 0.2 s",
+        ]
+        kept = [what["update/loss"] for name, what in fake if name == "trackio" and isinstance(what, dict) and "update" in what]
+        assert kept == [float(number) for number in range(20)]
+
+    def test_that_only_was_slow_gets_all_before_it_ends(self, tmp_path, fake, stuck):
+        notes = []
+        one = Trackers(["wandb"], tmp_path, {}, note=notes.append)
+        for _ in range(5):
+            one.log(RECORD)
+        threading.Timer(0.2, stuck.set).start()
+        one.finish({"code": "budget"}, 5.0)
+        assert notes == []
+        assert sum(isinstance(what, dict) and "update" in what for _, what in fake) == 5
+        assert fake[-1] == ("wandb", "finished")
+
+    def test_at_its_start_is_said_and_gets_all_once_it_starts(self, tmp_path, fake, monkeypatch):
+        go, init = threading.Event(), sys.modules["wandb"].init
+        monkeypatch.setattr(trackers, "START_S", 0.1)
+        monkeypatch.setattr(sys.modules["wandb"], "init", lambda **settings: (go.wait(30), init(**settings))[1])
+        notes = []
+        one = Trackers(["wandb"], tmp_path, {}, note=notes.append)
+        one.log(RECORD)
+        go.set()
+        one.finish({}, 5.0)
+        assert notes == ["log.trackers: wandb has not started within 0.1 s; the run goes on, and tells it when it does"]
+        assert sum(isinstance(what, dict) and "update" in what for _, what in fake) == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), RuntimeError("x" * 10_000)])
+def test_whatever_it_raises_is_a_note_of_some_words(tmp_path, fake, monkeypatch, error):
+    def leaves(**_):
+        raise error
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", leaves)
+    notes = []
+    one = Trackers(["wandb"], tmp_path, {}, note=notes.append)
+    one.log(RECORD)
+    one.finish({})
+    assert len(notes) == 1
+    assert f"wandb is switched off ({type(error).__name__}: " in notes[0]
+    assert len(notes[0]) < 700
+
+
+def test_a_package_that_is_there_and_broken_is_refused_as_one_that_is_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    (tmp_path / "trackio.py").write_text("raise TypeError('descriptors cannot be created directly')")
+    with pytest.raises(ConfigError, match=r"trackio cannot be imported .descriptors cannot be created directly"):
+        Trackers(["trackio"], tmp_path, {})

@@ -13,6 +13,7 @@ from repsft_fast import verbs
 from repsft_fast.cli import main
 from repsft_fast.config import Config
 from repsft_fast.data.sample import Loaded
+from repsft_fast.errors import ConfigError
 from repsft_fast.report import visible
 from repsft_fast.trackers import PACKAGES
 from tests import runs
@@ -175,3 +176,52 @@ def test_answers_are_shown_as_data(capsys):
     assert "[/b]:smile:⏎: [INST]\\x1b[2J" in printed
     assert "[/x]\\x0da" in printed
     assert "\x1b" not in printed
+
+
+def test_demo_in_a_used_folder_gives_advice_that_it_can_follow(tmp_path, monkeypatch, capsys):
+    """It has no --resume."""
+
+    def refuse(config):
+        raise ConfigError("run.folder: holds another run; choose another folder, or continue that run with --resume")
+
+    monkeypatch.setattr("repsft_fast.demo.prepare", lambda folder: folder)
+    monkeypatch.setattr("repsft_fast.training.trainer.train", refuse)
+    assert main(["demo", "--folder", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "holds another run" in told
+    assert "give a new one: --folder" in told
+    assert "--resume" not in told
+
+
+class TestExport:
+    def call(self, monkeypatch, **changes):
+        """The arguments that reach the writer."""
+        from repsft_fast.training import exporting
+
+        calls = []
+
+        def write(run, **given):
+            calls.append((run, given))
+            out = exporting.Path("out\x1b[2J")
+            return exporting.Exported(out, 12, 1200, "the best validation", [f"a note\non {out}"])
+
+        monkeypatch.setattr(exporting, "export", write)
+        verbs.export("run", **{"to": None, "generation": None, "merge": None, "dtype": None, "base": None, **changes})
+        return calls[0]
+
+    def test_says_what_was_written_as_data(self, monkeypatch, capsys):
+        self.call(monkeypatch)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [
+            "a note⏎on out\\x1b[2J",
+            "the model of update 1,200 (the best validation), from checkpoint 12: out\\x1b[2J",
+        ]
+
+    @pytest.mark.parametrize(("given", "merge"), [("true", True), ("false", False), (None, None)])
+    def test_merge_is_yes_no_or_as_the_run_says(self, given, merge, monkeypatch):
+        assert self.call(monkeypatch, merge=given, dtype="float16")[1]["merge"] is merge
+
+    def test_every_wrong_option_is_told(self, monkeypatch):
+        with pytest.raises(ConfigError) as told:
+            self.call(monkeypatch, merge="yes", dtype="fp8")
+        assert [problem.partition(":")[0] for problem in told.value.problems] == ["--merge", "--dtype"]

@@ -6,9 +6,27 @@ LATEST's branch ──▶ newest whole generation ──verify all──▶ live
 
 from repsft_fast.checkpoint.background import BackgroundWriter, Outcome
 from repsft_fast.checkpoint.files import crash_point, set_crash_hook
-from repsft_fast.checkpoint.manifest import Manifest, generations, move_latest, read_latest, read_manifest
+from repsft_fast.checkpoint.manifest import (
+    Manifest,
+    folder_name,
+    generations,
+    move_latest,
+    number_of,
+    read_latest,
+    read_manifest,
+)
 from repsft_fast.checkpoint.pieces import Piece
-from repsft_fast.checkpoint.reader import ForeignCheckpoint, Generation, Resumed, load, newest, resume, verify
+from repsft_fast.checkpoint.reader import (
+    ForeignCheckpoint,
+    Generation,
+    Resumed,
+    candidates,
+    load,
+    newest,
+    resume,
+    values_of,
+    verify,
+)
 from repsft_fast.checkpoint.retention import clean, prune
 from repsft_fast.checkpoint.writer import next_generation, save
 
@@ -20,18 +38,22 @@ __all__ = [
     "Outcome",
     "Piece",
     "Resumed",
+    "candidates",
     "clean",
     "crash_point",
+    "folder_name",
     "generations",
     "load",
     "move_latest",
     "newest",
     "next_generation",
+    "number_of",
     "prune",
     "read_latest",
     "read_manifest",
     "resume",
     "save",
     "set_crash_hook",
+    "values_of",
     "verify",
 ]

@@ -33,7 +33,9 @@ READERS = 2  # each reads and sums
 
 
 class ForeignCheckpoint(CheckpointError):
-    """Whole, but of another model, recipe or dtype: older generations would not help."""
+    """Whole, but of another model, recipe or dtype: older generations would not help, other settings would."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ def newest(folder: str | os.PathLike, *, deep: bool = True) -> Generation:
 
 
 def _nothing(folder: str | os.PathLike, problems: list[str]) -> CheckpointError:
-    text = describe(str(folder), "holds no whole checkpoint", todo="start without --resume")
+    todo = "copy a whole one back, or start the run anew in another folder"
+    text = describe(str(folder), "holds no whole checkpoint", todo=todo)
     return CheckpointError("\n  ".join([text, *(problems or ["no generation at all"])]))
 
 
@@ -236,6 +239,7 @@ def load(
     identity: Mapping[str, JSON] | None = None,
     prefix: str = "",
     ignore: Collection[str] = (),
+    may_lack: Collection[str] = (),
     allow_nonfinite: bool = False,
     looked_at: bool = False,
 ) -> Resumed:
@@ -243,6 +247,7 @@ def load(
 
     prefix    what the saved names have in front of the live ones
     ignore    beginnings of saved names that are not asked for here (kept moments, beside the live state)
+    may_lack  beginnings of live names that an older version did not save: where none of one's is there, those stay as they are
     looked_at `newest` has just verified this generation, and an error ends the run: it is not looked at a second time
 
     Every byte is read and verified before the first live one changes, and then read again, verified again, into its place: no
@@ -251,7 +256,9 @@ def load(
     """
     path = generation.path if isinstance(generation, Generation) else Path(generation)
     manifest = read_manifest(path)
-    pieces = {prefix + name: piece_of(name, t, rank) for name, t in tensors.items()}
+    lacking = tuple(b for b in may_lack if not any(saved.startswith(prefix + b) for saved in manifest.tensors))
+    there = {name: t for name, t in tensors.items() if not lacking or not name.startswith(lacking)}
+    pieces = {prefix + name: piece_of(name, t, rank) for name, t in there.items()}
     _check_identity(path, manifest, identity or {})
     _check_names(path, manifest, pieces, prefix, ignore)
     bad = [name for name in pieces if manifest.tensors[name].nonfinite]
@@ -291,6 +298,12 @@ def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]]) -> None:
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
+
+
+def values_of(path: Path) -> dict[str, JSON]:
+    """The main rank's values of a generation, tensors unread. Raises CheckpointError on damage."""
+    manifest = read_manifest(path)
+    return _read_values(path, manifest, values_file(0, manifest.world_size))
 
 
 def _read_values(path: Path, manifest: Manifest, table: str) -> dict[str, JSON]:

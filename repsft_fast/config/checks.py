@@ -1,12 +1,14 @@
 """What sections must agree on. Each rule names the settings it reads, so a setting that is itself wrong silences its rules."""
 
-import math
+import sys
 from collections.abc import Iterator
 
 from repsft_fast.config.sections import Settings
 from repsft_fast.config.values import Sources
-from repsft_fast.errors import describe
+from repsft_fast.errors import describe, did_you_mean
 
+EXTRACTORS = ("final", "boxed", "hashes", "last_number", "whole")  # evaluate.answers has the functions
+MOST_BUCKET_TOKENS = 1 << 22  # a row of them takes 100 MB before a model has seen it; no row of samples is so long
 Finding = tuple[tuple[str, ...], str]  # the settings read, and what is wrong with them together
 
 
@@ -16,6 +18,7 @@ def contradictions(config: Settings) -> Iterator[Finding]:
     yield from _data_and_batch(config)
     yield from _length_of_the_run(config)
     yield from _mixture(config)
+    yield from _own_code(config)
 
 
 def warnings(config: Settings) -> list[str]:
@@ -178,6 +181,17 @@ def _data_and_batch(config: Settings) -> Iterator[Finding]:
                 got=f"{batch.row_tokens} and {batch.bucket_tokens}",
             ),
         )
+    if isinstance(batch.bucket_tokens, int) and batch.bucket_tokens > MOST_BUCKET_TOKENS:
+        yield (
+            ("batch.bucket_tokens",),
+            describe(
+                "batch.bucket_tokens",
+                "even the shortest row would be padded to so many slots, for which no memory is there",
+                expected=f"at most {MOST_BUCKET_TOKENS}",
+                got=batch.bucket_tokens,
+                todo="lower it, or set it to auto; batch.row_tokens alone says how long a row may get",
+            ),
+        )
     if data.max_tokens is not None and data.max_tokens > batch.row_tokens + 1:
         yield (
             ("data.max_tokens", "batch.row_tokens"),
@@ -242,6 +256,28 @@ def _length_of_the_run(config: Settings) -> Iterator[Finding]:
         yield ("log.trackers",), describe("log.trackers", "names a tracker twice", got=config.log.trackers)
 
 
+def _own_code(config: Settings) -> Iterator[Finding]:
+    """mixture.extractor may name code: seen here by its name alone, before anything is imported."""
+    name = config.mixture.extractor
+    module, colon, _ = name.partition(":")
+    wrong, todo = None, None
+    if not colon and name not in EXTRACTORS:
+        near = did_you_mean(name, EXTRACTORS)
+        wrong, todo = "is not known", f"did you mean {near}?" if near else None
+    elif colon and module.partition(".")[0] in sys.stdlib_module_names:
+        wrong = f"is of {module}, a module of Python's own library, which reads no answers"
+        todo = "write a function in a module of your own, under another name"
+    elif colon and not config.model.trust_remote_code:
+        wrong = "names code, which is not run unasked"
+        todo = "read it, and set model.trust_remote_code to true if it may run here"
+    if wrong is not None:
+        expected = f"one of {', '.join(EXTRACTORS)} or package.module:function"
+        yield (
+            ("mixture.extractor", "model.trust_remote_code"),
+            describe("mixture.extractor", wrong, expected=expected, got=name, todo=todo),
+        )
+
+
 def _mixture(config: Settings) -> Iterator[Finding]:
     mixture, data = config.mixture, config.data
     if mixture.weights is not None and mixture.temperature is not None:
@@ -250,7 +286,7 @@ def _mixture(config: Settings) -> Iterator[Finding]:
             describe("mixture.temperature", "mixture.weights is set too", todo="keep one of the two"),
         )
     if mixture.weights is not None:
-        if not math.fsum(mixture.weights.values()) > 0:
+        if not any(weight > 0 for weight in mixture.weights.values()):
             yield ("mixture.weights",), describe("mixture.weights", "sum to 0", got=mixture.weights)
         tasks = _tasks(data.train)
         for name in sorted(set(mixture.weights) - set(tasks)) if tasks else ():

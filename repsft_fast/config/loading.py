@@ -1,20 +1,25 @@
 """Settings from defaults, a YAML file, the environment and overrides, in that order; every problem reported at once."""
 
 import functools
+import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
-from repsft_fast.config import checks
+from repsft_fast.config import checks, foreign
+from repsft_fast.config.foreign_values import SCALARS, value_of
+from repsft_fast.config.paths import expand
 from repsft_fast.config.sections import Section, Settings
 from repsft_fast.config.yaml_file import parse_value, read_settings_file, write_settings
-from repsft_fast.errors import ConfigError, describe, did_you_mean
+from repsft_fast.errors import ConfigError, describe, did_you_mean, spelled
 
 PREFIX = "REPSFT_"
+NOT_SETTINGS = ("REPSFT_LISTEN", "REPSFT_SECRET")  # of the ranks' meeting (docs/cluster.md): of one host, and in no run.yaml
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 Key = tuple[str, ...]  # ("optim", "lr")
@@ -120,8 +125,12 @@ class Layer:
 
 def file_layer(path: str | Path) -> Layer:
     """A YAML file; a bare name that is no file may name a recipe that comes with the package."""
-    file = Path(path)
-    if not file.exists():
+    try:
+        file = Path(expand(str(path)))
+        missing = not file.exists()
+    except (PydanticCustomError, OSError, ValueError) as error:  # no such user or variable, too long, NUL inside
+        raise ConfigError(describe("--config", str(error), got=str(path))) from None
+    if missing:
         recipe = RECIPES / f"{path}.yaml"
         if file.name != str(path) or not recipe.is_file():
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
@@ -155,8 +164,12 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     settings: dict[str, str | list[str]] = {}
     places: dict[str, str] = {}
     for name, text in sorted(environment.items()):
-        if name.upper().startswith(PREFIX):
+        if name.upper().startswith(PREFIX) and name not in NOT_SETTINGS:
             dotted = name[len(PREFIX) :].lower().replace("__", ".")
+            if dotted in settings:
+                raise ConfigError(
+                    describe(f"environment variable {name}", f"{dotted} is set twice", got=f"also by {places[dotted]}")
+                )
             settings[dotted] = text
             places[dotted] = f"environment variable {name}"
     return text_layer("environment", settings, places)
@@ -188,7 +201,7 @@ def _merge_into(nested: dict[str, Any], values: Mapping[str, Any], above: Key, n
         if isinstance(nested.get(step), dict) and isinstance(value, Mapping):
             _merge_into(nested[step], value, key, name)
         elif step in nested:
-            raise ConfigError(describe(name or "config", f"{'.'.join(key)} is set twice"))
+            raise ConfigError(describe(name or "config", f"{spelled('.'.join(key))} is set twice"))
         else:
             nested[step] = dict(value) if isinstance(value, Mapping) else value
 
@@ -198,19 +211,35 @@ def _flatten(section: type[Section], values: Mapping[Any, Any], above: Key) -> I
     for name, value in values.items():
         key = (*above, str(name))
         if name not in section.model_fields:
-            # An unknown section that resembles none is told setting by setting: `train.epochs` means `budget.epochs`.
-            inside = value if isinstance(value, Mapping) and not did_you_mean(str(name), section.model_fields) else {}
-            for step in inside or [None]:
-                whole = key if step is None else (*key, str(step))
-                yield whole, None, unknown_setting(".".join(whole))
+            for whole in _unknown(key, value, section):
+                yield whole, None, unknown_setting(".".join(whole), section=whole == key and isinstance(value, Mapping))
             continue
         inner, optional = inner_section(section.model_fields[name].annotation)
-        if inner is None or (optional and (value is None or value == {})):
+        if inner is None or (optional and (value is None or (isinstance(value, Mapping) and not value))):
             yield key, value, None
         elif isinstance(value, Mapping):
             yield from _flatten(inner, value, key)
         elif value is not None:  # an empty section in YAML is null
-            yield key, None, describe(".".join(key), "is a section", expected="settings below it", got=value)
+            yield key, None, _not_settings(".".join(key), value)
+
+
+def _unknown(key: Key, value: Any, section: type[Section]) -> Iterator[Key]:
+    """A section that is none, setting by setting (`train.epochs` means `budget.epochs`), unless its name says what is meant."""
+    inside = value if isinstance(value, Mapping) else {}
+    meant = foreign.ours(key[-1])
+    if foreign.plain(key[-1]) in foreign.SECTIONS or meant in setting_names():
+        said = False
+    else:  # a sentence about the whole (deepspeed, quantization_config), or a section of ours with a slip of the pen
+        said = meant is not None or did_you_mean(key[-1], section.model_fields) is not None
+    yield from [key] if said or not inside else [(*key, str(step)) for step in inside]
+
+
+def _not_settings(section: str, value: Any) -> str:
+    """The sentence about a section that holds one value: `model: owner/name`."""
+    todo = f"did you mean {SCALARS[section]}?" if section in SCALARS else None
+    if isinstance(value, bool):
+        todo = f"write {section}: {{}} for its defaults" + ("" if value or "." not in section else ", or null for none of it")
+    return describe(section, "is a section", expected="settings below it", got=value, todo=todo)
 
 
 def inner_section(annotation: Any) -> tuple[type[Section] | None, bool]:
@@ -237,19 +266,33 @@ def setting_names() -> tuple[str, ...]:
     return tuple(walk(Settings, ""))
 
 
-def unknown_setting(name: str) -> str:
-    """The sentence for a name that is no setting, with the one probably meant.
+def unknown_setting(name: str, *, section: bool = False) -> str:
+    """The sentence for a name that is no setting, with the one probably meant. section: settings were written below it.
 
-    Looked for in turn: the same word in another section, a similar word in this one, a similar name anywhere.
+    Looked for in turn: the name in another spelling, another trainer's name for it, the same word in another section, a similar
+    word in this one, a name similar to another trainer's, a similar name anywhere.
     """
-    section, _, last = name.rpartition(".")
     names = setting_names()
-    sections = dict.fromkeys(n.rpartition(".")[0] for n in names)
-    elsewhere = [n for n in (*sections, *names) if n.rpartition(".")[2] == last]
-    siblings = {n.rpartition(".")[2]: n for n in (*sections, *names) if n.rpartition(".")[0] == section}
-    near = did_you_mean(last, siblings)
-    suggestion = elsewhere[0] if elsewhere else siblings[near] if near else did_you_mean(name, (*sections, *names))
-    return f"{name} is not a setting" + (f"; did you mean {suggestion}?" if suggestion else "")
+    known = (*dict.fromkeys(n.rpartition(".")[0] for n in names), *names) if section else names
+    suggestion = _spelled_otherwise(name, known) or foreign.ours(name)
+    if suggestion is None and not section and "." not in name:  # `--modle owner/name`
+        suggestion = SCALARS.get(did_you_mean(foreign.plain(name), SCALARS, cutoff=0.8) or "")
+    if suggestion is None:
+        above, _, last = foreign.plain(name).rpartition(".")
+        elsewhere = [n for n in known if n.rpartition(".")[2] == last]
+        siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == above}
+        near = did_you_mean(last, siblings)
+        suggestion = elsewhere[0] if elsewhere else siblings[near] if near else foreign.nearly(name)
+        suggestion = suggestion or did_you_mean(foreign.plain(name), known)
+    return f"{spelled(name)} is not a setting" + (f"; {foreign.question(suggestion)}" if suggestion else "")
+
+
+def _spelled_otherwise(name: str, known: Collection[str]) -> str | None:
+    """`Optim.LR`, `optim.warmup-fraction`, `optim_lr`, and `optimizer.lr`, whose section is one of ours by another name."""
+    section, _, last = foreign.plain(name).rpartition(".")
+    joined = {setting.replace(".", "_"): setting for setting in known}
+    spellings = (foreign.plain(name), f"{foreign.SECTIONS.get(section, section)}.{last}", joined.get(foreign.plain(name)))
+    return next((spelling for spelling in spellings if spelling != name and spelling in known), None)
 
 
 def _nest(flat: Mapping[Key, Any]) -> dict[str, Any]:
@@ -272,12 +315,22 @@ def _explain(error: ValidationError) -> Iterator[tuple[Key, str]]:
         if any(item["type"] == "missing" for item in items):
             yield key, describe(where, "is missing", todo=f"set it in the file or with --{where}")
             continue
+        if refused := next((item for item in items if item["type"] == "refused"), None):
+            said = {name: refused["ctx"].get(name) for name in ("expected", "todo")}
+            yield key, describe(where, refused["ctx"]["wrong"], **said)
+            continue
         expected = " or ".join(dict.fromkeys(_expected(item) for item in items))
         inside = ".".join(str(step) for step in items[0]["loc"][len(key) :]) if len(items) == 1 else ""
-        yield (
-            key,
-            describe(where + (f" [{inside}]" if inside else ""), "cannot be used", expected=expected, got=items[0]["input"]),
-        )
+        got = items[0]["input"]
+        meant = value_of(where, got)
+        todo = f"here it is {meant}" if meant else _near_value(got, expected)
+        yield key, describe(where + (f" [{inside}]" if inside else ""), "cannot be used", expected=expected, got=got, todo=todo)
+
+
+def _near_value(value: Any, expected: str) -> str | None:
+    """A slip of the pen in a word of a closed list, which pydantic's sentence names in quotes."""
+    near = did_you_mean(value, re.findall(r"'(\w+)'", expected)) if isinstance(value, str) else None
+    return f"did you mean {near}?" if near else None
 
 
 def _key_of(loc: tuple[int | str, ...]) -> Key:

@@ -57,7 +57,9 @@ def settings_page() -> str:
         "A setting comes from its default, then the YAML file (`--config run.yaml`), then the environment",
         "(`REPSFT_OPTIM__LR=2e-5`), then a flag (`--optim.lr 2e-5`); the last one wins. Values of variables and flags are",
         "written as in YAML: `null`, `[a, b]`, `{task: file}`. Sizes in bytes may be written `512MiB` or `2GiB`.",
-        "Unknown settings are refused. The resolved settings of a run lie in its folder as `run.yaml`.",
+        "Paths may begin with `~` and hold variables (`$SCRATCH/runs`), which are filled in; one that is not set is refused.",
+        "Unknown settings are refused; [coming_from.md](coming_from.md) has other trainers' names. The resolved settings of",
+        "a run lie in its folder as `run.yaml`.",
     ]
     for section, about in sections().items():
         lines += ["", f"## {section}", "", about, "", "| setting | value | default | meaning |", "|---|---|---|---|"]

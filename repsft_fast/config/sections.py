@@ -11,14 +11,18 @@ from repsft_fast.config.values import (
     AtLeastTwo,
     Bytes,
     Count,
+    Folder,
+    FolderOrHubId,
     Fraction,
     Free,
+    Name,
     NotNegative,
     Part,
     Positive,
     Share,
     SomeBytes,
     Sources,
+    Template,
     Text,
     Whole,
 )
@@ -38,8 +42,8 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run lives and what makes it repeatable."""
 
-    folder: Text
-    """Output folder; it must be new or empty, a used one is refused (continue it with --resume)."""
+    folder: Folder
+    """Output folder: new, or without files that the run would write over; a used one is continued with --resume."""
     seed: Whole = 42
     """Seed of data order, subsets, initial weights and dropout."""
     deterministic: bool = False
@@ -47,7 +51,7 @@ class Run(Section):
 
 
 # `from` is a word of Python's own, so this one setting cannot be written in a class's body.
-_FROM: Any = (Text | None, Field(None, description="Folder of adapters to go on from; model.path is their base model."))
+_FROM: Any = (Folder | None, Field(None, description="Folder of adapters to go on from; model.path is their base model."))
 _LoraFrom: type[Section] = create_model("_LoraFrom", __base__=Section, **{"from": _FROM})
 
 
@@ -70,9 +74,9 @@ class Lora(_LoraFrom):  # type: ignore[valid-type,misc]  # made while running
 class Model(Section):
     """The model and how it is held and computed."""
 
-    path: Text | None = None
+    path: FolderOrHubId | None = None
     """Folder or hub id of the model."""
-    gguf_file: Text | None = None
+    gguf_file: Folder | None = None
     """GGUF file inside the folder, de-quantised when loaded."""
     config: Free | None = None
     """Architecture (with its model_type) for a model with random weights, instead of path."""
@@ -95,7 +99,7 @@ class Model(Section):
     compile: bool = False
     """Compile the backbone's layers with torch.compile."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless asked for."""
+    """Run Python code that comes with the model or is named in mixture.extractor. Off unless asked for."""
     lora: Lora | None = None
     """Low-rank adapters; null: full fine-tuning."""
 
@@ -103,9 +107,9 @@ class Model(Section):
 class Tokenizer(Section):
     """Text to token ids."""
 
-    path: Text | None = None
+    path: FolderOrHubId | None = None
     """Folder or hub id; null: the model's own."""
-    chat_template: Text | None = None
+    chat_template: Template | None = None
     """Jinja chat template, or the path of a file with one; null: the tokenizer's own."""
     template_kwargs: Free = {}
     """Variables for the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go over them."""
@@ -146,7 +150,7 @@ class Data(Section):
     """What happens to samples longer than max_tokens; always counted and said."""
     max_tokens: AtLeastTwo | None = None
     """Longest sample in tokens; null: batch.row_tokens."""
-    cache_folder: Text | None = None
+    cache_folder: Folder | None = None
     """Where tokenised data is cached; null: the user's cache folder."""
     device_limit_bytes: Bytes | None = None
     """Tokens lie in device memory up to this size (512MiB, 2GiB …), in pinned host memory past it; null: from free memory."""
@@ -261,6 +265,9 @@ class Numbers(Section):
     on_nonfinite: Literal["stop", "skip", "revert"] = "stop"
     """NaN or Inf in the loss or a gradient: no update is applied. stop the run; skip that update and count it; or revert to the
     newest state in memory that was read and finite, and pass the update over."""
+    on_spike: Literal["log", "skip", "revert"] = "log"
+    """An update whose loss or gradient norm (before clipping; both as logarithms) lies more than 6 standard deviations above
+    the last 128 updates': log it and apply it; skip it and count it; or revert as above. Judged once 64 are known."""
     on_out_of_memory: Literal["stop", "retry"] = "stop"
     """Out of memory in an update changes nothing: stop and say what to lower, or retry it in rows half as long (one rank)."""
 
@@ -280,13 +287,20 @@ class Checkpoint(Section):
     """State on disk, to resume from."""
 
     every_updates: Count | None = None
-    """Updates between checkpoints; null: only at the end, or every_minutes."""
-    every_minutes: Positive | None = None
-    """Minutes between checkpoints, instead."""
+    """Updates between checkpoints, instead of minutes. One at the end of a run, before its model is saved, there always is."""
+    every_minutes: Positive | None = 10.0
+    """Minutes between checkpoints; null: none on the way, unless every_updates is set."""
     keep_last: Count = 2
     """Whole checkpoints kept."""
+    keep_extendable: bool = True
+    """Save and keep the last one from before wsd's decay: --resume with a larger budget goes on from there."""
     keep_best: bool = False
     """Keep the one with the lowest validation loss too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _updates_replace_minutes(cls, given: Any) -> Any:
+        return _instead(given, "every_updates", "every_minutes")
 
 
 class Distributed(Section):
@@ -322,7 +336,8 @@ class Mixture(Section):
     metric: Literal["exact_match", "nll", "token_accuracy", "answer"] = "exact_match"
     """What decides, on the validation rows; answer generates the reply and compares its final answer (for rationales)."""
     extractor: Text = "final"
-    """metric answer: final, boxed, hashes, last_number, whole, or an own function as package.module:function."""
+    """metric answer: final, boxed, hashes, last_number, whole, or, with model.trust_remote_code, an own function as
+    package.module:function (text → answer or None)."""
     answer_tokens: Count = 512
     """metric answer: longest generated reply in tokens."""
     min_delta: NotNegative = 0.0
@@ -333,7 +348,7 @@ class Mixture(Section):
     """rule tested: evaluations in a row below the peak before a task counts as overfit."""
     z: NotNegative = 2.33
     """rule tested: the fall must exceed z standard errors of the paired difference."""
-    weights: dict[str, NotNegative] | None = None
+    weights: dict[Name, NotNegative] | None = None
     """Sampling weight of each task; null: by size."""
     temperature: Positive | None = None
     """Sampling weights proportional to size ** (1 / temperature); null: by size."""

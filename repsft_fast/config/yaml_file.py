@@ -4,15 +4,20 @@ PyYAML follows YAML 1.1, where `1e-5` is text, `off` is false, `010` is 8, `1:30
 Here they are a number, a word, 10, text and text.
 """
 
+import errno
+import os
 import re
+import select
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from repsft_fast.errors import ConfigError, describe
+from repsft_fast.errors import ConfigError, describe, open_plain, spelled
 
 MAX_BYTES = 1 << 20  # a settings file is a few kilobytes
+PIPE_SECONDS = 5.0  # in which a pipe's writer says all
 MAX_NODES = 100_000  # after aliases are followed: a file of a few lines can mean 10⁹ values
 
 Lines = dict[tuple[str, ...], int]
@@ -25,6 +30,7 @@ class _Loader(yaml.SafeLoader):
 # Dates, sets and binary data are no settings: their tags are refused like any other foreign tag.
 _KNOWN_TAGS = {None, *(f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "int", "float", "str", "seq", "map"))}
 _Loader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _KNOWN_TAGS}
+_NOTHING = ("", "~", "null")
 _CORE = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -70,18 +76,27 @@ def write_settings(values: dict[str, Any]) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """The value of a flag or an environment variable: `3`, `1e-5`, `null`, `[a, b]`, `{task: file}`, else the text itself."""
+    """The value of a flag or an environment variable: `3`, `1e-5`, `null`, `[a, b]`, `{task: file}`, else the text itself.
+
+    Text that is not quoted is as it was typed: YAML would end it at ` #` and fold its lines, a chat template's too.
+    """
     try:
-        return _construct(text, "value")[0]
+        value = _construct(text, "value")[0]
     except ConfigError:
         return text
+    typed = text.strip()
+    lost = isinstance(value, str) and not typed.startswith(('"', "'", "!")) and value != typed
+    return text if lost or (value is None and typed.lower() not in _NOTHING) else value
 
 
 def read_settings_file(path: Path) -> tuple[dict[str, Any], Lines]:
     """A settings file's mapping, and the line of every key. Raises ConfigError naming file and line."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        if path.is_fifo():  # repsft train --config <(envsubst < settings.yaml)
+            raw = _read_pipe(path)
+        else:
+            with open_plain(path) as file:
+                raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(describe(str(path), f"cannot be read ({error.strerror or error})")) from error
     if len(raw) > MAX_BYTES:
@@ -107,6 +122,29 @@ def read_settings_file(path: Path) -> tuple[dict[str, Any], Lines]:
     return value, lines
 
 
+def _read_pipe(path: Path) -> bytes:
+    """All that a pipe's writer writes. OSError when nobody writes to it, or nothing comes for a while."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        ready, read, begun = select.poll(), b"", time.monotonic()
+        ready.register(number, select.POLLIN)
+        while len(read) <= MAX_BYTES:
+            events = ready.poll(100)
+            try:
+                piece = os.read(number, MAX_BYTES)
+                if not piece and (read or events):
+                    return read
+                read += piece
+                limit = PIPE_SECONDS if piece else 1.0  # nothing at all: it has no writer
+            except BlockingIOError:
+                limit = PIPE_SECONDS
+            if time.monotonic() - begun > limit:
+                raise OSError(errno.ETIMEDOUT, "it is a pipe that does not end: save it to a file first")
+        return read
+    finally:
+        os.close(number)
+
+
 def _construct(text: str, where: str) -> tuple[Any, Lines]:
     try:
         loader = _Loader(text)
@@ -119,6 +157,8 @@ def _construct(text: str, where: str) -> tuple[Any, Lines]:
             return (None if node is None else loader.construct_document(node)), lines
         finally:
             loader.dispose()
+    except ConfigError:  # ours, and a ValueError
+        raise
     except RecursionError:
         raise ConfigError(describe(where, "is nested too deeply")) from None
     except yaml.MarkedYAMLError as error:
@@ -166,7 +206,7 @@ def _check_keys(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str
         if key.value == "<<":
             continue
         if key.value in seen:
-            name = ".".join((*path, key.value))
+            name = spelled(".".join((*path, key.value)))
             raise ConfigError(describe(f"{where} line {line}", f"{name} is set twice", got=f"also on line {seen[key.value]}"))
         seen[key.value] = line
         lines[(*path, key.value)] = line

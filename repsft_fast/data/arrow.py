@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from repsft_fast.data.filetypes import check_regular, once
 from repsft_fast.data.folders import choose_split
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, open_plain
 from repsft_fast.hub import offline, why_not_reached
 
+MAX_INDEX_BYTES = 2**26
 IPC_FILE = b"ARROW1"  # how arrow's file form begins, as pyarrow and polars write it
 
 
@@ -25,7 +28,7 @@ def open_table(path: Path, name: str, kind: str) -> Any:
     def read() -> Any:
         if kind == "parquet":  # one without rows `datasets` cannot read
             return datasets.Dataset.from_parquet(str(path)) if pq.read_metadata(path).num_rows else []
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             is_stream = stream.read(len(IPC_FILE)) != IPC_FILE
         if is_stream:  # as `datasets` writes it
             return datasets.Dataset.from_file(str(path))
@@ -40,15 +43,17 @@ def open_saved(path: Path, name: str, split: str, held_out: bool) -> Any:
     import datasets
 
     folder = path
-    if (folder / "dataset_dict.json").is_file():
+    if os.path.lexists(folder / "dataset_dict.json"):
         splits = _index(folder / "dataset_dict.json", "splits", name)
         chosen = choose_split(split, splits, held_out)
         if chosen is None:
             expected = " | ".join(splits)
             raise DataError(describe(name, "has no such split", expected=expected, got=split, todo="set data.split"))
         folder = folder / chosen
-    if not _index(folder / "state.json", "_data_files", name):
+    if not (files := _index(folder / "state.json", "_data_files", name)):
         return []  # `datasets` cannot load it
+    for file in (*files, "dataset_info.json"):  # which `datasets` opens by their names
+        check_regular(folder / file, f"{name.rstrip('/')}/{file}")
     return _read(lambda: datasets.load_from_disk(str(folder)), name, "arrow")
 
 
@@ -110,11 +115,12 @@ def _quiet() -> Iterator[None]:
 def _index(path: Path, key: str, name: str) -> list[str]:
     """File or folder names listed by an index file; none of them may lead out of its folder."""
     try:
-        items = json.loads(path.read_bytes())[key]
+        with open_plain(path) as stream:
+            items = json.loads(stream.read(MAX_INDEX_BYTES), object_pairs_hook=once)[key]
         names = [item["filename"] if isinstance(item, dict) else item for item in items]
         if all(isinstance(item, str) and Path(item).name == item for item in names):
             return names
         wrong = f"{path.name} points outside its folder"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        wrong = f"{path.name} is damaged ({type(error).__name__})"
+        wrong = f"{path.name} is damaged ({getattr(error, 'strerror', None) or type(error).__name__})"
     raise DataError(describe(name, f"cannot be read as arrow: {wrong}", todo="write it again"))

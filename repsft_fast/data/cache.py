@@ -18,6 +18,7 @@ from uuid import uuid4
 import numpy as np
 
 from repsft_fast.data.sample import Loaded, Sample
+from repsft_fast.errors import open_plain
 
 VERSION = 3  # raise it when the same input would give other samples
 ACCOUNTS = ("columns_used", "columns_unused", "files")
@@ -84,7 +85,8 @@ def read(folder: Path, key: str) -> tuple[Loaded | None, str | None]:
 
     path = path_of(folder, key)
     try:
-        data = path.read_bytes()
+        with open_plain(path) as stream:
+            data = stream.read()
     except FileNotFoundError:
         return None, None
     except OSError as error:

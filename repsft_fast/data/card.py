@@ -11,6 +11,7 @@ configs:
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, open_plain
 
 MAX_HEAD_BYTES = 2**18  # of the YAML at the top; more is not a head
 HEAD = re.compile(rb"\A(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
@@ -39,13 +40,14 @@ def read_card(folder: Path, name: str, files: list[str]) -> Card:
     """What the card says of `files`. Raises DataError when it cannot be known what is meant."""
     card = folder / "README.md"
     where = f"{name.rstrip('/')}/README.md"
-    if not card.is_file():
+    if not os.path.lexists(card) or card.is_dir():
         return Card()
     try:
-        with card.open("rb") as stream:
+        with open_plain(card) as stream:
             head = HEAD.match(stream.read(MAX_HEAD_BYTES))
     except OSError as error:
-        raise DataError(describe(where, f"cannot be read ({error.strerror})", todo="check its permissions")) from None
+        todo = "check its permissions, or name the files in place of the folder"
+        raise DataError(describe(where, f"cannot be read ({error.strerror})", todo=todo)) from None
     if head is None or b"configs" not in head[1]:
         return Card()
     try:

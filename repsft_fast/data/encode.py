@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from repsft_fast.data.placeholders import Piece, special_strings
+from repsft_fast.errors import DataError, describe
 
 
 class Encoder:
@@ -37,15 +38,23 @@ class Encoder:
         if not texts:
             return []
         keywords = {"split_special_tokens": True} if raw else {}
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **keywords,
-        )
+        encoded = self._asked(texts, return_attention_mask=False, return_token_type_ids=False, **keywords)
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def _asked(self, texts: Sequence[str], **keywords: Any) -> Any:
+        """The tokenizer's answer. DataError, quoting the text, where it gives up, as a rule at a pattern that never ends."""
+        try:
+            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **keywords)
+        except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            if len(texts) > 1:
+                for text in texts:
+                    self._asked([text], **keywords)
+            cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            shown = texts[0] if len(texts[0]) <= 80 else f"{texts[0][:80]}… ({len(texts[0])} characters)"
+            todo = "mend the row, or take another tokenizer"
+            raise DataError(describe("tokenizer.path", f"cannot split a text ({cause})", got=repr(shown), todo=todo)) from error
 
     def __call__(self, rows: Sequence[Sequence[Piece]]) -> list[tuple[list[int], list[bool]]]:
         """(ids, trained) of every row, without a leading or trailing token that no piece asks for."""
@@ -82,7 +91,7 @@ class Encoder:
         if not rows:
             return []
         texts = ["".join(piece.text for piece in row) for row in rows]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self._asked(texts, return_offsets_mapping=True)
         result = []
         for row, ids, spans in zip(rows, encoded["input_ids"], encoded["offset_mapping"]):
             flags: list[bool] = []

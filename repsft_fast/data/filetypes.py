@@ -10,9 +10,9 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, kind_of_file, open_plain
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -114,17 +114,29 @@ def check_regular(path: Path, name: str) -> os.stat_result:
         wrong = "is a broken link" if path.is_symlink() else "cannot be read"
         raise DataError(describe(name, f"{wrong} ({error.strerror})", todo="repair or remove it")) from None
     if not stat.S_ISREG(found.st_mode):
-        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-        wrong = f"is {kinds.get(stat.S_IFMT(found.st_mode), 'not a file')}"
-        raise DataError(describe(name, wrong, expected="a file", todo="write the rows to a file: they are read more than once"))
+        wrong, todo = f"is {kind_of_file(found.st_mode)}", "save it to a file first: it is read more than once"
+        raise DataError(describe(name, wrong, expected="a file", todo=todo))
     return found
 
 
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's content, unpacked as it is read."""
     suffix = path.suffix.lower()
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
-    return path.open("rb") if opener is None else io.BufferedReader(opener(path, "rb"))  # type: ignore[operator,arg-type]
+    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
+    packed = open_plain(path)
+    return packed if unpack is None else _Unpacked(unpack(packed, "rb"), packed)  # type: ignore[operator]
+
+
+class _Unpacked(io.BufferedReader):
+    """Closes the packed file too, which gzip and its like leave open where they did not open it."""
+
+    def __init__(self, unpacked: io.BufferedIOBase, packed: IO[bytes]):
+        super().__init__(unpacked)  # type: ignore[arg-type]
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
 
 
 def torn(where: str, path: Path, error: Exception) -> DataError:
@@ -135,6 +147,31 @@ def torn(where: str, path: Path, error: Exception) -> DataError:
             describe(where, f"is not whole {path.suffix[1:].lower()} ({cause})", todo="fetch or pack the file again")
         )
     return DataError(describe(where, f"cannot be read ({cause})", todo="check the file and its permissions"))
+
+
+class Twice(ValueError):
+    """A name to which one JSON object gives two values."""
+
+    def __init__(self, name: str, values: list[Any]):
+        self.name, self.values = name, values
+        super().__init__(f"{name!r} is there twice")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook: json itself would take the last of two values in silence. Raises Twice."""
+    made: dict[str, Any] = dict(pairs)
+    if len(made) < len(pairs):
+        first: dict[str, Any] = {}
+        texts: dict[str, str] = {}  # of the names that come again: a name may come 30,000 times
+        for name, value in pairs:
+            if name not in first:
+                first[name] = value
+                continue
+            if name not in texts:
+                texts[name] = repr(first[name])
+            if repr(value) != texts[name]:  # by repr, in which true is not 1
+                raise Twice(name, [first[name], value])
+    return made
 
 
 def check_beginning(data: bytes, where: str) -> None:

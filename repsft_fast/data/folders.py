@@ -24,7 +24,7 @@ from typing import Any
 from repsft_fast.data.card import Card, matcher, read_card
 from repsft_fast.data.columns import FORMATS
 from repsft_fast.data.filetypes import SUFFIXES, check_regular, holds_data, kind_of, known_unread, refusal, stem_of
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, open_plain
 
 MAX_ENTRIES = 100_000  # of a folder and all below it; more is no folder of data
 WORDS = {
@@ -209,7 +209,8 @@ def beside_saved(folder: Path, name: str, split: str, held_out: bool) -> tuple[s
         if not hidden and (kind_of(path) not in (None, "arrow file") or known_unread(path)):
             unread.append(path.name)
     try:
-        splits = [str(other) for other in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+        with open_plain(folder / "dataset_dict.json") as stream:
+            splits = [str(other) for other in json.loads(stream.read(MAX_ENTRIES * 100))["splits"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         splits = []  # a Dataset, or damaged, which its reader says
     chosen = choose_split(split, splits, held_out)

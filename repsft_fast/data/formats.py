@@ -28,6 +28,8 @@ from repsft_fast.data.tool_calls import checked, json_of, read_tools, text_of
 from repsft_fast.data.turns import Turns, read_turns
 from repsft_fast.errors import DataError, describe
 
+LONGEST_NAME = 1_000  # characters of a task's name: it is written into every report
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -276,6 +278,11 @@ def read_task(row: Mapping[str, Any], column: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         todo = "name the row's task"
         raise DataError(describe(f"{where}, field {column!r}", "is not a task", expected="a name", got=repr(value), todo=todo))
+    if len(str(value)) > LONGEST_NAME:
+        wrong, got = "is too long for a task's name", f"{len(str(value))} characters"
+        todo = "name the column of the tasks in data.task_column"
+        expected = f"at most {LONGEST_NAME} characters"
+        raise DataError(describe(f"{where}, field {column!r}", wrong, expected=expected, got=got, todo=todo))
     return text_of(str(value), f"{where}, field {column!r}")
 
 

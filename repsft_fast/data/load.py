@@ -32,7 +32,7 @@ from repsft_fast.data.placeholders import special_pattern
 from repsft_fast.data.plain import plain_pieces, with_ends
 from repsft_fast.data.pretokenised import Pretokenised
 from repsft_fast.data.sample import Loaded, Sample
-from repsft_fast.data.sources import Source, SourceSpec, list_sources, open_rows, without_copies
+from repsft_fast.data.sources import BadRow, Source, SourceSpec, list_sources, open_rows, without_copies
 from repsft_fast.data.splits import Splits, carve, nested_subset, overlap_warnings
 from repsft_fast.data.template import ChatTemplate, Rendered, find_template
 from repsft_fast.errors import DataError, describe
@@ -257,6 +257,9 @@ class _Builder:
         form, settings = self.settings.format, self.settings
         for row, where in rows:
             self.rows += 1
+            if isinstance(row, BadRow):
+                self._reject(where, row, loaded)
+                continue
             self.fields.look(row)
             task, weight = source.task or "default", 1.0
             try:

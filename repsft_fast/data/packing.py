@@ -96,9 +96,10 @@ def pack(
     if len(sizes) == 1:  # one sample per update has nothing to weigh; this is its whole planning cost
         return [[np.zeros(1, dtype=np.int64)]] + [[EMPTY] for _ in range(ranks - 1)]
     rows: list[list[int]] = []
+    needed = min(capacity, sum(sizes))  # a row that takes them all is long enough, and the masks have a bit for every slot
     for group in apart.groups(order, sizes):
         few = bucket > 1 and len(group) <= FEW_SAMPLES
-        rows += _fullest_rows(group, sizes, capacity) if few else _best_fit_decreasing(group, sizes, capacity)
+        rows += _fullest_rows(group, sizes, needed) if few else _best_fit_decreasing(group, sizes, needed)
     if ranks == 1:
         return [[np.array(row, dtype=np.int64) for row in rows]]
     return _deal(_split_until_divisible(rows, sizes, ranks), sizes, capacity, bucket, ranks)

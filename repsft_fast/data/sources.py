@@ -22,16 +22,18 @@ from repsft_fast.data.csv_rows import csv_rows
 from repsft_fast.data.filetypes import (
     SUFFIXES,
     TORN,
+    Twice,
     check_beginning,
     check_regular,
     kind_of,
     known_unread,
+    once,
     open_bytes,
     refusal,
     torn,
 )
 from repsft_fast.data.folders import beside_saved, choose_files, files_below, rows_of_object
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, open_plain
 from repsft_fast.hub import near_path, why_local
 
 MAX_LINE_BYTES = 64 * 2**20  # a longer JSONL line is a mistake (64 MiB of text is ~16M tokens), and must not fill the memory
@@ -125,7 +127,7 @@ def _expand(value: object, split: str, held_out: bool) -> list[Source]:
 
 def _folder(path: Path, name: str, split: str, held_out: bool) -> list[Source]:
     _check_split_name(split, name)
-    if any((path / index).is_file() for index in ("state.json", "dataset_dict.json")):
+    if any(os.path.lexists(path / index) for index in ("state.json", "dataset_dict.json")):
         return [Source(name, "arrow", path, None, notes=beside_saved(path, name, split, held_out))]
     files, notes = choose_files(path, name, split, held_out)
     listed = [Source(f"{name.rstrip('/')}/{file.inside}", file.kind, file.path, None) for file in files]
@@ -231,7 +233,10 @@ def without_copies(opened: Sequence[tuple[Source, Any, str]]) -> None:
 
 
 def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], str]:
-    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are lines."""
+    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are lines.
+
+    A row may be a BadRow, which says what is wrong with it.
+    """
     if source.path is None:
         dataset = open_hub(source.name, split, source.held_out)
         digest = str(dataset._fingerprint)
@@ -252,7 +257,7 @@ def _hash_files(path: Path) -> str:
     total = hashlib.sha256()
     for file in files:
         try:
-            with file.open("rb") as stream:
+            with open_plain(file) as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
             wrong = f"cannot be read ({error.strerror})"
@@ -262,7 +267,7 @@ def _hash_files(path: Path) -> str:
 
 def _check_table(source: Source) -> None:
     assert source.path is not None
-    with source.path.open("rb") as stream:
+    with open_plain(source.path) as stream:
         beginning = stream.read(32)
     if beginning.startswith(b"version https://git-lfs"):
         check_beginning(beginning, source.name)
@@ -309,7 +314,11 @@ def _lines(source: Source, place: list[str]) -> Iterator[tuple[bytes, str]]:
 def _json_lines(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
     for line, where in _lines(source, place):
         if line.strip(b" \t\r\n"):
-            yield _decode(line, where, torn=not line.endswith(b"\n")), where
+            try:
+                row = _decode(line, where, torn=not line.endswith(b"\n"))
+            except BadRow as error:
+                row = error
+            yield row, where
 
 
 def _without_mark(data: bytes, where: str) -> bytes:
@@ -329,29 +338,20 @@ def _text(data: bytes, where: str) -> str:
         raise DataError(describe(where, "is not UTF-8", expected="UTF-8", got=got, todo="convert the file")) from None
 
 
-class _Twice(ValueError):
-    """A name that one object gives to two values."""
+_JSON = json.JSONDecoder(object_pairs_hook=once)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = dict(pairs)
-    if len(made) < len(pairs):
-        for name, value in pairs:
-            if made[name] != value:
-                raise _Twice(name)
-    return made
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
+class BadRow(DataError):
+    """A row that is JSON and cannot be meant. It stands in the row's place, where data.on_bad_row looks at it."""
 
 
 def _decode(data: bytes, where: str, torn: bool = False) -> Any:
     text = _text(data, where)
     try:
         return _JSON.decode(text)
-    except _Twice as error:
-        todo = "keep the one that is meant"
-        raise DataError(describe(where, f"names {error.args[0]!r} twice, with two values", todo=todo)) from None
+    except Twice as error:
+        wrong, got = f"names {error.name[:80]!r} twice, with two values", " and ".join(repr(v)[:80] for v in error.values[:2])
+        raise BadRow(describe(where, wrong, got=got, todo="keep the one that is meant")) from None
     except RecursionError:
         todo = "write what is nested as text"
         raise DataError(describe(where, "is nested too deeply", expected="a row of text fields", todo=todo)) from None

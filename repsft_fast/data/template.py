@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.formats import Conversation, check_kwargs
@@ -22,7 +21,9 @@ from repsft_fast.data.kept import CLOSED, check_context, says_something, split_t
 from repsft_fast.data.placeholders import Piece, Placeholders, special_strings, without_placeholders
 from repsft_fast.data.renders import ANYBODY, Question, Renders, Span, closing_tokens
 from repsft_fast.data.spans import turn_spans
-from repsft_fast.errors import DataError, describe
+from repsft_fast.errors import DataError, describe, open_plain
+
+MAX_TEMPLATE_BYTES = 2**24  # of a file; the longest public ones have 2**16
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ def find_template(tokenizer: Any, override: str | None) -> str | None:
     """The template's text: the override (text, or a file's path), else the tokenizer's own, else None."""
     if override is not None and "{" not in override:
         try:
-            return Path(override).read_text(encoding="utf-8")
+            with open_plain(override) as stream:
+                text = stream.read(MAX_TEMPLATE_BYTES + 1)
+            if len(text) > MAX_TEMPLATE_BYTES:
+                raise ValueError(f"larger than {MAX_TEMPLATE_BYTES} bytes")
+            return text.decode("utf-8")
         except (OSError, ValueError) as error:
             cause = getattr(error, "strerror", None) or error
             wrong = f"is neither a template nor a readable file ({cause})"

@@ -1,6 +1,8 @@
-"""Ranks: how they meet (meeting), who is gone (watch), what they tell each other (ranks), the model over them (sharding)."""
+"""Ranks: which one this is (launch), how they meet (listening, handshake, meeting), who is gone (watch), what they tell each
+other (ranks), the model over them (sharding)."""
 
 from repsft_fast.distributed.interfaces import of_the_wire
+from repsft_fast.distributed.launch import LaunchError, place
 from repsft_fast.distributed.ranks import (
     DEFAULT_TIMEOUT_S,
     World,
@@ -13,7 +15,6 @@ from repsft_fast.distributed.ranks import (
     last_words,
     lost_error,
     lost_rank,
-    place,
     refuse,
     same_everywhere,
     start,
@@ -23,6 +24,7 @@ from repsft_fast.distributed.ranks import (
 )
 from repsft_fast.distributed.reset import unfinished
 from repsft_fast.distributed.sharding import (
+    check_groups,
     copies,
     decoder_layers,
     full_state,
@@ -39,6 +41,7 @@ from repsft_fast.distributed.watch import Loss
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
+    "LaunchError",
     "Loss",
     "World",
     "all_max",
@@ -46,6 +49,7 @@ __all__ = [
     "any_rank",
     "at_ease",
     "barrier",
+    "check_groups",
     "copies",
     "decoder_layers",
     "full_state",

@@ -6,22 +6,30 @@ at once (`watch`): the waiting ends with its name. All of this comes before the 
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
+import re
 import secrets
 import socket
-import sys
+import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from repsft_fast.distributed.watch import Hub, Loss, Member, Watch, connect
-from repsft_fast.errors import ConfigError, TrainingError, describe
+from repsft_fast.distributed import listening
+from repsft_fast.distributed.launch import LaunchError, say
+from repsft_fast.distributed.listening import NotKnownYet
+from repsft_fast.distributed.watch import REFUSED, Hub, Loss, Member, Watch
+from repsft_fast.errors import ConfigError, TrainingError, describe, spelled
 
 MEETING_TIMEOUT_S = 600.0  # for the last rank to come
 SPEAK_EVERY_S = 15.0  # what is waited for
+NAME_S = 30.0  # for the name of rank 0's own host to be known on it
 _LOOK_S = 0.1
 _TRY_S = 5.0  # a connection
 
@@ -43,28 +51,35 @@ def meet(
     watch: Hub | Member
     if rank == 0:
         token = secrets.token_hex(16)
-        watch = Hub(size, facts, token)
-        store.set(key, f"{token} {watch.port} {' '.join(_own_addresses(host, port))}")
+        listens, addresses = listening.of_the_meeting(host, port)
+        watch = Hub(size, facts, token, listens)
+        store.set(key, f"{token} {watch.port} {' '.join(addresses)}")
     else:
         watch = _member(store, key, host, rank, size, facts, wait)
     while not watch.met.wait(_LOOK_S):
         if watch.loss is not None:
             raise _given_up(watch, watch.loss)
         if rank == 0:
-            missing = ", ".join(map(str, watch.missing()))
-            if wait.over(f"rank {missing} to come"):
+            missing = _some(watch.missing())
+            if wait.over(f"rank {missing} to come to {', '.join(addresses)}"):
                 words = f"rank {missing} has not come within {timeout_s:g} s"
-                todo = "read its output, and whether its node was started"
+                todo = f"read its output, whether its node was started and whether it can reach {', '.join(addresses)}"
                 watch.tell(describe("start", words, todo=todo))
                 watch.leave()
                 raise TrainingError(describe("start", words, todo=todo))
     return store, watch.facts, watch
 
 
-def _given_up(watch: Watch, loss: Loss) -> TrainingError:
+def _given_up(watch: Watch, loss: Loss) -> TrainingError | ConfigError:
     watch.leave()
+    if loss.code == REFUSED:  # a second process of one rank: all that had come hear it
+        return ConfigError(loss.words)
     todo = "read its output, then start again"
     return TrainingError(str(loss) if loss.words else describe("start", f"rank {loss.rank} had come and is gone", todo=todo))
+
+
+def _some(ranks: list[int], most: int = 16) -> str:
+    return ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
 
 
 class _Wait:
@@ -78,42 +93,116 @@ class _Wait:
         waited = time.monotonic() - self.began
         if waited >= self._next_words:
             self._next_words = waited + SPEAK_EVERY_S
-            words = f"rank {self.rank} waits for {what}: {waited:.0f} s of {self.limit_s:g} s"
-            print(words, file=sys.stderr, flush=True)
+            say(f"rank {self.rank} waits for {what}: {waited:.0f} s of {self.limit_s:g} s")
         return waited >= self.limit_s
 
 
 def _address() -> tuple[str, int]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            todo = "launch with torchrun, or export it"
-            raise ConfigError(describe(name, "is not set", expected="the address of rank 0", todo=todo))
-    text = os.environ["MASTER_PORT"]
-    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise ConfigError(describe("MASTER_PORT", "is not a port", expected="1 to 65535", got=text))
-    return os.environ["MASTER_ADDR"], int(text)
+        if not os.environ.get(name, "").strip():
+            todo = "launch with torchrun, or export it; to train with one process export WORLD_SIZE=1"
+            raise LaunchError(describe(name, "is not set", expected="the address of rank 0", todo=todo))
+    text = os.environ["MASTER_PORT"].strip()
+    if not (text.isascii() and text.isdecimal() and len(text) < 6 and 0 < int(text) < 1 << 16):
+        raise LaunchError(describe("MASTER_PORT", "is not a port", expected="1 to 65535", got=text))
+    host = os.environ["MASTER_ADDR"].strip()
+    if not _can_be_a_host(host):
+        expected = "a host's name or number, without a scheme or a port"
+        todo = "name rank 0's node as the others reach it; one name, not a list"
+        raise LaunchError(describe("MASTER_ADDR", "cannot be a host", expected=expected, got=spelled(host), todo=todo))
+    return host, int(text)
+
+
+def _can_be_a_host(host: str) -> bool:
+    """False for what no resolver can ever know: `http://x`, `host:29500`, `node[1-4]`, `node..x`, a label over 63 letters."""
+    try:
+        if ":" in host:
+            return bool(ipaddress.IPv6Address(host))
+        host.encode("idna")
+    except ValueError:  # a UnicodeError is one
+        return False
+    return len(host) < 255 and re.fullmatch(r"[\w.-]+", host) is not None
 
 
 def _store(host: str, port: int, rank: int, size: int, timeout_s: float, wait: _Wait) -> dist.Store:
     """Rank 0 keeps it, except under torchrun, whose agent does; the others wait for it quietly."""
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    while not keeps:
-        found = connect([host], port, _TRY_S)
-        if found is not None:
-            found.close()
-            break
-        if wait.over(f"rank 0 at {host}:{port}"):
-            wrong = f"rank 0 has not come to {host}:{port} within {wait.limit_s:g} s"
-            raise TrainingError(describe("start", wrong, todo="read its output; MASTER_ADDR must name its node"))
-        time.sleep(_LOOK_S)
     options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True, "timeout": timedelta(seconds=timeout_s)}
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _kept_store(host, port, size, options, wait)
+    while (found := _connect([host], port, _TRY_S)) is None:
+        known = "" if _is_known(host) else ", a name that is not known here"
+        if wait.over(f"rank 0 at {host}:{port}{known}"):
+            wrong = f"rank 0 has not come to {host}:{port} within {wait.limit_s:g} s"
+            raise TrainingError(describe("start", wrong + known, todo="read its output; MASTER_ADDR must name its node"))
+        time.sleep(_LOOK_S)
+    address = found.getpeername()[0]  # of those the name stands for the one that answers
+    found.close()
     try:
-        return dist.TCPStore(host, port, size, keeps, **options)
+        return _client(address, port, size, options, wait)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        if not keeps:
-            raise TrainingError(describe("start", "rank 0 had come and is gone", got=_first_line(error))) from error
-        todo = "choose another MASTER_PORT; MASTER_ADDR must name this node"
-        raise ConfigError(describe("MASTER_PORT", "cannot be used", got=_first_line(error), todo=todo)) from error
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(describe("start", "rank 0 had come and is gone", got=_first_line(error))) from error
+
+
+def _client(address: str, port: int, size: int, options: dict[str, Any], wait: _Wait) -> dist.Store:
+    """A member's end of the store. torch waits without end for the first answer: in a thread, so that this one can speak."""
+    made: list[dist.Store | BaseException] = []
+    done = threading.Event()
+
+    def make() -> None:
+        try:
+            made.append(dist.TCPStore(address, port, size, False, **options))
+        except BaseException as error:
+            made.append(error)
+        done.set()
+
+    threading.Thread(target=make, name="repsft-store", daemon=True).start()
+    while not done.wait(_LOOK_S):
+        if wait.over(f"an answer from {address}, port {port}, where something listens and says nothing"):
+            wrong = f"what listens at {address}, port {port}, has not answered within {wait.limit_s:g} s and may not be rank 0"
+            raise TrainingError(describe("start", wrong, todo="look at what listens there, or choose another MASTER_PORT"))
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
+
+
+def _kept_store(host: str, port: int, size: int, options: dict[str, Any], wait: _Wait) -> dist.Store:
+    """The store of rank 0, on a socket of ours: torch's own listens on all interfaces."""
+    while True:
+        try:
+            listens, address = listening.of_the_store(host, port)
+            return dist.TCPStore(address, port, size, True, master_listen_fd=listens.detach(), **options)
+        except NotKnownYet as error:
+            wait.over(f"{error} (MASTER_ADDR)")
+            if time.monotonic() - wait.began > min(NAME_S, wait.limit_s):
+                todo = "name rank 0's node, which is this one"
+                raise LaunchError(describe("MASTER_ADDR", "is not known here", got=host, todo=todo)) from None
+            time.sleep(_LOOK_S)
+        except LaunchError:
+            raise
+        except (OSError, dist.DistError, RuntimeError, ValueError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            if taken and (own := _of_this_process(host, port, size, options)) is not None:
+                return own
+            wrong = "is taken by another process" if taken else "cannot be used"
+            todo = "choose another MASTER_PORT, and give every process its own RANK: one alone may be rank 0"
+            raise LaunchError(describe("MASTER_PORT", wrong, got=f"{port} ({_first_line(error)})", todo=todo)) from error
+
+
+def _of_this_process(host: str, port: int, size: int, options: dict[str, Any]) -> dist.Store | None:
+    """The store of an earlier run in this process, which may still be held by somebody."""
+    try:
+        return dist.TCPStore(host, port, size, True, **options)
+    except (dist.DistError, RuntimeError, ValueError):
+        return None
+
+
+def _is_known(host: str) -> bool:
+    try:
+        return bool(listening.addresses(host))
+    except NotKnownYet:
+        return False
 
 
 def _member(store: dist.Store, key: str, host: str, rank: int, size: int, facts: dict[str, Any], wait: _Wait) -> Member:
@@ -123,10 +212,12 @@ def _member(store: dist.Store, key: str, host: str, rank: int, size: int, facts:
         try:
             if store.check([key]):
                 token, port, *addresses = store.get(key).decode().split()
-                tried = f"{', '.join([host, *addresses])}, port {port}"
-                connection = connect([host, *addresses], int(port), _TRY_S)
+                tried = f"{', '.join(addresses or [host])}, port {port}"
+                connection = _connect(addresses or [host], int(port), _TRY_S)
                 if connection is not None:
-                    return Member(rank, size, facts, token, connection)
+                    member = _introduced(rank, size, facts, token, connection)
+                    if member is not None:
+                        return member
         except (dist.DistError, RuntimeError) as error:  # the store's keeper has ended
             todo = "read its output, then start again"
             wrong = "rank 0 had come and is gone"
@@ -137,13 +228,23 @@ def _member(store: dist.Store, key: str, host: str, rank: int, size: int, facts:
         time.sleep(_LOOK_S)
 
 
-def _own_addresses(host: str, port: int) -> list[str]:
-    """Where others may find this host besides MASTER_ADDR, which under torchrun can be another's."""
-    found = [socket.gethostname()]
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing: it asks which way the master lies
-        found.append(probe.getsockname()[0])
-    return [address for address in found if not address.startswith("127.")]  # of this host only
+def _connect(addresses: Sequence[str], port: int, seconds: float) -> socket.socket | None:
+    """A connection to the first of a host's addresses that takes one; None when none does."""
+    for address in addresses:
+        with suppress(OSError, UnicodeError):
+            return socket.create_connection((address, port), timeout=seconds)
+    return None
+
+
+def _introduced(rank: int, size: int, facts: dict[str, Any], token: str, connection: socket.socket) -> Member | None:
+    """None where the connection ended before rank 0 had answered: strangers crowd it, or this is an older launch's port."""
+    try:
+        return Member(rank, size, facts, token, connection)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError):
+            return None
+        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repsft_fast.distributed import launch
 from repsft_fast.distributed.interfaces import of_the_wire, talking
+from repsft_fast.distributed.launch import LaunchError, place
 from repsft_fast.distributed.meeting import MEETING_TIMEOUT_S, meet
 from repsft_fast.distributed.watch import Loss, Watch
 from repsft_fast.errors import ConfigError, DataError, ModelError, RepsftError, TrainingError, describe
@@ -55,11 +57,15 @@ def start(
     a rank that did not come, or came and is gone.
     """
     global _handled
-    rank, size, local_rank = place()
+    found = launch.read()
+    rank, size, local_rank = found.rank, found.size, found.local_rank or 0
+    if size == 1 and (text := launch.says_alone()) is not None:
+        launch.say_once(text)
     refused = None
     try:
         if device is None:
-            device = torch.device("cuda", _gpu(local_rank)) if torch.cuda.is_available() else torch.device("cpu")
+            own = found.local_rank if size > 1 else local_rank
+            device = torch.device("cuda", _gpu(own)) if torch.cuda.is_available() else torch.device("cpu")
     except ConfigError as error:  # the others wait for this rank: it joins them and tells
         device, refused = torch.device("cuda", 0), error
     device = torch.device(device)
@@ -137,31 +143,15 @@ def stop() -> None:
         raise lost from error
 
 
-def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, size, local rank) from torchrun's variables, else from those of a Slurm step, else alone."""
-    if "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    else:
-        return 0, 1, 0
-    try:
-        rank, size = int(environment[names[0]]), int(environment[names[1]])
-        local_rank = int(environment.get(names[2], "0"))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            describe("the launcher's environment", f"{error} cannot be read", expected=", ".join(names))
-        ) from error
-    if not 0 <= rank < size:
-        raise ConfigError(describe(names[0], "is not one of the ranks", expected=f"0 to {size - 1}", got=rank))
-    return rank, size, local_rank
-
-
-def _gpu(local_rank: int) -> int:
+def _gpu(local_rank: int | None) -> int:
     """This rank's GPU among those it sees: its own place, or the only one where the launcher shows every task one."""
     seen = torch.cuda.device_count()
     if seen == 1:
         return 0
+    if local_rank is None:
+        todo = "launch with torchrun or srun, export it, or show every rank its own GPU (CUDA_VISIBLE_DEVICES)"
+        wrong = f"is not set, and this rank sees {seen} GPUs"
+        raise LaunchError(describe("LOCAL_RANK", wrong, expected="its place among the ranks of its node", todo=todo))
     if local_rank >= seen:
         wrong = f"rank {local_rank} of this node has no GPU"
         raise ConfigError(describe("the launcher", wrong, expected=f"at most {seen} ranks on it", todo="start one per GPU"))
@@ -345,12 +335,17 @@ def _first_told(mine: Exception | None) -> RepsftError | None:
 
 def refuse(error: RepsftError) -> None:
     """Tell the ranks of a run that has not begun why it will not: this one's settings cannot be used. Alone: nothing."""
-    with suppress(RepsftError):
+    try:
         if place()[1] == 1:
             return
         start()
         with together():
             raise error
+    except LaunchError as alone:  # nobody hears this rank: it tells both itself
+        if alone is not error:
+            launch.say("\n  ".join(("error", *alone.problems, str(error))))
+    except RepsftError:
+        pass
     stop()
 
 

@@ -46,14 +46,19 @@ def mesh_of(world: World, shard_ranks: int | None = None) -> DeviceMesh:
     inside it and gradients alone between nodes; None = all. ConfigError when the ranks do not divide by it.
     """
     kind = world.device.type
+    check_groups(world.size, shard_ranks)
     if shard_ranks is None or shard_ranks == world.size:
         return dist.device_mesh.init_device_mesh(kind, (world.size,))
-    if world.size % shard_ranks:
-        wrong = f"{world.size} ranks do not divide into groups of this size"
-        todo = "set it to the GPUs of a node, or to null"
-        raise ConfigError(describe("distributed.shard_ranks", wrong, got=shard_ranks, todo=todo))
     shape = (world.size // shard_ranks, shard_ranks)
     return dist.device_mesh.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def check_groups(ranks: int, shard_ranks: int | None) -> None:
+    """ConfigError where so many ranks do not divide into such groups; one rank does not either, which would be no sharding."""
+    if shard_ranks is not None and ranks % shard_ranks:
+        wrong = f"{ranks} ranks do not divide into groups of this size" if ranks > 1 else "this run has one rank"
+        todo = "set it to the GPUs of a node, or to null" if ranks > 1 else "set it to null, or start one process per GPU"
+        raise ConfigError(describe("distributed.shard_ranks", wrong, got=shard_ranks, todo=todo))
 
 
 def copies(parameters: Iterable[Tensor]) -> int:

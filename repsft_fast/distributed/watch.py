@@ -17,17 +17,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from repsft_fast.distributed.handshake import HELLO_S, LINE_LIMIT_BYTES, introduce, proves, question
+from repsft_fast.errors import describe
 
 END_S = 30.0  # from the news to the end of a rank that still waits; with the probes' 25 s less than a minute
 FORMING_S = 10.0  # the same while the group is formed: there is nothing to lose yet
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}  # seconds, the last ms
 _WORDS = 4000  # characters of a reason
-_LINE_LIMIT_BYTES = 1 << 16  # of what a rank says; what rank 0 says grows with the ranks
-_SEND_S = 5.0
+_STRANGERS = 64  # connections beside the ranks' own that may be about to say who they are
+REFUSED = "refused"  # the code of a loss before the run: the launch itself is wrong
+_SEND_S, _PAUSE_S = 5.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,15 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            timeout = None if self._ends_at == float("inf") else max(0.0, self._ends_at - time.monotonic())
+            next_look = self._next_look()
+            timeout = None if next_look == float("inf") else max(0.0, next_look - time.monotonic())
             for key, _ in self._selector.select(timeout):
                 self._ready(key.fileobj)  # type: ignore[arg-type]
             if time.monotonic() >= self._ends_at and not self._over.is_set():
                 self._end()
+
+    def _next_look(self) -> float:
+        return self._ends_at
 
     def _ready(self, connection: socket.socket) -> None:
         if connection is self._woken:
@@ -201,16 +209,22 @@ class Watch:
 
 
 class Hub(Watch):
-    """Rank 0's end: listens, counts who has come, passes on who is gone."""
+    """Rank 0's end: listens, counts who has come, passes on who is gone.
 
-    def __init__(self, size: int, facts: dict[str, Any], token: str):
+    Anybody may connect. Who has not proved within HELLO_S to be of the launch is dropped, the oldest first where there are too
+    many, so that strangers cost a bounded number of connections and bytes; a rank that was dropped with them comes again.
+    """
+
+    def __init__(self, size: int, facts: dict[str, Any], token: str, listens: socket.socket):
         super().__init__(0, size)
         self.facts[0] = facts
         self._token = token
         self._ranks: dict[socket.socket, int] = {}
+        self._asked: dict[socket.socket, tuple[str, float]] = {}  # who has not answered: the question, until when; oldest first
         self._went: set[int] = set()
-        self._listens = _listening(size)
+        self._listens = listens
         self.port: int = self._listens.getsockname()[1]
+        self._listens.setblocking(False)  # a caller may be gone again before it is taken
         self._selector.register(self._listens, selectors.EVENT_READ)
         self._thread.start()
 
@@ -227,41 +241,87 @@ class Hub(Watch):
         self._listens.close()
         super().abandon()
 
+    def _next_look(self) -> float:
+        """Drops who was asked too long ago; the oldest comes first."""
+        now = time.monotonic()
+        for connection, (_, until) in list(self._asked.items()):
+            if until > now and len(self._asked) <= self.size + _STRANGERS:
+                return min(until, self._ends_at)
+            self._forget(connection)
+        return self._ends_at
+
     def _ready(self, connection: socket.socket) -> None:
-        if connection is not self._listens:
+        if connection is self._listens:
+            self._ask()
+        elif connection is self._woken or connection in self._buffers:  # it may have been dropped meanwhile
             super()._ready(connection)
-            if len(self._buffers.get(connection, b"")) > _LINE_LIMIT_BYTES:
+            if len(self._buffers.get(connection, b"")) > LINE_LIMIT_BYTES:
                 self._hung_up(connection)
+
+    def _ask(self) -> None:
+        try:
+            connection = self._listens.accept()[0]
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor is left, which may pass
+            time.sleep(_PAUSE_S)
             return
         with suppress(OSError):
-            self._take_up(self._listens.accept()[0])
+            self._take_up(connection)
+            self._asked[connection] = (question(), time.monotonic() + HELLO_S)
+            _send(connection, {"question": self._asked[connection][0]})
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._asked.pop(connection, None)
+        super()._forget(connection)
 
     def _heard(self, connection: socket.socket, message: dict[str, Any]) -> None:
         rank = self._ranks.get(connection)
         if rank is None:
             self._came(connection, message)
-        elif "loss" in message:
-            self._told(Loss(rank, str(message["loss"].get("words")), message["loss"].get("code")))
+        elif isinstance(message.get("loss"), dict):
+            code = message["loss"].get("code")
+            self._told(Loss(rank, str(message["loss"].get("words"))[:_WORDS], code if isinstance(code, str) else None))
         elif "bye" in message:
             self._went.add(rank)
 
     def _came(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        token, rank, facts = (message.get(name) for name in ("token", "rank", "facts"))
-        if token != self._token or type(rank) is not int or not 0 < rank < self.size or not isinstance(facts, dict):
+        asked, _ = self._asked.get(connection, ("", 0.0))
+        if not asked:
+            return  # a second line of a connection that is closed
+        if not proves(self._token, asked, message):
+            todo = "start all ranks with the same, and give each launch on a node its own MASTER_PORT"
+            _send(connection, {"refused": describe("REPSFT_SECRET", "is not that of rank 0, or of another launch", todo=todo)})
             self._forget(connection)
             return
+        rank, size, facts = message["rank"], message["size"], message["facts"]
         with self._lock:
-            if rank in self.facts:
-                words = f"two processes say that they are rank {rank}; give each its own RANK"
-                _send(connection, {"loss": asdict(Loss(0, words))})
+            if wrong := self._unfit(rank, size):
+                _send(connection, {"refused": wrong})
                 self._forget(connection)
+                if not self.met.is_set():  # one rank has come twice, so another never will
+                    self._told(Loss(0, wrong, REFUSED))
                 return
+            del self._asked[connection]
             self._ranks[connection], self.facts[rank] = rank, facts
+            _send(connection, {"welcome": True})
             if self.loss is not None:
                 _send(connection, {"loss": asdict(self.loss)})
             elif len(self.facts) == self.size:
                 self._to_all({"all": [self.facts[number] for number in range(self.size)]})
                 self.met.set()
+
+    def _unfit(self, rank: int, size: int) -> str | None:
+        """Why a process of this launch is none of its ranks, in words; None where it is."""
+        if size != self.size:
+            wrong = f"is {size} on rank {rank} and {self.size} on rank 0"
+            return describe("WORLD_SIZE", wrong, todo="start all ranks with the same number of them")
+        if not 0 <= rank < size:
+            return describe("RANK", "is not one of the ranks", expected=f"0 to {size - 1}", got=rank)
+        if rank in self.facts:
+            wrong = f"two processes say that they are rank {rank}"
+            return describe("RANK", wrong, todo="give each its own, and each launch on a node its own MASTER_PORT")
+        return None
 
     def _hung_up(self, connection: socket.socket) -> None:
         rank = self._ranks.pop(connection, None)
@@ -290,10 +350,11 @@ class Member(Watch):
     """Another rank's end: one connection, to rank 0."""
 
     def __init__(self, rank: int, size: int, facts: dict[str, Any], token: str, connection: socket.socket):
+        """LaunchError where rank 0 refuses this one; OSError where the connection ends first, which may be tried again."""
+        introduce(connection, token, rank, size, facts)
         super().__init__(rank, size)
         self._connection = connection
         self._take_up(connection)
-        _send(connection, {"rank": rank, "token": token, "facts": facts})
         self._thread.start()
 
     def _say_that(self, loss: Loss) -> None:
@@ -323,21 +384,6 @@ class Member(Watch):
             self._lost(Loss(0))
             assert self.loss is not None
             self._dead(self.loss)
-
-
-def connect(addresses: Sequence[str], port: int, seconds: float) -> socket.socket | None:
-    """A connection to the first of a host's addresses that takes one; None when none does."""
-    for address in addresses:
-        with suppress(OSError):
-            return socket.create_connection((address, port), timeout=seconds)
-    return None
-
-
-def _listening(size: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with suppress(OSError):  # a kernel may know IPv6 and a container forbid it
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=size + 16, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=size + 16)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ For replies with a rationale, where many texts are right and exact match of toke
 from __future__ import annotations
 
 import collections
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 from torch import nn
 
 from repsft_fast.data.store import TokenStore
-from repsft_fast.errors import ConfigError, DataError, describe, did_you_mean
-from repsft_fast.evaluate.answers import EXTRACTORS, Extractor, same_answer
+from repsft_fast.errors import DataError, describe
+from repsft_fast.evaluate.answers import find_extractor, same_answer
 from repsft_fast.evaluate.generate import generate
 
 
@@ -41,17 +40,18 @@ class Answered:
         tokenizer: Any,
         *,
         extractor: str = "final",
+        trusted: bool = False,
         max_new_tokens: int = 512,
         batch_size: int = 16,
         end_ids: Sequence[int] = (),
     ):
-        """extractor: a name of answers.EXTRACTORS, or package.module:function (text → answer or None).
+        """extractor: a name of answers.EXTRACTORS, or, trusted, package.module:function (text → answer or None).
         end_ids: at which replies end, besides the tokenizer's own and the one that most references end with.
 
         Raises ConfigError for an unknown extractor, DataError naming a sample whose reference holds no answer.
         """
         self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-        self._extract = find_extractor(extractor)
+        self._extract = find_extractor(extractor, trusted=trusted)
         self._limit, self._batch, self._pad = max_new_tokens, batch_size, tokenizer.pad_token_id or 0
         pairs = [store.last_reply(int(i)) for i in samples]
         self.prompts = [prompt for prompt, _ in pairs]
@@ -94,28 +94,3 @@ class Answered:
             sum(len(reply.ids) for reply in replies),
             int((lengths * lengths).sum()),
         )
-
-
-def find_extractor(name: str) -> Extractor:
-    """By name, or a function of the user's own as package.module:function. ConfigError when there is none."""
-    if name in EXTRACTORS:
-        return EXTRACTORS[name]
-    module, colon, function = name.partition(":")
-    if colon:
-        try:
-            found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(describe("mixture.extractor", f"cannot be imported ({error})", got=name)) from error
-        if not callable(found):
-            raise ConfigError(describe("mixture.extractor", "is not a function", got=name))
-        return found
-    near = did_you_mean(name, EXTRACTORS)
-    raise ConfigError(
-        describe(
-            "mixture.extractor",
-            "is not known",
-            expected=f"{', '.join(sorted(EXTRACTORS))} or package.module:function",
-            got=name,
-            todo=f"did you mean {near}?" if near else None,
-        )
-    )

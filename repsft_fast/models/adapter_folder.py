@@ -19,6 +19,7 @@ from repsft_fast.errors import ModelError, describe
 from repsft_fast.models.door import library
 from repsft_fast.models.folder import checked_files, header_of
 from repsft_fast.models.merge import ADAPTER, adapted_layers, is_adapters, plain_name
+from repsft_fast.models.targets import endless
 
 WHERE = "model.lora.from"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -35,8 +36,6 @@ _OTHER_BASE = "set model.path to the model these adapters were trained beside, o
 _MERGE_FIRST = "merge them into their base with peft's merge_and_unload, set model.path to that, and train new ones beside it"
 _SAVE_AGAIN = "load them with peft beside their base and save them again: they get the names of today"
 _OLD_EXPERTS = re.compile(r"\.experts\.\d+\.")  # one layer an expert, as in transformers 4
-# A regular expression that repeats a group, or repeats often, can take years to say no.
-_REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+]|\{\d*,\}"), 5
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class AdapterFolder:
             if not isinstance(names, list) or not all(isinstance(name, str) or name is None for name in names):
                 raise self._wrong(f"{key} is neither text nor a list of texts", given)
             for pattern in (name for name in names if name):
-                if _REPEATED_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
+                if endless(pattern):
                     raise self._wrong(f"{key} repeats too much to be matched", pattern)
 
     def agrees(self, wanted: Any, plain: Any, base: str | None) -> list[str]:

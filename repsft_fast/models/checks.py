@@ -56,6 +56,8 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
     if not found:
         wrong = f"{type(model).__name__} does not make its logits of its backbone's last hidden states"
         raise ModelError(describe("model", wrong, expected="logits = hidden @ head.T"))
+    if not expected.isfinite().all():
+        raise _not_finite(type(model).__name__, "logits")
     logits = found[0].double()
     if logits.shape != expected.shape:
         wrong = f"{type(model).__name__} gives {expected.shape[-1]} logits where its head has {logits.shape[-1]} rows"
@@ -107,6 +109,13 @@ def no_packed_rows(model: str, why: str) -> ModelError:
     return ModelError(describe("model", f"{model} does not take packed rows ({why})", todo=todo))
 
 
+def _not_finite(model: str, what: str) -> ModelError:
+    """For weights that are finite, as reading them made sure, and whose products are not."""
+    wrong = f"the {what} of {model} are not finite, before any training"
+    todo = "look for weights far too large, or lower model.lora.alpha; a base of such weights has to be fetched or made again"
+    return ModelError(describe("model", wrong, expected="finite numbers for a few tokens", todo=todo))
+
+
 def _why_not_packed(backbone: nn.Module) -> str | None:
     """What can be told without computing, whatever the weights are: in bf16 a probe sees large differences alone."""
     if any(isinstance(module, nn.Conv1d) for module in backbone.modules()):
@@ -142,6 +151,8 @@ def _check_row(model: Any, documents: list[list[int]], changed: list[list[int]] 
             if of_the_wire(error):
                 raise
             raise no_packed_rows(name, _stopped_by(error)) from error
+        if not alone.isfinite().all():
+            raise _not_finite(name, "losses")
         spread = packed.std().clamp_min(1e-6) if len(packed) > 1 else packed.abs().clamp_min(1e-6)
         for other, what in ((others, "changes with its neighbours"), (alone, "differs from the document alone")):
             difference = ((packed - other).abs().max() / spread).item()
@@ -176,6 +187,8 @@ def _check_causal(model: Any, document: list[int]) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     other = [*document[: half + 1], *((token + 1) % vocabulary for token in document[half + 1 :])]
     whole, changed = (_losses(model, [tokens], 0, device) for tokens in (document, other))
+    if not whole.isfinite().all():
+        raise _not_finite(type(model).__name__, "losses")
     error = ((whole[:half] - changed[:half]).abs().max() / whole.std().clamp_min(1e-6)).item()
     if not error < TOLERANCE[getattr(model, "compute_dtype", torch.float32)]:
         wrong = f"{type(model).__name__} is not causal: its positions see those behind them (relative error {error:.2g})"

@@ -23,7 +23,10 @@ from repsft_fast.errors import ModelError, RepsftError, describe
 SECONDS = 20.0  # to build a model without memory; the largest public ones take two
 LARGEST = 2**50  # bytes of one model: nothing is trained that large
 MOST_PARTS = 100_000  # layers, experts, labels: transformers makes a list entry or a module of each
+MOST_ENTRIES = 20_000  # of one list or table: transformers copies and compares them again and again
+WIDEST_HEAD = 2**16  # of which rotary tables are computed, in memory, before a size is summed
 _PARTS = ("layer", "block", "depth", "expert", "head", "labels", "codebook", "stage")
+_ROTARY = ("head_dim", "rotary_dim", "rotary_ndims", "kv_channels")
 _SILENT = 60  # above logging.CRITICAL
 # Their messages alone say little.
 _NAMED = (
@@ -78,10 +81,20 @@ def first_words(error: BaseException, limit: int = 300) -> str:
 
 
 def check_counts(settings: Any, where: str) -> None:
-    """ModelError for a count of layers, experts, heads or labels that no model has: its lists alone would take minutes."""
+    """ModelError for a count of layers, experts, heads or labels, a width of heads, a length of a list, that no model has.
+
+    Its lists and tables alone would take minutes.
+    """
     if isinstance(settings, Mapping):
         for name, value in settings.items():
             word, many = str(name).lower(), isinstance(value, int | float) and value > MOST_PARTS
+            if isinstance(value, list | Mapping) and len(value) > MOST_ENTRIES:
+                wrong, expected = "has more entries than any model's", f"at most {MOST_ENTRIES}"
+                raise ModelError(describe(f"{where} {name}", wrong, expected=expected, got=len(value)))
+            if word.endswith(_ROTARY) and isinstance(value, int | float) and value > WIDEST_HEAD:
+                raise ModelError(
+                    describe(f"{where} {name}", "is wider than any head", expected=f"at most {WIDEST_HEAD}", got=value)
+                )
             if many and any(part in word for part in _PARTS) and not word.endswith(("dim", "size")):
                 expected = f"at most {MOST_PARTS}"
                 raise ModelError(describe(f"{where} {name}", "is more than any model has", expected=expected, got=value))

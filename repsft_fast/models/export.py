@@ -250,7 +250,8 @@ def _save_model(model: PreTrainedModel, twin: Any, state: dict[str, Any], form: 
 def _save_adapters(model: PreTrainedModel, state: dict[str, Any], form: ModelForm, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
-    adapters = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER)
+    # Embeddings stay frozen here. Left to itself, peft asks the hub whether they were changed, in the last minute of a run.
+    adapters = get_peft_model_state_dict(model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {f"base_model.model.{name}": value.contiguous() for name, value in adapters.items()}
     model.peft_config[ADAPTER].save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -7,6 +7,7 @@ data
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
-from repsft_fast.errors import ModelError, describe
+from repsft_fast.errors import ModelError, describe, kind_of_file, open_plain
 from repsft_fast.models.door import check_counts, first_words, library, size
 from repsft_fast.models.instead import ADAPTERS, AGAIN, CONFIG, INDEX, WEIGHTS, other_file, some
+from repsft_fast.models.tokenizer_bounds import check_bounds
 
 _MODEL_FILES = (CONFIG, "generation_config.json", INDEX, ADAPTERS)
 _TOKENIZER_FILES = (
@@ -32,6 +34,8 @@ _LARGEST = {"tokenizer.json": 2**30, "vocab.json": 2**30, "tokenizer.model": 2**
 _LARGEST_OTHER = 2**26  # the longest public index, of a trillion parameters, has 20 MB
 _DISTRIBUTED = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")  # torch.distributed.checkpoint's
 _LONGEST_HEADER = 100_000_000  # safetensors' own bound
+_READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".gguf", ".bin", ".py")  # ends of names of files
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of a tokenizer's
 _DEEPEST = 100  # levels of JSON; no model's file has ten
 UNQUANTISED = "give the repository it was quantised from, or a GGUF file, which is de-quantised"
 
@@ -60,6 +64,7 @@ def folder_of(path: str) -> Path | None:
 
 def check_model_files(folder: Path, where: str) -> None:
     """ModelError unless the model's JSON files can be read, and it is a model in weights: no adapters, nothing quantised."""
+    _check_kinds(folder, where)
     found = checked_files(folder, _MODEL_FILES, where)
     config, adapters = found.get(CONFIG), found.get(ADAPTERS)
     if adapters is not None:
@@ -94,7 +99,10 @@ def check_model_files(folder: Path, where: str) -> None:
 
 def check_tokenizer_files(folder: Path, where: str) -> None:
     """ModelError unless the tokenizer's files can be read, and are themselves: a text that points to one is text too."""
+    _check_kinds(folder, where)
     found = checked_files(folder, _TOKENIZER_FILES, where)
+    check_counts(found.get(CONFIG, {}), f"{where} {CONFIG}")  # which is read for a tokenizer too
+    check_bounds(found.get("tokenizer.json", {}), found.get("tokenizer_config.json", {}), where)
     for name in _TOKENIZER_FILES:
         # Beside tokenizer.json the vocabularies of old are not read, and may have been left unfetched on purpose.
         read = name.startswith("chat_template") or (name != "merges.txt" and "tokenizer.json" not in found)
@@ -216,15 +224,30 @@ def checked_files(folder: Path, names: tuple[str, ...], where: str) -> dict[str,
     return found
 
 
+def _check_kinds(folder: Path, where: str) -> None:
+    """ModelError for a pipe, device or socket under any name that a library might open, whichever names it knows today."""
+    for inside in (folder, folder / _MORE_TEMPLATES):
+        try:
+            entries = sorted(os.scandir(inside), key=lambda entry: entry.name)
+        except OSError:  # none there; what of the folder itself cannot be read is said by who reads it
+            continue
+        for entry in entries:
+            plain = os.path.isfile(entry) or os.path.isdir(entry) or not os.path.exists(entry)
+            if not plain and entry.name.endswith(_READ):
+                _check_regular(Path(entry), f"{where} {entry.name}")
+
+
 def _check_regular(file: Path, place: str) -> None:
     """A pipe would be waited for, a device read without end."""
     try:
-        mode = file.stat().st_mode
-    except OSError as error:  # a link to nothing, or to itself
-        raise ModelError(describe(place, first_words(error), got=str(file), todo="put the file there")) from error
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise ModelError(describe(place, f"is {kinds.get(stat.S_IFMT(mode), 'a device')}", expected="a file", got=str(file)))
+        open_plain(file).close()
+    except OSError as error:  # a link to nothing, or to itself, too
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(mode := file.stat().st_mode):
+                wrong = f"is {kind_of_file(mode)}"
+                raise ModelError(describe(place, wrong, expected="a file", got=str(file), todo="put the file there")) from None
+        todo = "make it readable" if isinstance(error, PermissionError) else "put the file there"
+        raise ModelError(describe(place, first_words(error), got=str(file), todo=todo)) from error
 
 
 def _parsed(text: str, place: str, got: str) -> dict[str, Any]:
@@ -232,7 +255,7 @@ def _parsed(text: str, place: str, got: str) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
             for name, value in pairs:
-                if made[name] != value:
+                if repr(made[name]) != repr(value):  # true is not 1
                     wrong = f"{name} is there twice, with different values"
                     raise ModelError(describe(place, wrong, got=got, todo="take one out"))
         return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from repsft_fast.errors import ModelError, describe
+from repsft_fast.errors import ModelError, describe, open_plain
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTERS = "adapter_config.json"
@@ -40,7 +40,7 @@ _OF_A_TRAINER = ("training_args.bin", "optimizer.pt", "optimizer.bin", "schedule
 def other_file(file: Path) -> tuple[str, str] | None:
     """(What a file that cannot be read as what it should be is instead, what to do), where its first bytes show it."""
     try:
-        with open(file, "rb") as opened:
+        with open_plain(file) as opened:
             head = opened.read(512)
     except OSError:
         return None

@@ -91,6 +91,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         )
         chosen = choose(model, settings.target_modules, renamed_by_peft(model, config))
         said += chosen.said()
+        _check_rank(model, chosen, settings.rank)
         _name_targets(model, config, chosen)
     else:
         said += folder.agrees(settings, LoraSettings(), base_of(model))
@@ -188,6 +189,18 @@ def _refuse_others(model: PreTrainedModel, chosen: Targets) -> None:
         example = sorted(found ^ meant)[0]
         wrong = f"peft adapts {len(found)} layers where {len(meant)} are meant: {example} is one they differ in"
         raise ModelError(describe(WHERE, wrong, todo="name the layers otherwise"))
+
+
+def _check_rank(model: PreTrainedModel, chosen: Targets, rank: int) -> None:
+    """ModelError for a rank that no layer has: all of it would be memory and time for nothing, and a million takes minutes."""
+    shapes = {name: model.get_parameter(f"{name}.weight").shape for name in chosen.modules}
+    sizes = {name: [shape[0], shape[1:].numel()] for name, shape in shapes.items()}  # a convolution's as the matrix it is
+    sizes |= {name: list(model.get_parameter(name).shape[-2:]) for name in chosen.parameters}  # of each expert in a stack
+    name = max(sizes, key=lambda name: min(sizes[name]))
+    if rank > min(sizes[name]):
+        expected = f"at most {min(sizes[name])}, the smaller side of {name} {sizes[name]}"
+        wrong = "is more than any of the layers has"
+        raise ModelError(describe("model.lora.rank", wrong, expected=expected, got=rank, todo="lower it"))
 
 
 def _too_high(model: PreTrainedModel, rank: int) -> list[str]:

@@ -40,6 +40,7 @@ _ASKED: dict[type, bool] = {}  # classes of linear layers with a forward of thei
 _FEW = 8  # outputs of a layer that is asked
 _UNUSED_NAME = re.compile(r"(?:^|\.)(?:pooler|encoder_attn|crossattention|cross_attn)(?:\.|$)")
 _PARTS_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # where each expert is a layer
+_REPEATED_GROUP, _REPEATS, _MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+]|\{\d*,\}"), 5
 _TOP_K = re.compile(r"\btopk\(")
 _READS_WEIGHT = r"\bself\.{name}\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim|data_ptr))"
 
@@ -82,6 +83,9 @@ def choose(model: PreTrainedModel, given: str | Sequence[str], renames: Callable
             modules.update(dict.fromkeys(found))
             continue
         pattern = isinstance(given, str)
+        if pattern and endless(one):
+            todo = "repeat no group and little else, or give a list of names"
+            raise ModelError(describe(WHERE, "repeats too much to be matched", got=given, todo=todo))
         here = [name for name in linear if name and _means(one, name, pattern)]
         stacks = [name for name in stacked if _means(one, name, pattern)]
         if not here and not stacks:
@@ -185,6 +189,11 @@ def _ends(name: str, least: int = 1) -> Iterator[str]:
 def _above(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def endless(pattern: str) -> bool:
+    """Whether a regular expression may take years to say no: it repeats a group, or repeats often."""
+    return bool(_REPEATED_GROUP.search(pattern)) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS
 
 
 def _means(given: str, name: str, pattern: bool) -> bool:

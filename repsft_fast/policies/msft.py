@@ -1,9 +1,10 @@
 """mSFT: train a mixture, find the task that overfits first, go back to its best moment, go on without it.
 
 rule "paper" (Koh et al. 2026, arXiv 2603.21606, as their code does it). A stage rolls out C epochs of the active mixture. The
-peak of a task is its first maximum over the stage's evaluations, the one at 0.00 included; m is the earliest peak of an active
-task. If m is the last evaluation the next stage goes on from the end with nothing excluded; else one task with peak m (ties by
-name) is excluded and the run goes back to m. It ends after max_stages or with no active task.
+peak of a task is its first maximum over the stage's evaluations, the one at 0.00 included (none where only NaN came after it:
+that is no fall); m is the earliest peak of an active task. If m is the last evaluation the next stage goes on from the end with
+nothing excluded; else one task with peak m (ties by name) is excluded and the run goes back to m. It ends after max_stages or
+with no active task.
 
 rule "tested" (ours). The peak is the *last* maximum over the unbroken stretch of training with these active tasks, stage
 borders included. A task is overfit when at each of the last `patience` evaluations it lies below its peak by more than
@@ -129,6 +130,7 @@ class Msft:
         if s.exclude_on == "overfit" and s.rule == "paper":
             rolled_out = history.of_stage(history.stage.number)
             peaks = {task: peak for task in active if (peak := first_peak(rolled_out, task)) is not None}
+            peaks = {task: peak for task, peak in peaks.items() if any(e.scores[task].defined for e in rolled_out[peak + 1 :])}
             earliest = min(peaks.values(), default=len(rolled_out) - 1)
             if earliest < len(rolled_out) - 1:
                 return RollBack(rolled_out[earliest].moment_id, min(t for t, peak in peaks.items() if peak == earliest))

@@ -23,9 +23,10 @@ class Score:
 
     @staticmethod
     def of(items: Iterable[float]) -> "Score":
-        """The score of these per-item values; no items or a NaN among them makes it undefined."""
+        """The score of these per-item values; no items, or one among them that is no finite number, makes it undefined."""
         kept = tuple(float(item) for item in items)
-        return Score(math.fsum(kept) / len(kept) if kept else math.nan, len(kept), kept)
+        known = bool(kept) and all(map(math.isfinite, kept))
+        return Score(math.fsum(kept) / len(kept) if known else math.nan, len(kept), kept)
 
     @property
     def defined(self) -> bool:

@@ -14,9 +14,11 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 from repsft_fast.report import live_mixture, visible
+from repsft_fast.report.stream import Stream
 from repsft_fast.report.words import MISSING, count, duration, number, percent, size
 
 Record = Mapping[str, Any]
@@ -25,6 +27,7 @@ BAR = 24  # columns, at most
 ORDER = ("target", "update", "loss", "speed", "eta", "epoch", "lr", "memory", "grad", "mfu", "wait", "vetoed")
 # In which order it is read.
 READ = ("target", "update", "epoch", "loss", "grad", "lr", "speed", "mfu", "memory", "wait", "vetoed", "eta")
+PATIENCE_S = 2.0  # so long a reader that does not read (a stopped terminal, a full pipe) holds the run up, once
 
 
 class Live:
@@ -34,9 +37,7 @@ class Live:
         self, enabled: bool = True, *, stream: TextIO | None = None, terminal: bool | None = None, every_seconds: float = 30.0
     ):
         """terminal: None = ask the stream (standard output unless given)."""
-        self._stream = stream if stream is not None else sys.stdout
-        if enabled:
-            visible.escaping(self._stream)
+        self._stream: Any = Stream(stream if stream is not None else sys.stdout, patience_s=PATIENCE_S)
         self._shown = enabled
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._every_seconds = every_seconds
@@ -48,6 +49,11 @@ class Live:
         self._record: Record | None = None  # the newest update
         self._console: Any = None
         self._screen: Any = None
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing is shown any more; "" while all is well."""
+        return str(self._stream.trouble)
 
     def __enter__(self) -> "Live":
         return self
@@ -156,9 +162,10 @@ class Live:
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
-        if self._screen is not None:
-            self._screen.stop()
-            self._screen = None
+        screen, self._screen = self._screen, None
+        if screen is not None:
+            with suppress(Exception):  # a terminal that is gone has nothing to be left as it was
+                screen.stop()
 
     def _open_screen(self) -> None:
         from rich.live import Live as Screen
@@ -215,7 +222,7 @@ class Live:
             )
         fields |= dict(zip(("speed", "mfu", "memory", "wait"), _known(record, keep_empty=True), strict=True))
         if record.get("vetoed"):
-            fields["vetoed"] = f"{record['vetoed']} skipped"
+            fields["vetoed"] = f"{int(record['vetoed'])} skipped"  # True in the line of one update, spikes among them
         left = self._pace.seconds_for((total or 0) - (update or 0)) if total else None
         if left is not None:
             # A stop rule or a policy may end the run earlier: the budget's end is an upper bound.

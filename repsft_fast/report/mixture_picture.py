@@ -6,19 +6,20 @@ runs on in grey, and the branch that was kept goes on in colour from the peak. R
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repsft_fast.report import timeline
-from repsft_fast.report.picture import FAINT, GRID, INK, save
+from repsft_fast.report.picture import FAINT, GRID, INK, drawing, new_figure, save, say_damage
+from repsft_fast.report.records import is_number, result_or_nothing, setting
+from repsft_fast.report.result import FILE as RESULT_FILE
 from repsft_fast.report.visible import one_line
 from repsft_fast.report.words import count, duration, number, percent
 
 KEPT, GONE, LEFT, BEST = "#0b6e99", "#c9ced4", "#bc6c25", "#1a7f37"
-COLUMNS, MOST_TASKS = 4, 24
+COLUMNS, MOST_TASKS, MOST_LISTED = 4, 24, 60
 Points = list[tuple[float, float]]
 
 
@@ -26,17 +27,18 @@ def draw(folder: Path | str) -> Path:
     """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
     folder = Path(folder)
     data = timeline.build(folder)
-    metric = _metric(folder)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    metric = str(setting(folder, "mixture", "metric") or "exact_match")
+    with drawing():
+        return save(_figure_of(folder, data, metric), folder)
 
+
+def _figure_of(folder: Path, data: Mapping[str, Any], metric: str) -> Any:
     tasks = data["tasks"]
     shown = tasks[:MOST_TASKS]
     columns = _columns(len(shown))
     lines = math.ceil(len(shown) / columns)
-    top_height, height = 1.1 + max(2.2, 0.24 * len(tasks)), 1.9
-    figure = Figure(figsize=(11, top_height + height * lines + 0.5), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    top_height, height = 1.1 + max(2.2, 0.24 * min(len(tasks), MOST_LISTED)), 1.9
+    figure = new_figure(11, top_height + height * lines + 0.5)
     halves: Any = figure.subfigures(2, 1, height_ratios=(top_height, height * lines))
     top, below = halves
     left, right = top.subplots(1, 2, width_ratios=(1.15, 1))
@@ -57,7 +59,8 @@ def draw(folder: Path | str) -> Path:
             panels.flat[last].tick_params(labelbottom=True)
     more = "" if len(shown) == len(tasks) else f" · the first {len(shown)} of {len(tasks)} tasks"
     figure.suptitle(one_line(_title(folder, data)) + more, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
-    return save(figure, folder)
+    say_damage(figure, data.get("left_out", ""))
+    return figure
 
 
 def _columns(tasks: int) -> int:
@@ -120,8 +123,9 @@ def _pooled(axes: Any, data: Mapping[str, Any], paths: Any, metric: str) -> None
 
 def _who(axes: Any, data: Mapping[str, Any]) -> None:
     """A line per task: in colour while it was trained, a thin one after it left."""
-    axes.set_title("who was trained", loc="left", fontsize=10, color=INK)
-    tasks = data["tasks"]
+    tasks = data["tasks"][:MOST_LISTED]
+    rest = "" if len(tasks) == len(data["tasks"]) else f": the first {len(tasks)} of {len(data['tasks'])} tasks"
+    axes.set_title(f"who was trained{rest}", loc="left", fontsize=10, color=INK)
     ends: dict[int, float] = {}
     begins: dict[int, float] = {}
     for evaluation in data["evaluations"]:
@@ -261,26 +265,15 @@ def _short(task: str) -> str:
     return task if len(task) <= 22 else f"{task[:21]}…"
 
 
-def _metric(folder: Path) -> str:
-    import yaml
-
-    try:
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        return str(settings["mixture"]["metric"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return "exact_match"
-
-
 def _title(folder: Path, data: Mapping[str, Any]) -> str:
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "unfinished run"
+    result = result_or_nothing(folder / RESULT_FILE)
     facts = [str(result.get("reason", "unfinished run"))]
-    account = data["result"].get("account") or {}
-    if account.get("tokens", {}).get("trained"):
-        share = account["tokens"]["discarded"] / account["tokens"]["trained"]
-        facts.append(f"{count(account['tokens']['trained'])} tokens trained, {percent(share, 0)} gone with roll-backs")
-    if result.get("seconds") is not None:
+    account = data["result"].get("account")
+    tokens = account.get("tokens") if isinstance(account, dict) else None
+    if isinstance(tokens, dict) and all(is_number(tokens.get(name)) for name in ("trained", "discarded")) and tokens["trained"]:
+        share = tokens["discarded"] / tokens["trained"]
+        facts.append(f"{count(tokens['trained'])} tokens trained, {percent(share, 0)} gone with roll-backs")
+    if is_number(result.get("seconds")):
         facts.append(duration(result["seconds"]))
-    return " · ".join(facts)
+    title = " · ".join(facts)
+    return title if len(title) <= 200 else f"{title[:199]}…"

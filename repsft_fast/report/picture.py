@@ -1,19 +1,22 @@
 """run.png: loss and token accuracy by epoch, the target, where the decay began and where the run stopped.
 
-Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be drawn again at any time, on any machine.
+Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be drawn again at any time, on any machine. What
+of it is damaged is left out, and the picture says so.
 """
 
 import bisect
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from repsft_fast.errors import RepsftError, describe
+from repsft_fast.report.records import Metrics, is_number, read_metrics, result_or_nothing, setting
 from repsft_fast.report.result import FILE as RESULT_FILE
 from repsft_fast.report.visible import one_line
 from repsft_fast.report.words import count, duration, percent
@@ -21,66 +24,27 @@ from repsft_fast.report.words import count, duration, percent
 FILE = "run.png"
 INK, FAINT, GRID = "#1f2328", "#8b949e", "#e6e8eb"
 LOSS, ACCURACY, HELD_OUT, DECAY = "#0b6e99", "#1a7f37", "#bc6c25", "#8250df"
+DAMAGE = "#b42318"
 Record = Mapping[str, Any]
 Curve = list[tuple[float, float]]
-
-
-def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl. A torn last line (the run was killed while writing) is left out; any other is an error."""
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RepsftError(describe(str(path), f"cannot be read ({error.strerror})", todo="is this a run's folder?")) from error
-    records = []
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if index == len(lines) - 1:
-                break
-            raise RepsftError(describe(f"{path} line {index + 1}", f"is damaged ({error})")) from error
-        records.append(record)
-    return records
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A small JSON file, or nothing: the picture of a killed run is drawn without its result."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _target(folder: Path) -> float | None:
-    try:
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        return float(settings["stop"]["token_accuracy"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return None
 
 
 def draw(folder: Path | str) -> Path:
     """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
     folder = Path(folder)
-    records = read_metrics(folder)
-    result = _json(folder / RESULT_FILE)
+    found = read_metrics(folder)
+    records, result = found.records, result_or_nothing(folder / RESULT_FILE)
     updates = [r for r in records if r.get("kind") == "update"]
     epochs = [r for r in records if r.get("kind") == "epoch"]
     if not updates and not epochs:
         raise RepsftError(describe(str(folder / "metrics.jsonl"), "holds no update", todo="the run ended before its first one"))
 
-    # The object interface and not pyplot: no global state, no window, safe beside a caller's own figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with drawing():
+        return save(_figure(folder, found, updates, epochs, result), folder)
 
-    figure = Figure(figsize=(10, 4.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _figure(folder: Path, found: Metrics, updates: Sequence[Record], epochs: Sequence[Record], result: Record) -> Any:
+    records, figure = found.records, new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     x_of = _epoch_axis(updates, epochs)
     held_out = [r for r in records if r.get("kind") == "evaluation"]
@@ -98,7 +62,8 @@ def draw(folder: Path | str) -> Path:
                 *zip(*other, strict=True), color=HELD_OUT, linewidth=1.5, linestyle=(0, (4, 2)), label="validation", **marker
             )
     _finish_loss(left)
-    _finish_accuracy(right, _target(folder))
+    target = setting(folder, "stop", "token_accuracy")
+    _finish_accuracy(right, float(target) if is_number(target) else None)
     _mark_moments(left, right, records, x_of, result)
     for axes in (left, right):
         if axes.get_legend_handles_labels()[1]:
@@ -106,15 +71,54 @@ def draw(folder: Path | str) -> Path:
             axes.legend(loc=place, framealpha=1, edgecolor="none", fontsize=9, labelcolor=INK)
     # An error's words may hold anything: a $ in them begins no formula.
     figure.suptitle(one_line(_title(result)), fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
-    return save(figure, folder)
+    say_damage(figure, found.words)
+    return figure
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """matplotlib as it comes, whatever the user's matplotlibrc makes of it, and no warning about a letter without a picture."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matplotlib.rcdefaults()
+        yield
+
+
+def new_figure(width: float, height: float) -> Any:
+    """By the object interface and not pyplot: no global state, no window, safe beside a caller's own figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def say_damage(figure: Any, words: str) -> None:
+    if words:
+        figure.supxlabel(words, fontsize=8, color=DAMAGE, x=0.01, ha="left", parse_math=False)
 
 
 def save(figure: Any, folder: Path) -> Path:
-    """run.png into the run's folder, whole or not at all: a killed or failed drawing leaves the one before it."""
-    path = folder / FILE
-    part = path.with_name(f".{FILE}.part")
+    """run.png into the run's folder."""
+    content = BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": "repsft_fast"})
+    return write_whole(folder / FILE, content.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Whole or not at all: a killed or failed write leaves the one before it. RepsftError where something else has the name."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise RepsftError(describe(str(path), "is a link or no file", todo="move it away: it is not written over"))
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
     try:
-        figure.savefig(part, format="png", metadata={"Software": "repsft_fast"})
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -125,14 +129,14 @@ def save(figure: Any, folder: Path) -> Path:
 def _epoch_axis(updates: Sequence[Record], epochs: Sequence[Record]) -> Callable[[Record], float | None]:
     """Record → epochs. Records with no epoch of their own (a decay, a note) get it from their update."""
     known = sorted(
-        {(r["update"], r["epoch"]) for r in (*updates, *epochs) if _finite(r.get("update")) and _finite(r.get("epoch"))}
+        {(r["update"], r["epoch"]) for r in (*updates, *epochs) if is_number(r.get("update")) and is_number(r.get("epoch"))}
     )
     at = [update for update, _ in known]
 
     def epoch_of(record: Record) -> float | None:
-        if _finite(record.get("epoch")):
+        if is_number(record.get("epoch")):
             return float(record["epoch"])
-        if not known or not _finite(record.get("update")):
+        if not known or not is_number(record.get("update")):
             return None
         return float(known[min(bisect.bisect_left(at, record["update"]), len(known) - 1)][1])
 
@@ -141,11 +145,7 @@ def _epoch_axis(updates: Sequence[Record], epochs: Sequence[Record]) -> Callable
 
 def _curve(records: Sequence[Record], name: str, epoch_of: Callable[[Record], float | None]) -> Curve:
     points = [(epoch_of(record), record.get(name)) for record in records]
-    return [(x, float(y)) for x, y in points if x is not None and _finite(y) and y is not None]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return [(x, float(y)) for x, y in points if x is not None and is_number(y) and y is not None]
 
 
 def _style(axes: Any) -> None:
@@ -212,9 +212,9 @@ def _mark_moments(
 
 def _title(result: Record) -> str:
     facts = [str(result["reason"])] if result.get("reason") else ["unfinished run"]
-    if _finite(result.get("updates")):
+    if is_number(result.get("updates")):
         facts.append(f"{count(result['updates'])} updates")
-    if _finite(result.get("seconds")):
+    if is_number(result.get("seconds")):
         facts.append(duration(result["seconds"]))
     title = " · ".join(facts)
     return title if len(title) <= 140 else f"{title[:139]}…"

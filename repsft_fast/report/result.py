@@ -1,6 +1,7 @@
 """result.json: how a run ended, in one small file that scripts and `torchrun` users can read."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from repsft_fast.errors import RepsftError, describe
+from repsft_fast.report.records import read_json
 
 FILE = "result.json"
 Code = Literal[
@@ -66,18 +68,26 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
-        return EXIT_CODES[self.code]
+        number = self.more.get("signal")  # which one it was that ended the run
+        return 128 + number if self.code == "terminated" and type(number) is int else EXIT_CODES[self.code]
 
 
 def write(result: RunResult) -> Path:
-    """Write result.json into the run's folder: whole or not at all, and on the disk when this returns."""
+    """Write result.json into the run's folder: whole or not at all, and on the disk when this returns.
+
+    A number that is not finite is null in it, and `more.not_finite` names its place: it is no reason to lose the others.
+    """
     folder = Path(result.folder)
     target = folder / FILE
-    text = json.dumps({"success": result.success, **asdict(result)}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    places: list[str] = []
+    values = _writable({"success": result.success, **asdict(result)}, "", places)
+    if places:
+        values["more"]["not_finite"] = places
+    text = json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     written = folder / f".{FILE}.{uuid4().hex}"
     try:
-        with open(written, "x", encoding="utf-8") as file:  # whose mode is the umask's
-            file.write(text)
+        with open(written, "xb") as file:  # whose mode is the umask's
+            file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair (in a path) as JSON spells it
             file.flush()
             os.fsync(file.fileno())
         os.replace(written, target)
@@ -88,13 +98,41 @@ def write(result: RunResult) -> Path:
 
 
 def read(folder: Path | str) -> RunResult:
-    """The result of a run. Raises RepsftError when there is none or it is damaged."""
+    """The result of a run. Raises RepsftError, at once, when there is none or it is damaged."""
     path = Path(folder) / FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("code") not in get_args(Code):
+        values = read_json(path)
+        if not isinstance(values.get("code"), str) or values["code"] not in get_args(Code):
             raise ValueError("it is not a run's result")
+        wrong = [name for name, kind in _KINDS.items() if name in values and not _is_a(values[name], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what a run writes there")
         known = {f.name for f in fields(RunResult)}
         return RunResult(**{name: value for name, value in values.items() if name in known})
     except (OSError, ValueError, TypeError) as error:
         raise RepsftError(describe(str(path), f"cannot be read ({error})", todo="is this a run's folder?")) from error
+
+
+_KINDS: dict[str, Any] = {
+    "reason": str, "folder": str, "updates": int, "epochs": int | float, "token_accuracy": int | float | None,
+    "seconds": int | float, "tokens": int, "trained_tokens": int, "seed": int, "loss": int | float | None,
+    "validation_loss": int | float | None, "tasks": dict, "versions": dict, "more": dict,
+}  # fmt: skip
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _writable(value: Any, place: str, places: list[str]) -> Any:
+    """The value as JSON can write it. places: gets the names of the numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(name): _writable(one, f"{place}.{name}" if place else str(name), places) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(one, f"{place}[{number}]", places) for number, one in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        places.append(place)
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return _writable(value.item(), place, places) if getattr(value, "ndim", None) == 0 else str(value)

@@ -6,13 +6,14 @@ Made from metrics.jsonl and result.json alone, so that it can be made again at a
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repsft_fast.errors import RepsftError, describe
-from repsft_fast.report.picture import read_metrics
+from repsft_fast.report.picture import write_whole
+from repsft_fast.report.records import is_number, read_metrics, result_or_nothing
 from repsft_fast.report.result import FILE as RESULT_FILE
 
 FILE = "timeline.json"
@@ -29,19 +30,23 @@ def build(folder: Path | str) -> dict[str, Any]:
     `epoch` counts epochs of the active mixture along the branch; `done` counts updates, discarded ones too.
     """
     folder = Path(folder)
-    records = read_metrics(folder)
+    found = read_metrics(folder)
+    found.keep(_is_whole)
+    records = found.records
     evaluations = [_plain(r) for r in records if r.get("kind") == "evaluation" and "moment" in r]
-    if not evaluations:
+    tasks = list(dict.fromkeys(task for evaluation in evaluations for task in evaluation["scores"]))
+    if not tasks:
         wrong = "holds no evaluation of tasks"
         raise RepsftError(describe(str(folder / "metrics.jsonl"), wrong, todo="is it a mixture's run?"))
     stages = [_plain(r) for r in records if r.get("kind") == "stage"]
     kept = kept_moments(evaluations, stages, _ended_at(records))
     for evaluation in evaluations:
         evaluation["branch"] = "kept" if evaluation["moment"] in kept else "discarded"
-    result = _result(folder)
-    more = result.get("more") or {}
+    result = result_or_nothing(folder / RESULT_FILE)
+    more = result["more"] if isinstance(result.get("more"), dict) else {}
     return {
-        "tasks": list(evaluations[0]["scores"]),
+        **({"left_out": found.words} if found.damaged else {}),
+        "tasks": tasks,
         "evaluations": evaluations,
         "stages": stages,
         "decisions": [{"kind": r["kind"], **_plain(r)} for r in records if r.get("kind") in DECISIONS],
@@ -50,8 +55,8 @@ def build(folder: Path | str) -> dict[str, Any]:
         "result": {
             "moment": more.get("moment"),
             "reason": result.get("reason"),
-            "test": more.get("test"),
-            "account": more.get("account"),
+            "test": _finite(more.get("test")),
+            "account": _finite(more.get("account")),
         },
     }
 
@@ -80,8 +85,10 @@ def kept_moments(
     start = ended_at if ended_at in home else starts.get(stage)
     if start == ended_at is not None:
         kept = set()
-    while start is not None and start in home:
+    ways: set[int] = set()
+    while start is not None and start in home and home[start] not in ways:  # a damaged stage may lead round in a ring
         stage = home[start]
+        ways.add(stage)
         line = by_stage[stage]
         kept |= set(line[: line.index(start) + 1])
         start = starts.get(stage)
@@ -90,20 +97,54 @@ def kept_moments(
 
 def write(folder: Path | str) -> Path:
     """timeline.json into the run's folder, whole or not at all."""
-    path = Path(folder) / FILE
-    part = path.with_name(f".{FILE}.part")
-    part.write_text(json.dumps(build(folder), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    text = json.dumps(build(folder), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return write_whole(Path(folder) / FILE, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON spells it
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in _NOT_NEEDED}
+    return {name: _finite(value) for name, value in record.items() if name not in _NOT_NEEDED}
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON cannot write: 1e999 is read as infinite."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether it has what the timeline and its picture are made from; one that was changed by hand or by chance may not."""
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return False
+    if kind == "evaluation" and "moment" in record:
+        named = ("scores", "errors") if record.get("errors") is not None else ("scores",)
+        return (
+            isinstance(record["moment"], str)
+            and type(record.get("stage")) is int
+            and is_number(record.get("epoch"))
+            and is_number(record.get("done"))
+            and (record.get("pooled") is None or is_number(record["pooled"]))
+            and all(_is_figures(record.get(name)) for name in named)
+        )
+    if kind == "stage":
+        active, start, weights = record.get("active"), record.get("start"), record.get("weights")
+        return (
+            type(record.get("stage")) is int
+            and is_number(record.get("epoch"))
+            and isinstance(active, list)
+            and all(isinstance(task, str) for task in active)
+            and (start is None or isinstance(start, str))
+            and (weights is None or _is_figures(weights))
+        )
+    if kind == "roll_back":
+        texts = isinstance(record.get("to"), str) and isinstance(record.get("drop"), str | None)
+        return texts and is_number(record.get("epoch")) and is_number(record.get("done"))
+    return True
+
+
+def _is_figures(value: Any) -> bool:
+    """{name: number or null}"""
+    return isinstance(value, dict) and all(one is None or is_number(one) for one in value.values())

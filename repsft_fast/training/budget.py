@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from repsft_fast.config import Config
 from repsft_fast.data.plan import Plan
-from repsft_fast.errors import ConfigError
+from repsft_fast.errors import ConfigError, describe
 from repsft_fast.schedule import problems
+
+MOST_COUNTED = 2**53  # whole numbers that a float64 tells apart
+MOST_DRAWN = 1_000_000  # epochs: 5 s where an epoch is the smallest there is
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,22 @@ def budget_of(config: Config, plan: Plan) -> Budget:
     per_epoch = len(plan.epoch(0, 0))
     limits: list[tuple[int, str]] = []
     if config.budget.updates is not None:
+        _check_countable(config.budget.updates, "budget.updates", config.budget.updates)
         limits.append((config.budget.updates, f"budget.updates: {config.budget.updates}"))
     if config.budget.epochs is not None:
-        limits.append((_updates_of_epochs(plan, config.budget.epochs), f"budget.epochs: {config.budget.epochs:g}"))
+        limits.append(
+            (_updates_of_epochs(plan, config.budget.epochs, "budget.epochs"), f"budget.epochs: {config.budget.epochs:g}")
+        )
     if config.budget.tokens is not None:
         tokens = int(plan.index.lengths.sum())
-        limits.append((_updates_of_epochs(plan, config.budget.tokens / tokens), f"budget.tokens: {config.budget.tokens}"))
+        _check_countable(config.budget.tokens, "budget.tokens", config.budget.tokens)
+        epochs = config.budget.tokens / tokens
+        limits.append((_updates_of_epochs(plan, epochs, "budget.tokens"), f"budget.tokens: {config.budget.tokens}"))
     derived = not limits
     policy: list[tuple[int, str]] = []
     if derived or config.mixture.policy is not None:
         epochs, words = mixture_epochs(config, len(plan.index.task_names))
-        policy.append((_updates_of_epochs(plan, epochs), words))
+        policy.append((_updates_of_epochs(plan, epochs, "mixture.compute_budget"), words))
     updates, reason = min(limits or policy)
     warmup = config.optim.warmup_updates
     if warmup is None:
@@ -66,8 +74,21 @@ def mixture_epochs(config: Config, tasks: int) -> tuple[float, str]:
     return budget * times, f"mixture.compute_budget {budget:g} × {what}"
 
 
-def _updates_of_epochs(plan: Plan, epochs: float) -> int:
-    """Updates in that many epochs; the last, partial one rounded up. At least one."""
+def _check_countable(many: float, where: str, got: object) -> None:
+    """ConfigError for numbers beyond those that floating-point numbers can count: a schedule has a value for every update."""
+    if not many <= MOST_COUNTED:
+        todo = "lower it: a rule of stop.* ends a run earlier"
+        raise ConfigError(describe(where, "is more than can be counted", expected="at most 2⁵³ updates", got=got, todo=todo))
+
+
+def _updates_of_epochs(plan: Plan, epochs: float, where: str) -> int:
+    """Updates in that many epochs; the last, partial one rounded up. At least one. where: the setting that says so."""
+    _check_countable(epochs * len(plan.epoch(0, 0)), where, f"{epochs:g} epochs")
+    if plan.batch_samples is None and epochs > MOST_DRAWN:
+        expected = f"at most {MOST_DRAWN} epochs with batch.tokens, where every epoch is drawn to count its updates"
+        raise ConfigError(
+            describe(where, "is too long", expected=expected, got=f"{epochs:g} epochs", todo="set budget.updates")
+        )
     whole, part = int(epochs), epochs - int(epochs)
     # With batch.samples every epoch has the same number of updates; with batch.tokens the draw decides, so it is asked.
     if plan.batch_samples is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from repsft_fast.data.plan import Update
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.evaluate.teacher_forced import SampleScores, TeacherForced
-from repsft_fast.metrics import UpdateRecord, summarise
+from repsft_fast.metrics import summarise
 from repsft_fast.optim import reset as reset_optimizer
 from repsft_fast.policies import (
     Continue,
@@ -37,14 +37,14 @@ from repsft_fast.policies.decisions import to_json
 from repsft_fast.policies.statistics import pooled
 from repsft_fast.stats import TokenStats
 from repsft_fast.training.account import Spans
-from repsft_fast.training.examples import answer_examples
+from repsft_fast.training.examples import show_answers
 from repsft_fast.training.moments import Moments
 from repsft_fast.training.no_gradient import ZeroGradients
-from repsft_fast.training.nonfinite import Refused, name_culprits
+from repsft_fast.training.nonfinite import Refusals, check_weights
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
-from repsft_fast.training.scoring import TaskScorer, finite, work_of
-from repsft_fast.training.standing import standing
+from repsft_fast.training.scoring import TaskScorer, finite, line_of, work_of
+from repsft_fast.training.standing import said_of_scores, standing
 
 BUDGET = "the budget is spent"
 
@@ -60,11 +60,12 @@ class Conductor:
         self.last_epoch: dict[str, Any] = {}
         self.words = ""
         self.spans = Spans()
+        self.refusals = Refusals(parts, reporter)
         self.zero_gradients = ZeroGradients(parts.config.loss.skip_below, reporter)
         self.scorer = (
             TaskScorer(parts, parts.data.validation) if policy.evaluations_per_epoch and parts.data.validation else None
         )
-        self._next_call: int | None = None
+        self.looks_at: int | None = None  # the update at which the policy is asked though no epoch ends
         self._unread: dict[int, Update] = {}
 
     def begin(self) -> None:
@@ -85,7 +86,7 @@ class Conductor:
         self.history = History.load(values["history"])
         self.last_epoch, self.words = values["last_epoch"], values["words"]
         self.spans.seconds = dict(values["seconds"])
-        self._next_call = self.policy.next_call(self.history) if self.history.stages else None
+        self.looks_at = self.policy.next_call(self.history) if self.history.stages else None
 
     def after_update(self, update: Update, updates_in_epoch: int) -> bool:
         """Called after every update. True when the epoch's plan no longer holds: the run ended or the cursor moved."""
@@ -98,7 +99,7 @@ class Conductor:
         before = after - Fraction(1, updates_in_epoch)
         if due(before, after, self.policy.evaluations_per_epoch):
             self._score_tasks()
-        elif not (self._next_call is not None and progress.updates >= self._next_call) and not self._schedule_is_over():
+        elif not (self.looks_at is not None and progress.updates >= self.looks_at) and not self._schedule_is_over():
             return False
         # At the epoch's end its counts come first: end_of_epoch asks. A decision sees no unread veto.
         self.read_ledger()
@@ -131,21 +132,15 @@ class Conductor:
         self._ask()
 
     def read_ledger(self) -> None:
-        """The one wait for the device. Counts vetoes, and ends the run on the first one where that is the setting."""
+        """The one wait for the device. What was refused is met as the settings say: it may end the run, or raise Refused."""
         records = self.parts.ledger.read()  # what the device still has to do is training
         with self.spans("records"):
             self.reporter.updates(records)
             self.zero_gradients.look(records)
-        vetoed = [record for record in records if record.vetoed]
-        self.parts.progress.vetoed += len(vetoed)
         if self.parts.config.loss.skip_below:
             self.parts.progress.saw_kept([record.kept for record in records if not record.vetoed])
-        for record in vetoed:
-            self._refused(record)
-        cursors = [self._unread[record.update].cursor for record in vetoed if record.update in self._unread]
-        self._unread.clear()
-        if cursors and self.parts.config.numbers.on_nonfinite == "revert" and self.parts.progress.reason is None:
-            raise Refused([(at.stage, at.epoch, at.update) for at in cursors])
+        unread, self._unread = self._unread, {}
+        self.refusals.look(records, unread)
 
     def validate(self) -> None:
         """Loss and token accuracy on the validation set; the best moment is kept where that is the setting.
@@ -157,12 +152,13 @@ class Conductor:
         self.read_ledger()
         started = time.perf_counter()
         scores = self.parts.validation(self.parts.model)
-        line = summarise(scores.by_task(self.parts.num_tasks), self.parts.data.task_names)
-        line["exact_match"] = float(scores.stats.all_correct.double().mean())
+        line = line_of(scores, self.parts.data.task_names)
         seconds = time.perf_counter() - started
         self.reporter.evaluation(line, seconds)
-        for answer in answer_examples(self.parts):
-            self.reporter.event("answer", answer)
+        if bad := line.get("nonfinite"):
+            words = f"the validation loss is not a number at update {self.parts.progress.updates:,}"
+            self.reporter.note(f"{words} ({bad:,} of {line['total']:,} trained tokens): it is no best")
+        show_answers(self.parts, self.reporter, None)
         if self._remember_best(line) and self.parts.config.evaluate.keep == "best":
             self.moments.keep_best()
         self.reporter.apart(time.perf_counter() - started)
@@ -192,9 +188,10 @@ class Conductor:
                 if isinstance(decision, Stop):
                     break
             self.moments.keep_only(self.policy.kept(self.history, self.history.active))
-            self._next_call = self.policy.next_call(self.history)
+            self.looks_at = self.policy.next_call(self.history)
             if self.parts.config.mixture.policy is not None:
-                self.reporter.mixture(standing(self.history, self.moments, self.parts.config.mixture))
+                with self.reporter.only_reports("how the tasks stand"):
+                    self.reporter.mixture(standing(self.history, self.moments, self.parts.config.mixture))
         return moved
 
     def _budget_is_spent(self) -> bool:
@@ -222,6 +219,7 @@ class Conductor:
             return self._open_stage(decision, stood_at)
         if isinstance(decision, Reweight):
             self._mix(decision.weights)
+            parts.spikes.begin_anew()
             progress.next_epoch()
             words = explain(decision, self.history)
             self._tell("decision", {"decision": "reweight", "weights": decision.weights, "text": words})
@@ -229,6 +227,7 @@ class Conductor:
             return True
         if isinstance(decision, SkipSamples):
             progress.leave_out(sorted(decision.ids))
+            parts.spikes.begin_anew()
             words = explain(decision, self.history)
             self._tell("decision", {"decision": "skip", "samples": len(decision.ids), "text": words})
             self.reporter.note(words)
@@ -252,6 +251,7 @@ class Conductor:
         progress.next_stage(stage.data_key, stage.update)
         progress.active = None if everybody else sorted(names.index(t) for t in trained)
         self._mix(decision.weights)
+        parts.spikes.begin_anew()
         if not first:
             if decision.reset.optimizer == "reset":
                 reset_optimizer(parts.optimizer)
@@ -266,6 +266,7 @@ class Conductor:
     def _roll_back(self, decision: RollBack) -> None:
         words = explain(decision, self.history, losses=self.parts.config.mixture.metric == "nll")
         seconds = self._go_back_to(decision.to, "roll-back")
+        self.parts.spikes.begin_anew()
         self._tell("roll_back", {"to": decision.to, "drop": decision.drop, "seconds": seconds, "text": words})
         self.reporter.note(f"{words}, {seconds * 1e3:.1f} ms")
 
@@ -332,6 +333,8 @@ class Conductor:
         self._remember_best(line)
         with self.spans("records"):
             self.reporter.evaluation(line, seconds)
+            for text in said_of_scores(history):
+                self.reporter.note(text)
         if name in kept:
             self._keep(name)
         self.reporter.apart(time.perf_counter() - started)
@@ -383,14 +386,5 @@ class Conductor:
         name = self.policy.result(self.history)
         if name is not None and name != self.history.here:
             self._go_back_to(name, "the result")
+        check_weights(self.parts)
         return name
-
-    def _refused(self, record: UpdateRecord) -> None:
-        """A vetoed update: say which samples, and end the run where that is the setting."""
-        samples = self._unread[record.update].samples if record.update in self._unread else None
-        text = name_culprits(self.parts, record, samples)
-        self.reporter.note(text)
-        if self.parts.config.numbers.on_nonfinite == "stop":
-            error = TrainingError(f"{text}; no weight was changed by it; numbers.on_nonfinite: skip would go on")
-            error.code = "nonfinite"  # type: ignore[attr-defined]
-            raise error

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from repsft_fast.config import Config
 from repsft_fast.data.ends import ends_in_words
 from repsft_fast.data.plan import Plan, summary
-from repsft_fast.distributed import World
+from repsft_fast.distributed import World, place
 from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
 from repsft_fast.models.door import first_words
 from repsft_fast.models.lora import lora_said
-from repsft_fast.report.visible import escaping, one_line
+from repsft_fast.report.visible import escaping, one_line, visible
 from repsft_fast.report.words import count, percent, rows_of, size
 from repsft_fast.training.budget import budget_of
 from repsft_fast.training.parts import Data, build_model, build_tokenizer, load_data, vocabulary_of
@@ -31,11 +29,11 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     """
     on_gpus = ranks is not None or torch.cuda.is_available()
     elsewhere = ranks is not None
-    ranks = ranks or int(os.environ.get("WORLD_SIZE") or 1)
+    ranks = ranks or place()[1]
     device = torch.device("cuda" if on_gpus else "cpu")
     resolved, config = config, computed_in_bf16(config) if on_gpus else config
     escaping()
-    print(resolved.to_yaml())
+    print(visible(resolved.to_yaml(), "\n"))
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer, torch.device("cpu"), vocabulary_of(config, tokenizer))
     plan = build_plan(config, data.train.index, World(0, ranks, 0, device))

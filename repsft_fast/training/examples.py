@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from repsft_fast.data.sample import Sample
 from repsft_fast.evaluate.generate import generate
 from repsft_fast.models import stops_of
 from repsft_fast.training.parts import Parts
+
+if TYPE_CHECKING:
+    from repsft_fast.training.reporter import Reporter
+
+
+def show_answers(parts: Parts, reporter: Reporter, *groups: Sequence[Sample] | None) -> list[dict[str, Any]]:
+    """`answer_examples` of each group, told. They only show: what goes wrong is a note, but on several ranks, which answer
+    together and would wait for one that gave up."""
+    found: list[dict[str, Any]] = []
+    with reporter.only_reports("answers to prompts") if parts.world.size == 1 else nullcontext():
+        for samples in groups:
+            found += answer_examples(parts, samples)
+    for answer in found:
+        reporter.event("answer", answer)
+    return found
 
 
 def answer_examples(parts: Parts, samples: Sequence[Sample] | None = None) -> list[dict[str, Any]]:

@@ -20,11 +20,15 @@ from repsft_fast.errors import SnapshotError, describe
 from repsft_fast.optim import state_tensors
 from repsft_fast.snapshot import SnapshotPool
 from repsft_fast.state import RunState, local
+from repsft_fast.training.nonfinite import reverts
 from repsft_fast.training.parts import Parts
 
 BEST, WHOLE, SAFE, MOMENT = "best", "whole", "safe", "moments/"
 # Facts about the whole run, which a roll-back does not undo.
-_LASTING = ("all_work", "looked", "probed", "vetoed", "best", "token_accuracy", "passed_over", "row_tokens")
+_LASTING = (
+    "all_work", "looked", "probed", "vetoed", "refused_in_a_row", "spiked", "best", "token_accuracy", "passed_over",
+    "row_tokens",
+)  # fmt: skip
 
 
 def closed_list(parts: Parts) -> RunState:
@@ -37,6 +41,7 @@ def closed_list(parts: Parts) -> RunState:
             state.add_tensor(f"model/{name}", parameter)
     state.add_tensors("optimizer", lambda: state_tensors(parts.optimizer))
     state.add_tensors("ledger", parts.ledger.tensors)
+    state.add_tensors("spikes", parts.spikes.tensors)
     if parts.sample_stats is not None:
         state.add_tensors("samples", parts.sample_stats.tensors)
     state.add_value("progress", parts.progress.values, parts.progress.load)
@@ -84,7 +89,10 @@ class Moments:
         weights = {n: t for n, t in state.tensors().items() if n.startswith("model/")}
         best_is_kept = parts.config.evaluate.keep == "best" and parts.config.mixture.policy is None  # else the policy's
         self._best = self._pool(weights, 1) if best_is_kept else None
-        self._whole = self._room_for_whole(whole) if whole else None
+        self._copies = whole
+        self._whole: SnapshotPool | None = None
+        if reverts(parts.config):
+            self._make_whole()
 
     def take(self, name: str) -> None:
         self._take(self._checked(self._policy), name, self.state.values())
@@ -95,13 +103,16 @@ class Moments:
             self.make_room()
         pool.take(name, values)
 
-    def freeze(self) -> Held:
+    def freeze(self, *, copy: bool = True) -> Held:
         """The whole state as it is now, and every kept moment, for a writer in another thread. Releases nothing by itself.
 
-        Without a place for a copy the live tensors themselves: the writer must be waited for.
+        Without a place for a copy, and where none is asked for, the live tensors themselves: the writer must be waited for.
+        Places are made when the first copy is asked for: a run that ends before its first checkpoint pays nothing.
         """
         held = Held()
-        if self._whole is None:
+        if copy:
+            self._make_whole()
+        if self._whole is None or not copy:
             held.tensors |= {name: tensor.detach() for name, tensor in self.state.tensors().items()}
         else:
             self._take(self._whole, WHOLE, {})
@@ -195,13 +206,17 @@ class Moments:
             if pool is not None:
                 pool.close()
 
+    def _make_whole(self) -> None:
+        if self._whole is None and self._copies:
+            self._whole, self._copies = self._room_for_whole(self._copies), 0
+
     def _room_for_whole(self, copies: int) -> SnapshotPool | None:
         """Places for the whole state: in pinned host memory on a GPU, whose own memory the policy's moments need more."""
         on_gpu = self.parts.world.device.type == "cuda" and self.parts.config.snapshot.device_bytes is None
         try:
             return self._pool(self.state.tensors(), copies, device_bytes=0 if on_gpu else None)
         except SnapshotError as error:
-            if self.parts.config.numbers.on_nonfinite == "revert":
+            if reverts(self.parts.config):
                 raise
             self.messages.append(f"no room for a copy of the state, so training waits while a checkpoint is written ({error})")
             return None

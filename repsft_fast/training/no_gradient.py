@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from repsft_fast.training.parts import Parts
     from repsft_fast.training.reporter import Reporter
 
-RESUME = "resume from the last checkpoint"
+RESUME = "--resume goes on from the last checkpoint"
 UNREACHED = "if it comes again, the loss does not reach the weights that are trained (model.lora, the model's own code)"
+
+RAN_AWAY = "updates before it had gradients, so the weights have run away: begin in another folder with a lower optim.lr"
 
 
 def check_arrived(parts: Parts, update: Update) -> None:
@@ -48,11 +50,13 @@ class ZeroGradients:
     def __init__(self, skip_below: float, reporter: Reporter):
         self.skip_below, self.reporter = skip_below, reporter
         self.count = 0
+        self.had_some = False  # an update of this process had a gradient: the loss does reach the weights
 
     def look(self, records: Iterable[UpdateRecord]) -> None:
         """What the ledger told, the same on every rank. TrainingError when a norm is 0.0 and something was to be learned."""
         found: dict[str, list[int]] = {}
         for record in records:
+            self.had_some = self.had_some or (not record.vetoed and record.grad_norm > 0.0)
             if record.vetoed or record.grad_norm != 0.0 or not int(record.tasks.total.sum()):
                 continue
             number = record.update + 1
@@ -62,7 +66,7 @@ class ZeroGradients:
                 found.setdefault("the loss is exactly 0", []).append(number)
             else:
                 wrong = "every gradient was exactly 0 although there was something to learn"
-                todo = f"{RESUME}; {UNREACHED}"
+                todo = RAN_AWAY if self.had_some else f"{RESUME}; {UNREACHED}"
                 raise TrainingError(describe(f"update {number}", wrong, got=f"a loss of {record.loss:.6g}", todo=todo))
         for reason, updates in found.items():
             if not self.count:

@@ -30,6 +30,7 @@ from repsft_fast.data.store import TokenStore
 from repsft_fast.data.template import find_template
 from repsft_fast.distributed import World
 from repsft_fast.errors import DataError, describe
+from repsft_fast.evaluate.answers import find_extractor
 from repsft_fast.evaluate.teacher_forced import TeacherForced
 from repsft_fast.metrics import Ledger, SampleStats
 from repsft_fast.models import check_head, check_no_leak, load_model, load_tokenizer
@@ -42,8 +43,10 @@ from repsft_fast.throughput import ModelShape, Work, peak_flops
 from repsft_fast.training import chunks
 from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.ends import learn_ends
+from repsft_fast.training.identity import base_of
 from repsft_fast.training.progress import Progress
 from repsft_fast.training.rows import build_plan, check_positions, row_bucket
+from repsft_fast.training.spikes import Spikes
 
 
 @dataclass
@@ -80,11 +83,16 @@ class Parts:
     optimizer: Optimizer
     schedule: Schedule
     ledger: Ledger
+    spikes: Spikes = field(init=False)  # of the last updates
+    base: dict[str, str] = field(default_factory=dict)  # digests of what the run begins with (identity.base_of)
     validation: TeacherForced | None = None
     probe: TeacherForced | None = None
     progress: Progress = field(default_factory=Progress)
     on_update: Callable[[Work], None] | None = None
     sample_stats: SampleStats | None = None  # made for policies that judge samples
+
+    def __post_init__(self) -> None:
+        self.spikes = Spikes(self.world.device, self.world, self.config.optim.max_norm)
 
     @property
     def num_tasks(self) -> int:
@@ -204,7 +212,9 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
     world = distributed.start()
     folder = Path(config.run.folder)
     with distributed.together():
+        distributed.check_groups(world.size, config.distributed.shard_ranks)
         seed_everything(config)
+        find_extractor(config.mixture.extractor, trusted=config.model.trust_remote_code)  # tried before data is read
         tokenizer = build_tokenizer(config)
         if config.model.path is not None:  # its shape alone: what is wrong with a folder is said before data is read for hours
             build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
@@ -221,6 +231,7 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
         data.warnings += lora_said(model)
         data.warnings += check_positions(config, model, (data.train, data.validation, data.test))
         data.warnings += learn_ends(model, data.ends, tokenizer)
+    base = base_of(model, config, world)
     shape = ModelShape.of(model)
     mesh = distributed.mesh_of(world, config.distributed.shard_ranks) if world.size > 1 else None
     distributed.shard(model, world, mesh=mesh, arriving=world.size > 1)
@@ -243,6 +254,7 @@ def build(config: Config, *, on_update: Callable[[Work], None] | None = None) ->
         optimizer=optimizer,
         schedule=build_schedule(config, budget),
         ledger=Ledger(len(data.task_names), world.device, world),
+        base=base,
         on_update=on_update,
         sample_stats=SampleStats(len(data.train.index), world.device) if config.mixture.policy == "ies" else None,
     )
@@ -270,7 +282,7 @@ def _folder_without_tokenizer(path: str) -> bool:
     """A model saved alone: enough for pre-tokenised rows, and the reader says so where text needs more."""
     folder = Path(path)
     named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    return (folder / "config.json").is_file() and not any((folder / name).exists() for name in named)
+    return os.path.isfile(folder / "config.json") and not any(os.path.exists(folder / name) for name in named)
 
 
 def build_model(config: Config, world: World, tokenizer: Any = None) -> Any:
@@ -384,6 +396,5 @@ def written_out(sources: Any, config: Config) -> Any:
 
 def cache_folder(config: Config) -> Path:
     """Where tokenised and generated data is kept between runs."""
-    if config.data.cache_folder is not None:
-        return Path(config.data.cache_folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "repsft_fast"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "repsft_fast"
+    return user if config.data.cache_folder is None else Path(config.data.cache_folder)

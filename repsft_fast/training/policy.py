@@ -9,7 +9,7 @@ import numpy as np
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, describe
-from repsft_fast.policies import BASELINES, BaselineSettings, Msft, MsftSettings, Saturation, SaturationSettings
+from repsft_fast.policies import BASELINES, BaselineSettings, History, Msft, MsftSettings, Saturation, SaturationSettings
 from repsft_fast.training.parts import Parts
 
 
@@ -23,18 +23,19 @@ def build_policy(parts: Parts) -> Any:
     else:
         _check_validation(parts)
         rates = sampling_rates(parts.config, parts.data.task_names, parts.data.train.index.tasks)
-        common: dict[str, Any] = {
-            "compute_budget": float(mixture.compute_budget),
-            "evaluations_per_epoch": mixture.evaluations_per_epoch,
-            "weights": rates,
-        }
-        if mixture.policy == "msft":
-            settings, kind = _msft(parts.config, common), Msft
-        else:
-            settings, kind = BaselineSettings(**common), BASELINES[mixture.policy]
+        settings, kind = _of_mixture(parts.config, rates)
     if problems := settings.problems():
         raise ConfigError(problems)
     return kind(settings)
+
+
+def named_result(config: Config, history: History) -> str | None:
+    """The moment that the policy names as the result at this point of its table; None: the state. No data is needed for it."""
+    if config.mixture.policy is None or not history.stages:
+        return None
+    settings, kind = _of_mixture(config, {})
+    name: str | None = kind(settings).result(history)
+    return name
 
 
 def moments_needed(parts: Parts, policy: Any) -> int:
@@ -63,11 +64,41 @@ def sampling_rates(config: Config, names: tuple[str, ...], tasks: np.ndarray) ->
             )
         mass = dict(mixture.weights)
     elif mixture.temperature is not None:
-        mass = {name: size ** (1.0 / mixture.temperature) for name, size in sizes.items()}
+        mass = _powers(sizes, mixture.temperature)
     else:
         return {}
-    total, samples = math.fsum(mass.values()), sum(sizes.values())
+    samples = sum(sizes.values())
+    try:
+        total = math.fsum(mass.values())
+    except OverflowError:  # each can be written, and their sum cannot
+        most = max(mass.values())
+        mass = {name: one / most for name, one in mass.items()}
+        total = math.fsum(mass.values())
     return {name: mass[name] / total * samples / size for name, size in sizes.items()}
+
+
+def _powers(sizes: dict[str, int], temperature: float) -> dict[str, float]:
+    """size ** (1 / temperature), up to a common factor."""
+    try:
+        if math.isfinite(1.0 / temperature):
+            return {name: size ** (1.0 / temperature) for name, size in sizes.items()}
+    except OverflowError:
+        pass
+    largest = math.log(max(sizes.values()))
+    return {name: math.exp((math.log(size) - largest) / temperature) for name, size in sizes.items()}
+
+
+def _of_mixture(config: Config, rates: dict[str, float]) -> tuple[Any, Any]:
+    """(settings, kind) of the mixture's policy."""
+    mixture = config.mixture
+    common: dict[str, Any] = {
+        "compute_budget": float(mixture.compute_budget),
+        "evaluations_per_epoch": mixture.evaluations_per_epoch,
+        "weights": rates,
+    }
+    if mixture.policy == "msft":
+        return _msft(config, common), Msft
+    return BaselineSettings(**common), BASELINES[str(mixture.policy)]
 
 
 def _saturation(parts: Parts) -> SaturationSettings:

@@ -26,6 +26,7 @@ def look_ahead(parts: Parts, moments: Moments, tasks: Sequence[str]) -> dict[str
         for task in tasks:
             update = _batch(parts, parts.data.task_names.index(task))
             before = _loss(parts, update)
+            parts.spikes.begin_anew()  # one task's batch is no spike of the mixture; the window comes back with the moment
             train_step(parts, update)
             parts.ledger.read()  # the probe's own update is not part of the run's record
             found[task] = (before, _loss(parts, update))
@@ -33,7 +34,7 @@ def look_ahead(parts: Parts, moments: Moments, tasks: Sequence[str]) -> dict[str
             moments.restore(NAME)
     except OutOfMemory as problem:
         moments.restore(NAME)
-        todo = "lower batch.row_tokens" if parts.config.batch.pack else "lower data.max_tokens"
+        todo = "lower batch.row_tokens" if parts.config.batch.pack else "lower data.max_tokens, in another folder"
         raise TrainingError(describe("probe", f"out of memory ({problem})", todo=todo)) from problem
     finally:
         moments.release(NAME)

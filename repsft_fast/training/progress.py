@@ -35,6 +35,8 @@ class Progress:
     draws: int | None = None  # samples drawn per epoch under task_weights; None = as many as are active
     skip: list[int] = field(default_factory=list)  # samples left out of this epoch
     vetoed: int = 0  # updates refused for non-finite numbers
+    refused_in_a_row: int = 0  # updates not taken since the last that was, not finite or spikes
+    spiked: int = 0  # updates that were loss spikes, applied or not
     work: Work = field(default_factory=Work)  # of the kept branch
     all_work: Work = field(default_factory=Work)  # discarded branches too
     looked: Work = field(default_factory=Work)  # forward passes: of a mixture's evaluations, of samples that skip an epoch

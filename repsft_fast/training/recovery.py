@@ -1,6 +1,7 @@
 """When numbers go wrong or memory runs out: back to the newest safe state, or smaller rows, and on.
 
 numbers.on_nonfinite: revert   the newest snapshot in memory is put back and the refused update is passed over from then on
+numbers.on_spike: revert       the same for loss spikes; what they are judged by is kept, so that a new level is accepted
 numbers.on_out_of_memory: retry   rows are halved (law 2: the same gradients) and the update is made again
 """
 
@@ -15,7 +16,7 @@ from repsft_fast.data.plan import Cursor
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.moments import Moments
-from repsft_fast.training.nonfinite import Refused
+from repsft_fast.training.nonfinite import Refused, reverts
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
 from repsft_fast.training.rows import build_plan, row_bucket
@@ -29,9 +30,9 @@ class Recovery:
 
     def __init__(self, parts: Parts, moments: Moments, conductor: Conductor, reporter: Reporter):
         self.parts, self.moments, self.conductor, self.reporter = parts, moments, conductor, reporter
-        self.reverts = parts.config.numbers.on_nonfinite == "revert"
+        self.reverts = reverts(parts.config)
         self._marker: tuple[Any, ...] | None = None
-        self._times = 0
+        self._times = self._times_spiked = 0
 
     def keep_safe(self, *, saved: bool = False) -> None:
         """Called between updates. Remembers this state when the policy's table grew since the last, or `saved` says so."""
@@ -42,19 +43,26 @@ class Recovery:
         if saved or marker != self._marker:
             self.conductor.read_ledger()
             self.moments.keep_safe()
-            self._marker, self._times = marker, 0
+            self._marker, self._times, self._times_spiked = marker, 0, 0
+            self.conductor.refusals.go_back_on_spikes = True
 
     def go_back(self, refused: Refused) -> None:
-        """Put the safe state back and pass the refused updates over from now on. TrainingError when that does not help."""
+        """Put the safe state back and pass the refused updates over from now on. TrainingError when that does not help: numbers
+        that are not finite end the run, spikes are skipped from here on, until the next safe state."""
         progress = self.parts.progress
-        self._times += 1
+        if refused.spikes_alone:
+            self._times_spiked += 1
+            self.conductor.refusals.go_back_on_spikes = self._times_spiked < REVERTS_AT_MOST
+        else:
+            self._times += 1
         if self._times > REVERTS_AT_MOST:
-            todo = "lower optim.lr, or look at the samples named above"
+            todo = "look at the samples named above, or begin in another folder with a lower optim.lr"
             error = TrainingError(describe("training", f"went back {REVERTS_AT_MOST} times and is not finite again", todo=todo))
             error.code = "nonfinite"  # type: ignore[attr-defined]
             raise error
         after = progress.updates
-        self.moments.go_safe()
+        with self.parts.spikes.lasting():
+            self.moments.go_safe()
         progress.passed_over = sorted({*map(tuple, progress.passed_over), *refused.cursors})
         self.reporter.event("revert", {"from": after, "passed_over": [list(cursor) for cursor in refused.cursors]})
         self.reporter.note(f"went back from update {after} to {progress.updates}; the refused update is passed over")
@@ -89,7 +97,8 @@ class Recovery:
             needs = f"batch.row_tokens is {now} and the longest sample needs that"
             if self.parts.plan.apart.alone_above == 0:
                 needs = "batch.pack is false, so that a row is one sample already"
-            todo = f"{needs}: set model.activation_checkpointing: full, lower data.max_tokens, or use optim.name: adamw8bit"
+            less = "lower data.max_tokens or use optim.name: adamw8bit"
+            todo = f"{needs}: set model.activation_checkpointing: full and --resume; or, in another folder, {less}"
         state = "nothing was changed"
         if problem.stuck:
             state = (
@@ -97,7 +106,7 @@ class Recovery:
                 "update (torch 2.13 can): start again, with --resume where there is a checkpoint"
             )
         elif problem.torn:
-            state = "the state may be half an update ahead: resume from the last checkpoint"
+            state = "the state may be half an update ahead: --resume goes on from the last checkpoint"
         if self.parts.config.numbers.on_out_of_memory == "retry" and self.parts.world.size > 1:
             state += "; a retry works on one rank alone: the others wait inside a message of the old rows"
         where = f"update {self.parts.progress.updates + 1}"

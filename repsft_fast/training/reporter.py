@@ -1,41 +1,97 @@
-"""What a run tells: metrics.jsonl always, the live line and trackers on the main rank only. One method per kind of event."""
+"""What a run tells: metrics.jsonl, the live line and trackers, all on the main rank only. One method per kind of event.
+
+Whatever happens to them, the run goes on: no method here raises. What went wrong is said once, counted, and in `troubles`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from repsft_fast import distributed
+from repsft_fast.errors import RepsftError
 from repsft_fast.metrics import JsonLines, UpdateRecord, summarise
 from repsft_fast.report.live import Live
 from repsft_fast.report.words import rows_of
 from repsft_fast.throughput import Work, peak_memory_bytes
-from repsft_fast.trackers import Trackers
+from repsft_fast.trackers import FINISH_S, Trackers, failed_with
 from repsft_fast.training.parts import Parts
+
+MOST_TROUBLES = 50  # distinct ones; of what goes wrong in ever new words the rest is only counted
+AFTER_A_FAILURE_S = 10.0  # so long a run that failed waits for its trackers
 
 
 class Reporter:
-    """Turns counters into records. Rates are over the time since the last reading, waiting for data told apart."""
+    """Turns counters into records. Rates are over the time since the last reading, waiting for data told apart.
+
+    Building one raises ConfigError for trackers that are not there, on every rank; nothing raises afterwards.
+    """
 
     def __init__(self, parts: Parts):
         self.parts = parts
         main = parts.world.is_main
-        self.live = Live(main)
-        self.lines = JsonLines(parts.folder / "metrics.jsonl" if main else None)
-        self.trackers = (
-            Trackers(parts.config.log.trackers, parts.folder, parts.config.to_dict(), note=self.note) if main else None
-        )
+        self._troubles: Counter[str] = Counter()
+        self._telling = False
+        self.live, self.lines = Live(main), JsonLines(None)
+        self.trackers: Trackers | None = None
+        if main:
+            self.lines = JsonLines(parts.folder / "metrics.jsonl", self.trouble)
+        with distributed.together():
+            if main:
+                self.trackers = self._start_trackers()
         self.started = self._last = time.perf_counter()
         self._work = parts.progress.all_work.copy()
         self._waited = 0.0
         self._apart = 0.0  # seconds since the last reading that went into evaluation, snapshots, saving
         self._speed: dict[str, Any] = {}
 
+    # What goes wrong -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def only_reports(self, what: str) -> Iterator[None]:
+        """What is done inside tells of the run and is no part of it: an error there becomes a trouble, and the run goes on.
+
+        Memory that the host has not for a picture is such an error; KeyboardInterrupt and SystemExit are not. No message
+        between ranks may be inside, for the others would wait for it.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.trouble(f"{what}: {error if isinstance(error, RepsftError) else failed_with(error)}")
+
+    def trouble(self, text: str) -> None:
+        """Something that only reports does not work: said the first time, counted from then on."""
+        if text not in self._troubles and len(self._troubles) >= MOST_TROUBLES:
+            text = "and others"
+        self._troubles[text] += 1
+        if self._troubles[text] == 1 and not self._telling:  # telling of a trouble may be one
+            self._telling = True
+            try:
+                self.note(text)
+            finally:
+                self._telling = False
+
+    @property
+    def troubles(self) -> list[str]:
+        """What of the reports did not work, for result.json; empty when all did."""
+        found = [text if times == 1 else f"{text} ({times} times)" for text, times in self._troubles.items()]
+        return [*found, *([self.lines.missing] if self.lines.missing else [])]
+
+    # What is told ----------------------------------------------------------------------------------------------------
+
     def start(self) -> None:
+        with self.only_reports("the start"):
+            self._start()
+
+    def _start(self) -> None:
         parts, config = self.parts, self.parts.config
         mixture = config.mixture
         judged = mixture.policy is None or (mixture.policy == "msft" and mixture.exclude_on == "saturation")
-        self.live.start(
+        self._show(
+            self.live.start,
             {
                 "folder": str(parts.folder),
                 "updates": parts.budget.most,
@@ -46,7 +102,7 @@ class Reporter:
                 "target": config.stop.token_accuracy if judged else None,
                 "device": str(parts.world.device),
                 "ranks": parts.world.size,
-            }
+            },
         )
         if parts.data.files:
             self.note(f"read: {rows_of(parts.data.files)}")
@@ -72,7 +128,13 @@ class Reporter:
         """A reading of the ledger: one line per update in metrics.jsonl, the newest on the live line."""
         if not records:
             return
-        speed = self._measure()
+        speed: dict[str, Any] = {}
+        with self.only_reports("throughput"):
+            speed = self._measure()
+        with self.only_reports("metrics.jsonl"):
+            self._updates(records, speed)
+
+    def _updates(self, records: list[UpdateRecord], speed: Mapping[str, Any]) -> None:
         progress = self.parts.progress
         line: dict[str, Any] = {}
         for record in records:
@@ -86,13 +148,15 @@ class Reporter:
                 "grad_norm": _finite(record.grad_norm),
                 "lr": record.lr,
                 **({"vetoed": True} if record.vetoed else {}),
+                **({"spike": True} if record.spike else {}),
             }
             if record is records[-1]:
                 line |= speed
             self._write(line)
         schedule = self.parts.schedule  # read each time: a roll-back may take a decay back
-        self.live.ends_at(schedule.decay_start + (schedule.decay_length or 1) if schedule.decay_start is not None else None)
-        self.live.update(line)
+        ends_at = schedule.decay_start + (schedule.decay_length or 1) if schedule.decay_start is not None else None
+        self._show(self.live.ends_at, ends_at)
+        self._show(self.live.update, line)
 
     def epoch(self, totals: Mapping[str, Any], accuracy_of: str) -> None:
         progress = self.parts.progress
@@ -106,7 +170,7 @@ class Reporter:
             **self._speed,
         }
         self._write(line)
-        self.live.epoch(line)
+        self._show(self.live.epoch, line)
 
     def evaluation(self, scores: Mapping[str, Any], seconds: float) -> None:
         line = {
@@ -118,30 +182,52 @@ class Reporter:
             **scores,
         }
         self._write(line)
-        self.live.evaluation(line)
+        self._show(self.live.evaluation, line)
 
     def mixture(self, standing: Mapping[str, Any]) -> None:
         """How the tasks stand, after every decision. For the eye only: the lines of evaluations and decisions say it all."""
-        self.live.mixture(standing)
+        self._show(self.live.mixture, standing)
 
     def note(self, text: str) -> None:
-        self.lines.write({"kind": "note", "update": self.parts.progress.updates, "text": text})
-        self.live.note(text)
+        with self.only_reports("metrics.jsonl"):
+            self.lines.write({"kind": "note", "update": self.parts.progress.updates, "text": text})
+        self._show(self.live.note, text)
 
     def end(self, result: Mapping[str, Any]) -> None:
-        self.live.end(dict(result))
-        if self.trackers is not None:
-            self.trackers.finish(result)
-        self.lines.close()
+        """The last word. What comes after it (a picture that fails) still reaches metrics.jsonl."""
+        self._show(self.live.end, dict(result))
+        with self.only_reports("log.trackers"):
+            if self.trackers is not None:
+                self.trackers.finish(result, FINISH_S if result.get("success") else AFTER_A_FAILURE_S)
+        with self.only_reports("metrics.jsonl"):
+            self.lines.close()
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Anything else for metrics.jsonl (decay, decision, snapshot, checkpoint)."""
         self._write({"kind": kind, "update": self.parts.progress.updates, **values})
 
+    def _start_trackers(self) -> Trackers | None:
+        config = self.parts.config
+        try:
+            return Trackers(config.log.trackers, self.parts.folder, config.to_dict(), note=self.trouble)
+        except RepsftError:
+            raise
+        except Exception as error:
+            self.trouble(f"log.trackers: {failed_with(error)}")
+            return None
+
     def _write(self, line: dict[str, Any]) -> None:
-        self.lines.write(line)
-        if self.trackers is not None:
-            self.trackers.log(line)
+        with self.only_reports("metrics.jsonl"):
+            self.lines.write(line)
+        with self.only_reports("log.trackers"):
+            if self.trackers is not None:
+                self.trackers.log(line)
+
+    def _show(self, show: Callable[[Any], None], what: Any) -> None:
+        with self.only_reports("the live line"):
+            show(what)
+        if self.live.trouble and self.live.trouble not in self._troubles:
+            self.trouble(self.live.trouble)
 
     def _epoch(self) -> float:
         return round(self.parts.progress.epochs, 4)

@@ -1,4 +1,4 @@
-"""Between updates: checkpoints when due, the end when a signal asked for it; and the way back in on --resume.
+"""Between updates: checkpoints when due, the end when a signal asked for it. `resuming` is the way back in.
 
 A checkpoint is the closed list of state, the policy's table and moments, and what a foreign run is told by. It is written
 by a thread from a frozen copy, so training waits for the copy only. Everything is decided alike on every rank.
@@ -6,46 +6,39 @@ by a thread from a frozen copy, so training waits for the copy only. Everything 
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from repsft_fast import checkpoint
 from repsft_fast.config import Config
-from repsft_fast.distributed import Loss, all_sum, at_ease, barrier, largest, last_words, lost_error, when_dead
-from repsft_fast.errors import CheckpointError, describe
+from repsft_fast.data.cache import tokenizer_fingerprint
+from repsft_fast.distributed import Loss, all_sum, at_ease, barrier, largest, last_words, lost_error, together, when_dead
+from repsft_fast.errors import describe
 from repsft_fast.models import write_state
-from repsft_fast.report.result import FILE as RESULT
+from repsft_fast.runlock import RunLock
+from repsft_fast.schedule import NEEDS_TOTAL
 from repsft_fast.state import RunState
-from repsft_fast.training import chunks
+from repsft_fast.training import chunks, extend, resuming
 from repsft_fast.training.conductor import Conductor
-from repsft_fast.training.finish import interrupted
-from repsft_fast.training.moments import BEST, MOMENT, Moments
+from repsft_fast.training.ended import Ended
+from repsft_fast.training.finish import FolderLost, code_of, interrupted
+from repsft_fast.training.identity import deciders, identity
+from repsft_fast.training.moments import BEST, Moments
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.recovery import Recovery
 from repsft_fast.training.reporter import Reporter
-from repsft_fast.training.rundir import chunk_bytes_before
+from repsft_fast.training.resuming import is_share
+from repsft_fast.training.rundir import RunFolder
 from repsft_fast.training.signals import Signals
 from repsft_fast.training.step import OutOfMemory
 
 FOLDER = "checkpoints"
 _LOOK_EVERY_S = 1.0  # ranks ask each other for signals and clocks about this often
-# Settings that say how fast or where, not what: a resumed run may have others. `chunks` says it where loss.chunk_bytes differs.
-_FREE = (
-    "run.folder", "model.attention", "model.layer_kernels", "model.activation_checkpointing", "model.compile",
-    "model.trust_remote_code", "model.save_dtype", "tokenizer", "data", "batch.row_tokens", "batch.bucket_tokens",
-    "loss.chunk_bytes", "numbers", "log", "checkpoint", "distributed", "snapshot", "evaluate.generate_samples",
-    "evaluate.generate_tokens",
-)  # fmt: skip
-# Counters that every rank holds a share of. On disk they are whole, and come back to one rank.
-_SHARES = ("ledger/", "samples/")
 
 
 class Saver:
@@ -60,7 +53,9 @@ class Saver:
         reporter: Reporter,
         signals: Signals,
         recovery: Recovery,
+        lock: RunLock | None = None,
     ):
+        self.lock = lock
         self.parts, self.state, self.moments = parts, state, moments
         self.conductor, self.reporter, self.signals, self.recovery = conductor, reporter, signals, recovery
         self.folder = Path(parts.folder) / FOLDER
@@ -69,6 +64,11 @@ class Saver:
         self.failed = ""  # why the newest save is not, where it is not
         self._settings = parts.config.checkpoint
         self._parent: int | None = None
+        self._extendable: int | None = None  # the newest generation from before the decay of the learning rate
+        self.began = False  # a checkpoint, or that there is none, has taken the settings of a resumed run
+        self._validated = False  # the end was looked at, where a longer run would not have
+        self._tokenizer = tokenizer_fingerprint(parts.tokenizer)
+        self._at_end = False  # the state is that of the end, and saved
         self._next_number = 0
         self._writer: checkpoint.BackgroundWriter | None = None
         self._saved_at, self._best_at = parts.progress.all_work.updates, 0
@@ -94,6 +94,8 @@ class Saver:
             self.leaving = signal
         elif done > self._saved_at and ((every and done % every == 0) or late or self._is_best()):
             self.save("due")
+        elif done > self._saved_at and self._decay_is_next():
+            self.save("the decay is next")
         self.recovery.keep_safe(saved=done == self._saved_at)
         return bool(self.leaving)
 
@@ -116,6 +118,23 @@ class Saver:
         best = self.parts.progress.best
         return self._settings.keep_best and best is not None and best["update"] == self.parts.progress.updates != self._best_at
 
+    def _decay_is_next(self) -> bool:
+        """Whether this is the last moment before the budget starts the decay, and no checkpoint is as good."""
+        at = self.parts.progress.updates
+        wanted = self._settings.keep_extendable and self.parts.schedule.decays_on_demand and self._can_extend()
+        if not wanted or self.conductor.looks_at != at + 1:
+            return False
+        return self._extendable is None or at - self._saved_at > at // 100
+
+    def _can_extend(self) -> bool:
+        """Whether a run with a larger budget would have the state there is now."""
+        schedule = self.parts.schedule
+        return schedule.name not in NEEDS_TOTAL and schedule.decay_start is None and not self._validated
+
+    def _protected(self) -> list[int]:
+        """The generation that a larger budget would go on from, once newer ones are no place for that."""
+        return [] if self._extendable is None or self._can_extend() else [self._extendable]
+
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, why: str, *, wait: bool = False) -> None:
@@ -124,6 +143,7 @@ class Saver:
         stall_seconds is what the save costs training, its copy; waited_seconds goes to writers, the one before it as a rule.
         """
         parts, progress = self.parts, self.parts.progress
+        self._check_lock()
         self.conductor.read_ledger()  # no checkpoint of a state that an unread veto would end; what the device does is training
         started = time.perf_counter()
         self.wait()
@@ -131,7 +151,10 @@ class Saver:
         writer = self._writer or self._start_writer()
         self._next_number = max(self._next_number, *largest(checkpoint.next_generation(self.folder)))
         number, self._next_number = self._next_number, self._next_number + 1
-        held = self.moments.freeze()
+        told = len(self.moments.messages)
+        held = self.moments.freeze(copy=not wait)
+        for text in self.moments.messages[told:]:
+            self.reporter.note(text)
         tensors = self._whole_shares(held.tensors)
         values = self._values(held.values, best=any(name.startswith(f"{BEST}/") for name in tensors))
         best = progress.best if self._is_best() else None
@@ -141,8 +164,11 @@ class Saver:
             values,
             done=held.release,
             write_model=self._write_model if parts.world.is_main else None,
+            protect=self._protected(),
             score=-best["loss"] if best is not None else None,
         )
+        if self._settings.keep_extendable and self._can_extend():
+            self._extendable = number
         self._saved_at, self._clock = progress.all_work.updates, time.monotonic()
         self._best_at = progress.updates if best is not None else self._best_at
         if wait or not self.moments.freezes:
@@ -154,6 +180,23 @@ class Saver:
         self.reporter.apart(seconds)
         facts = {"generation": number, "why": why, "stall_seconds": seconds - waited, "waited_seconds": waited}
         self.reporter.event("checkpoint", facts)
+
+    def save_end(self, *, validated: bool = False) -> None:
+        """The state at the end, before anything is made of it: what fails from here on can be done again.
+
+        validated: once more, with what a last validation found; a run with a larger budget would not have looked there.
+        """
+        if validated or not self._at_end:
+            self._validated = validated
+            self.save("the end, validated" if validated else "the end", wait=True)
+            self._at_end = True
+
+    def _check_lock(self) -> None:
+        """FolderLost, or what stands for it on other ranks, when the folder is no longer this run's alone."""
+        with together():
+            if self.lock is not None and (words := self.lock.lost()) is not None:
+                todo = "nothing more is written; see what runs there, then --resume goes on from its last checkpoint"
+                raise FolderLost(describe(str(self.parts.folder), words, todo=todo))
 
     def save_what_is_whole(self, problem: OutOfMemory) -> None:
         """A checkpoint before the run ends for want of memory, where checkpoints are asked for and the state is whole."""
@@ -167,8 +210,16 @@ class Saver:
             "conductor": self.conductor.values(),
             "moments": moments,
             "best": best,
-            "decided": {"chunk_bytes": chunks.decided(self.parts)},
-            "metrics_bytes": self._metrics().stat().st_size if self.parts.world.is_main else 0,
+            "decided": {
+                "chunk_bytes": chunks.decided(self.parts),
+                "budget": extend.record(self.parts),
+                "deciders": deciders(self.parts),
+                "tokenizer": self._tokenizer,
+            },
+            "ended_by": code_of(self.conductor) if self.parts.progress.reason is not None else None,
+            "extendable": self._extendable,
+            "validated": self._validated,
+            "metrics_bytes": self._metrics_bytes(),
             "seconds": time.perf_counter() - self.reporter.started,
         }
 
@@ -220,7 +271,7 @@ class Saver:
         for outcome in outcomes:
             self.failed = str(outcome.error) if outcome.path is None else ""
             if outcome.error is not None:
-                self.reporter.note(f"checkpoint {outcome.generation}: {outcome.error}")
+                self.reporter.trouble(f"checkpoint {outcome.generation}: {outcome.error}")
             if outcome.path is not None:
                 self.last = outcome.path
                 facts = {"generation": outcome.generation, "seconds": outcome.seconds, "deleted": list(outcome.deleted)}
@@ -230,7 +281,7 @@ class Saver:
         """Counters of which every rank holds a share, summed; all else as it is."""
         if self.parts.world.size == 1:
             return tensors
-        return {name: all_sum(t.clone()) if _is_share(name) else t for name, t in tensors.items()}
+        return {name: all_sum(t.clone()) if is_share(name) else t for name, t in tensors.items()}
 
     def _write_model(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """The generation's weights as from_pretrained loads them. In the writer's thread: live weights are not read."""
@@ -245,96 +296,27 @@ class Saver:
             state[name] = read[saved]  # tied weights stay one tensor
         write_state(self.parts.model, self.parts.tokenizer, state, folder, dtype=self.parts.config.model.save_dtype)
 
-    def _metrics(self) -> Path:
-        return Path(self.parts.folder) / "metrics.jsonl"
+    def _metrics_bytes(self) -> int:
+        path = Path(self.parts.folder) / resuming.METRICS
+        return path.stat().st_size if self.parts.world.is_main and path.exists() else 0
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint; from the beginning where the run was ended before its first.
+    def resume(self, folder: RunFolder | None = None, ended: Ended | None = None) -> bool:
+        """`resuming.resume`; whether the run has ended and its result is whole, so that nothing is left to do."""
+        found = resuming.resume(self, folder, ended)
+        if found.path is not None:
+            self._parent = checkpoint.number_of(found.path.name)
+            self.last = found.path
+            self._saved_at = self.parts.progress.all_work.updates
+            self._at_end = self.parts.progress.reason is not None
+        return found.is_done
 
-        Raises CheckpointError when there are checkpoints and none is whole, and ForeignCheckpoint for another run's.
-        """
-        parts = self.parts
-        if parts.world.is_main:
-            (Path(parts.folder) / RESULT).unlink(missing_ok=True)  # how it ended before is no longer how it ended
-        found, problem = self._newest() if parts.world.is_main else (None, None)
-        answer = 1 if problem is not None else 2 if found is None else found.number + 3
-        (answer,) = largest(answer if parts.world.is_main else 0)
-        if answer == 1:
-            raise problem or CheckpointError(describe(str(self.folder), "rank 0 found no whole checkpoint"))
-        if answer == 2:
-            self._truncate_metrics(0)
-            self.reporter.note("--resume: the run ended before its first checkpoint, so it begins anew")
-            (before,) = largest(chunk_bytes_before(parts.config) or 0 if parts.world.is_main else 0)
-            if before:  # what killed runs began with is in run.yaml, so that any number of beginnings make one run
-                self._say(chunks.resume(parts, before))
-            return
-        path = self.folder / f"gen-{answer - 3:08d}"
-        values, resharded = self._load(path)
-        self._parent = answer - 3
-        self.last = path
-        self._truncate_metrics(values["metrics_bytes"])
-        if resharded:
-            torch.manual_seed(parts.config.run.seed + 1_000_003 * parts.progress.updates + parts.world.rank)
-        self._saved_at = parts.progress.all_work.updates
-        self.reporter.resumed(values["seconds"])
-        problems = list(found.problems) if found is not None else []
-        for text in problems:
-            self.reporter.note(f"--resume: {text}")
-        if "decided" in values:
-            self._say(chunks.resume(parts, values["decided"]["chunk_bytes"]))
-        elif (now := chunks.decided(parts)) is not None:
-            self._say(f"an older version wrote the checkpoint, which names no loss.chunk_bytes: {now:,} bytes from here on")
-        which = "the newest whole checkpoint" if problems else "the newest checkpoint"
-        self.reporter.note(f"--resume: goes on after update {parts.progress.updates} from {path.name}, {which}")
-        self.reporter.event("resume", {"generation": answer - 3, "problems": problems, "resharded": resharded})
-
-    def _say(self, text: str | None) -> None:
-        if text is not None:
-            self.reporter.note(f"--resume: {text}")
-
-    def _newest(self) -> tuple[checkpoint.Generation | None, CheckpointError | None]:
-        checkpoint.clean(self.folder)
-        try:
-            return checkpoint.newest(self.folder), None
-        except CheckpointError as error:
-            return None, error if checkpoint.generations(self.folder) else None
-
-    def _load(self, path: Path) -> tuple[dict[str, Any], bool]:
-        """Everything of a generation into the run: kept moments first pass through the live tensors into their pools."""
-        parts = self.parts
-        place: dict[str, Any] = {"rank": parts.world.rank, "world_size": parts.world.size, "looked_at": True}
-
-        def fill(tensors: Mapping[str, Tensor], prefix: str = "") -> checkpoint.Resumed:
-            ignore = () if prefix else (MOMENT, f"{BEST}/")
-            loaded = checkpoint.load(path, tensors, prefix=prefix, ignore=ignore, identity=identity(parts), **place)
-            for name, tensor in tensors.items():
-                if _is_share(name) and not parts.world.is_main:
-                    tensor.zero_()
-            return loaded
-
-        live = self.state.tensors()
-        loaded = fill(live)
-        values: dict[str, Any] = loaded.values
-        for name, kept in values["moments"].items():
-            self.moments.put_in(name, kept, partial(fill, prefix=f"{MOMENT}{name}/"))
-        if values["best"]:
-            self.moments.put_in(BEST, None, partial(fill, prefix=f"{BEST}/"))
-        if values["moments"] or values["best"]:
-            fill(live)
-        self._put_back(values)
-        return values, loaded.resharded
-
-    def _put_back(self, values: dict[str, Any]) -> None:
+    def put_back(self, values: dict[str, Any]) -> None:
+        """The host half of a checkpoint into the run."""
         self.state.load_values(values["state"])
         self.conductor.load(values["conductor"])
-
-    def _truncate_metrics(self, size: int) -> None:
-        """Forget the lines of updates that will be made again."""
-        path = self._metrics()
-        if self.parts.world.is_main and path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        self._extendable = values.get("extendable")
 
 
 def saves_on_the_way(config: Config) -> bool:
@@ -342,33 +324,7 @@ def saves_on_the_way(config: Config) -> bool:
     return bool(settings.every_updates or settings.every_minutes or settings.keep_best)
 
 
-def identity(parts: Parts) -> dict[str, Any]:
-    """What a run and its resumption must have in common: the data as tokens, and the settings that change numbers."""
-    return {"data": parts.data.digest} | dict(sorted(_flat(parts.config)))
-
-
-def _flat(config: Config) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-
-    def walk(values: Mapping[str, Any], prefix: str) -> None:
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            if any(name == free or name.startswith(f"{free}.") for free in _FREE):
-                continue
-            if isinstance(value, Mapping) and name != "model.config":
-                walk(value, f"{name}.")
-            else:
-                found.append((name, list(value) if isinstance(value, tuple) else value))
-
-    walk(config.to_dict(), "")
-    return found
-
-
 def _names_of_weights(model: Any) -> dict[str, str | Tensor]:
     """`state_dict` name → name on the closed list, or the tensor itself where nothing changes it (frozen, a buffer)."""
     live = {id(p): f"model/{name}" for name, p in model.named_parameters() if p.requires_grad}
     return {name: live.get(id(t), t.detach()) for name, t in model.state_dict(keep_vars=True).items()}
-
-
-def _is_share(name: str) -> bool:
-    return any(name.startswith(share) or f"/{share}" in name for share in _SHARES)

@@ -42,9 +42,15 @@ class TaskScorer:
                 wrong = "answer reads text, and there is no tokenizer"
                 raise ConfigError(describe("mixture.metric", wrong, todo="set tokenizer.path"))
             name, limit = parts.config.mixture.extractor, parts.config.mixture.answer_tokens
-            samples = range(len(store.index))
-            ends = stops_of(parts.model)
-            self._answered = Answered(store, samples, parts.tokenizer, extractor=name, max_new_tokens=limit, end_ids=ends)
+            self._answered = Answered(
+                store,
+                range(len(store.index)),
+                parts.tokenizer,
+                extractor=name,
+                trusted=parts.config.model.trust_remote_code,
+                max_new_tokens=limit,
+                end_ids=stops_of(parts.model),
+            )
 
     def __call__(self) -> Scored:
         parts, names = self.parts, self.parts.data.task_names
@@ -54,10 +60,11 @@ class TaskScorer:
         items = None
         if self._answered is not None:
             answers = self._answered(parts.model)
-            items = answers.right
+            # What a model says whose numbers are none is no answer, wrong or right.
+            items = np.where(np.isfinite(found.items("exact_match")), answers.right, np.nan)
             work.add(Work(samples=len(items), tokens=answers.tokens, trained=answers.generated,
                           sum_squared_lengths=answers.sum_squared_lengths))  # fmt: skip
-            line["answer"], line["finished"] = float(items.mean()), float(answers.finished.mean())
+            line["answer"], line["finished"] = finite(float(items.mean())), float(answers.finished.mean())
         else:
             items = found.items(self.metric)
         scores = by_task(items, found.tasks, names)
@@ -73,12 +80,17 @@ def work_of(found: SampleScores) -> Work:
 
 
 def line_of(found: SampleScores, names: tuple[str, ...]) -> dict[str, Any]:
-    """Loss, token accuracy, … and exact match, over everything and per task, as JSON; whatever metric decides."""
-    line, right = summarise(found.by_task(len(names)), names), found.stats.all_correct.double().numpy()
-    line["exact_match"] = float(right.mean())
-    for i, name in enumerate(names):
-        if name in line.get("tasks", {}):
-            line["tasks"][name]["exact_match"] = float(right[found.tasks == i].mean())
+    """Loss, token accuracy, … and exact match, over everything and per task, as JSON; whatever metric decides.
+
+    Null where a row's numbers were not finite: `nonfinite` says in how many trained tokens.
+    """
+    line, right = summarise(found.by_task(len(names)), names), found.items("exact_match")
+    parts = [(line, right), *((line["tasks"][name], right[found.tasks == i])
+                              for i, name in enumerate(names) if name in line.get("tasks", {}))]  # fmt: skip
+    for part, items in parts:
+        part["exact_match"] = finite(float(items.mean()))
+        if part.get("nonfinite"):
+            part["token_accuracy"] = None
     return line
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -89,8 +88,8 @@ class Outcome:
 
 def selftest(config: Config | None = None) -> Outcome:
     """Check the laws and print the table. Raises ConfigError and DataError for settings and data that cannot be used."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ConfigError(describe("selftest", "runs in one process", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}"))
+    if (ranks := distributed.place()[1]) > 1:
+        raise ConfigError(describe("selftest", "runs in one process", got=f"{ranks} ranks"))
     quiet_libraries()
     console = visible.console()  # an error's words hold names and text that are not ours
     notes: list[str] = []
@@ -184,10 +183,10 @@ def show(outcome: Outcome, notes: Iterable[str], console: Console) -> None:
     table.title, table.title_style = outcome.sample, "dim"
     for line in outcome.lines:
         sign = {True: Text("✓", "green"), False: Text("✗", "bold red"), None: Text("–", "yellow")}[line.holds]
-        table.add_row(str(line.law), line.what, line.figure, sign, f"{line.seconds:.1f}")
+        table.add_row(str(line.law), line.what, visible.one_line(line.figure), sign, f"{line.seconds:.1f}")
     console.print(table)
     for note in notes:
-        console.print(note, style="dim")
+        console.print(visible.one_line(note), style="dim")
     broken = [str(line.law) for line in outcome.lines if line.holds is False]
     unchecked = [str(line.law) for line in outcome.lines if line.holds is None]
     if broken:

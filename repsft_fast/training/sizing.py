@@ -32,8 +32,10 @@ from repsft_fast.ops.functional import CACHE_BLOCK_BYTES, ONE_CHUNK_SHARE, gpu_c
 from repsft_fast.optim import NAMES
 from repsft_fast.snapshot.slots import ALIGN_BYTES
 from repsft_fast.stats import K
+from repsft_fast.training.spikes import WINDOW
 
 REDUCED_BYTES = 4  # gradients are reduced over ranks in fp32
+SPIKES = (WINDOW * 2 * 8, 8)  # bytes of what updates are judged by
 PACKAGE_BLOCK, PACKAGE_LEAST = 256, 4096  # of bitsandbytes and torchao: elements per scale; smaller tensors stay 32-bit
 RESERVED = 0.08  # of a GPU's memory, assumed taken by the CUDA context, NCCL's buffers and fragmentation
 UNSHARDABLE = ("bnb_adamw8bit", "torchao_adamw8bit")
@@ -124,7 +126,7 @@ class ModelSize:
             weights=sum(weights),
             gradients=sum(trained),
             moments=sum(moments),
-            snapshot=sum(_aligned(n) for n in [*trained, *moments, tasks * K * 8]),
+            snapshot=sum(_aligned(n) for n in [*trained, *moments, tasks * K * 8, *SPIKES]),
         )
 
     def _moments(self, optimizer: str, ranks: int, momentum: bool) -> Iterator[int]:
@@ -151,7 +153,7 @@ class ModelSize:
     def checkpoint(self, optimizer: str, *, tasks: int = 1) -> int:
         """Bytes of one generation on disk, all ranks: state to resume from, and the model folder beside it."""
         trained = sum(p.elements * p.held_bytes for p in self.trained)
-        return 2 * trained + sum(self._moments(optimizer, 1, True)) + tasks * K * 8
+        return 2 * trained + sum(self._moments(optimizer, 1, True)) + tasks * K * 8 + sum(SPIKES)
 
     def groups(self) -> tuple[int, int]:
         """Parameters of the root and of the largest layer: what FSDP2 gathers at once."""

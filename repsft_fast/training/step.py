@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repsft_fast.data.plan import Update
-from repsft_fast.distributed import all_max, give_up, grad_norm, next_row
+from repsft_fast.distributed import give_up, grad_norm, next_row
 from repsft_fast.ops.products import needed_share
 from repsft_fast.training.no_gradient import check_arrived
 from repsft_fast.training.parts import Parts
@@ -49,6 +49,7 @@ def train_step(parts: Parts, update: Update) -> None:
         raise OutOfMemory(error, torn=True) from None
     parts.optimizer.zero_grad()
     parts.ledger.close(parts.progress.updates, lr, norm, veto)
+    parts.spikes.enter()
 
 
 def measure(parts: Parts, update: Update) -> None:
@@ -90,14 +91,13 @@ def _streams(parts: Parts) -> tuple[Tensor, Tensor | None]:
 def clip_and_veto(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor]:
     """([] norm before clipping, [] factor for every gradient or None, [] fp32 1.0 where the step must not be taken).
 
-    The veto rises when the joint norm or any rank's loss is not finite; the factor goes to the optimizer, so that
-    clipping costs no pass over the gradients of its own.
+    The veto rises when the joint norm or any rank's loss is not finite, and on a spike unless spikes are only logged; the
+    factor goes to the optimizer, so that clipping costs no pass over the gradients of its own.
     """
-    loss = parts.ledger.open_loss()
-    norm = grad_norm(parts.optimizer.names.values())
-    veto = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-    if parts.world.size > 1:
-        veto = all_max(veto)
+    finite, judged, norm = parts.spikes.judge(parts.ledger.open_loss(), grad_norm(parts.optimizer.names.values()))
+    parts.ledger.judged(judged)
+    refused = ~finite if parts.config.numbers.on_spike == "log" else ~finite | (judged[0] > 0.0)
+    veto = refused.float()
     limit = parts.config.optim.max_norm
     clip = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0).float()
     return norm, clip, veto

@@ -20,9 +20,10 @@ from repsft_fast.data.plan import Ahead, Update
 from repsft_fast.report.result import RunResult
 from repsft_fast.throughput import Work
 from repsft_fast.training.conductor import Conductor
-from repsft_fast.training.finish import ended_before, finish, interrupted, left
+from repsft_fast.training.ended import Ended, ended_before, picture, say
+from repsft_fast.training.finish import finish, interrupted, last_look, left
 from repsft_fast.training.moments import Moments, closed_list
-from repsft_fast.training.nonfinite import Refused
+from repsft_fast.training.nonfinite import Refused, reverts
 from repsft_fast.training.parts import Parts, build
 from repsft_fast.training.policy import build_policy, moments_needed, weights_are_enough
 from repsft_fast.training.progress import crosses
@@ -60,10 +61,14 @@ def train(
     try:
         with distributed.together():
             settings = _settings(config, overrides)
-        with RunFolder(settings, resume=resume):
-            if resume and (ended := ended_before(settings)) is not None:
-                return ended
-            return run(build(settings, on_update=on_update), resume=resume)
+        distributed.same_everywhere("--resume", str(bool(resume)))
+        with RunFolder(settings, resume=resume) as folder:
+            ended = ended_before(settings) if resume else None
+            if ended is not None and ended.is_done:
+                say(ended)
+                picture(settings)
+                return ended.result
+            return run(build(settings, on_update=on_update), resume=resume, folder=folder, ended=ended)
     finally:
         distributed.stop()
 
@@ -80,8 +85,8 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def run(parts: Parts, *, resume: bool = False) -> RunResult:
-    """The one loop, and what comes before and after it."""
+def run(parts: Parts, *, resume: bool = False, folder: RunFolder | None = None, ended: Ended | None = None) -> RunResult:
+    """The one loop, and what comes before and after it. folder: the run's, held; ended: what a resumed run finds of its end."""
     policy = build_policy(parts)
     state = closed_list(parts)
     moments = Moments(
@@ -89,30 +94,41 @@ def run(parts: Parts, *, resume: bool = False) -> RunResult:
         state,
         moments_needed(parts, policy),
         weights_only=weights_are_enough(parts.config),
-        whole=2 if parts.config.numbers.on_nonfinite == "revert" else 1 if saves_on_the_way(parts.config) else 0,
+        whole=2 if reverts(parts.config) else 1 if saves_on_the_way(parts.config) else 0,
     )
     reporter = Reporter(parts)
     conductor = Conductor(parts, reporter, policy, moments)
     recovery = Recovery(parts, moments, conductor, reporter)
     with Signals() as signals:
-        saver = Saver(parts, state, moments, conductor, reporter, signals, recovery)
+        lock = folder.lock if folder is not None else None
+        saver = Saver(parts, state, moments, conductor, reporter, signals, recovery, lock)
         try:
             if resume:
-                saver.resume()
+                done = saver.resume(folder, ended)
+                if ended is not None and (done or parts.progress.reason is not None):
+                    say(ended, again=not done)
+                    if done:
+                        return ended.result
             settle(parts)
             reporter.start()
+            for text in folder.others if folder is not None else ():
+                reporter.note(text)
             conductor.begin()
             for text in moments.messages:
                 reporter.note(text)
             use_row_tokens(parts)
             recovery.keep_safe()
             loop(parts, reporter, conductor, saver, recovery)
+            if not saver.leaving:
+                saver.save_end()
+                last_look(parts, conductor, saver)
             saver.close()
-            return finish(parts, reporter, conductor) if not saver.leaving else left(parts, reporter, conductor, saver)
+            return finish(parts, reporter, conductor, saver) if not saver.leaving else left(parts, reporter, conductor, saver)
         except BaseException as error:
             lost = distributed.lost_rank(error, parts.world)
             saver.close(str(lost) if lost is not None else "")
-            interrupted(parts, reporter, lost or error)
+            if saver.began or not resume:  # a resumption that was refused has changed nothing, not the result either
+                interrupted(parts, reporter, lost or error)
             if lost is not None:
                 raise lost from error
             raise

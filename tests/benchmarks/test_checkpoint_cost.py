@@ -136,7 +136,9 @@ class TestShare:
 
         plain = repsft_fast.train
         monkeypatch.setattr(
-            repsft_fast, "train", lambda settings, **more: plain({**settings, "checkpoint": {"every_updates": 4}}, **more)
+            repsft_fast,
+            "train",
+            lambda settings, **more: plain({**settings, "checkpoint": {"every_updates": 4, "keep_extendable": False}}, **more),
         )
         with pytest.raises(RuntimeError, match="1 checkpoints were made"):
             checkpoint_cost.run_seconds(tmp_path / "run", 2)

@@ -198,3 +198,16 @@ class TestQuality:
         dealt = pack(lengths, 64, ranks=4)
         together = zip(*([int(lengths[row].sum()) for row in rows] for rows in dealt))
         assert all(max(sizes) - min(sizes) <= 2 for sizes in together)
+
+
+@given(packing_problems())
+def test_a_row_longer_than_all_samples_together_changes_nothing_and_costs_nothing(problem):
+    lengths, _, bucket, ranks = problem
+    rows = [
+        [[row.tolist() for row in rows] for rows in pack(lengths, capacity, bucket=bucket, ranks=ranks)]
+        for capacity in (bucket * (int(lengths.sum()) + 1), bucket * 10**15)
+    ]
+    assert rows[0] == rows[1]
+    assert [sorted(row) for row in pack(lengths, bucket * 10**15, bucket=bucket)[0]] == [list(range(len(lengths)))] * bool(
+        len(lengths)
+    )

@@ -37,7 +37,10 @@ def put(tmp_path, monkeypatch):
 
 def read(spec, split="train", **options):
     """What the rows complete with, in order."""
-    return [row["completion"] for source in list_sources(spec, split, **options) for row, _ in open_rows(source, split)[0]]
+    rows = [row for source in list_sources(spec, split, **options) for row, _ in open_rows(source, split)[0]]
+    if bad := next((row for row in rows if isinstance(row, DataError)), None):
+        raise bad
+    return [row["completion"] for row in rows]
 
 
 def notes(spec, split="train"):

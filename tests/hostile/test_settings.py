@@ -1,15 +1,20 @@
 """Bad settings: every one is told, all at once, by name, with what was expected and what came; nothing else ever escapes."""
 
+import collections
 import time
+from enum import Enum
+from pathlib import Path
 
+import numpy as np
 import pytest
 from byte_doors import GOOD_SETTINGS as LEAST_YAML
 from byte_doors import SettingsText, config_or_error
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from mutated_settings import MUTATIONS, drawn, mutated, said, same
 
-from repsft_fast.config import Config, setting_names
+from repsft_fast.config import Config, page, setting_names
 from repsft_fast.errors import ConfigError
 
 # Machines that run tests are often busy: no verdict by the clock.
@@ -47,8 +52,7 @@ class TestUnknownKeys:
         [
             ("schedule.warmup_fraction", "optim.warmup_fraction"),
             ("lr", "optim.lr"),
-            ("lora", "model.lora"),
-            ("optm", "optim"),
+            ("optm", "optim.name"),
             ("train.epochs", "budget.epochs"),
             ("model.lora.rnk", "model.lora.rank"),
         ],
@@ -69,6 +73,10 @@ class TestUnknownKeys:
         assert any("REPSFT_OPTIM__LRR" in problem and "did you mean optim.lr?" in problem for problem in found)
         assert any("REPSFT_NONSENSE" in problem for problem in found)
         assert len(found) == 2
+
+    def test_a_variable_in_two_spellings(self):
+        found = problems(environment={"REPSFT_OPTIM__LR": "1", "repsft_optim__lr": "2"})
+        assert found[0].endswith("optim.lr is set twice, got also by environment variable REPSFT_OPTIM__LR")
 
     @pytest.mark.parametrize("key", [1, None, True, 1.5, ("a", "b")])
     def test_keys_that_are_no_words(self, key):
@@ -105,6 +113,7 @@ class TestAllAtOnce:
         assert len(problems({"model.path": 7, "model.gguf_file": "x"})) == 1
 
 
+Word = Enum("Word", {"adamw": "adamw"})
 NAN, INF = float("nan"), float("inf")
 IMPOSSIBLE = {
     "optim": [3, "adamw", [1]],
@@ -118,7 +127,7 @@ IMPOSSIBLE = {
     "budget.updates": [0, 2**63],
     "budget.tokens": [-5],
     "stop.token_accuracy": [0, 97, NAN, "97%"],
-    "run.seed": [-1, 2**63, "1" * 5000, 0.5],
+    "run.seed": [-1, 2**63, "1" * 5000, 0.5, Word.adamw],
     "run.folder": ["", 5, None, True, ["r"]],
     "run.deterministic": ["maybe", 3, None],
     "loss.skip_below": [1, -0.1],
@@ -129,11 +138,24 @@ IMPOSSIBLE = {
     "log.trackers": [["mlflow"], "wandb", None],
     "mixture.weights": [{"a": -1}, {"a": NAN}, {"a": None}, [1, 2]],
     "mixture.temperature": [0],
-    "snapshot.device_bytes": ["many", -1, True],
+    "snapshot.device_bytes": [
+        "many",
+        -1,
+        True,
+        "2026-11-21",
+        0.5,
+        "1.5",
+        "2GiB more",
+        "2 potatoes",
+        "1e30",
+        "9999999999GiB",
+        b"3",
+    ],
+    "data.split": [b"train", "\ud800", Path("train")],
     "schedule.decay_fraction": [2],
     "checkpoint.keep_last": [0],
     "model.config": [[], "llama"],
-    "model.lora": ["yes", [], 8],
+    "model.lora": ["yes", [], 8, np.array([1, 2]), np.array([])],
     "model.lora.rank": [0],
 }
 
@@ -163,6 +185,7 @@ class TestContradictions:
             ({"batch.samples": 4, "batch.tokens": 100}, "batch.tokens"),
             ({"batch.samples": None}, "batch"),
             ({"batch.row_tokens": 100, "batch.bucket_tokens": 64}, "batch.row_tokens"),
+            ({"batch.row_tokens": 10**9, "batch.bucket_tokens": 10**9}, "batch.bucket_tokens"),
             ({"data.max_tokens": 5000, "batch.row_tokens": 4096}, "data.max_tokens"),
             ({"data.train": ["a", "a"]}, "data.train"),
             ({"data.validation": "v", "data.validation_fraction": 0.1}, "data.validation_fraction"),
@@ -205,6 +228,8 @@ class TestContradictions:
             {"model.layer_kernels": "liger"},
             {"model.layer_kernels": "none", "model.compile": True},
             {"batch.row_tokens": 128, "batch.bucket_tokens": 64},
+            {"batch.row_tokens": 1 << 22, "batch.bucket_tokens": 1 << 22},
+            {**TASKS, "mixture.weights": {"a": 1e308, "b": 1e308}},
             {"optim.warmup_updates": 9, "budget.updates": 10},
             {**TASKS, "mixture.policy": "msft", "mixture.compute_budget": 0.25},
             {"evaluate.keep": "best", "data.validation": "v"},
@@ -277,13 +302,53 @@ class TestHostileFiles:
     def test_a_folder_a_missing_file_and_an_endless_one(self, tmp_path):
         assert "cannot be read" in problems(source=tmp_path)[0]
         assert "no such settings file" in problems(source=tmp_path / "x.yaml")[0]
-        assert "is too large" in problems(source="/dev/zero")[0]
+        assert "it is a device" in problems(source="/dev/zero")[0]
 
     def test_an_empty_file_lacks_what_must_be_given(self, tmp_path):
         assert any("run.folder: is missing" in problem for problem in problems_of_file(tmp_path, ""))
 
     def test_a_source_that_is_none_of_them(self):
         assert "expected a mapping, a path or a Config" in problems(source=3)[0]
+
+
+class TestMutated:
+    """Whole files that something went over: told with a place, or read whole, in either case soon."""
+
+    @pytest.mark.parametrize("seed", range(120))
+    def test_is_told_with_a_place_or_read_whole(self, tmp_path, seed):
+        name, content = mutated(seed)
+        path = tmp_path / "run.yaml"
+        path.write_bytes(content)
+        began = time.process_time()
+        read = config_or_error(lambda: Config.of(path))
+        assert time.process_time() - began < 1
+        if isinstance(read, ConfigError):
+            places = ("run.yaml", *(f"{n}:" for n in (*setting_names(), *page.sections())))
+            assert all(any(place in problem for place in places) for problem in read.problems), (name, read.problems)
+            return
+        path.write_text(read.to_yaml(), encoding="utf-8")
+        assert Config.of(path) == read
+        held = read.to_dict()
+        for key, written in said(content.decode("utf-8-sig")).items():
+            value, lost = held, list(key)
+            while lost and isinstance(value, dict) and lost[0] in value:
+                value = value[lost.pop(0)]
+            assert not lost, f"{name}: {key} is lost"
+            assert same(written, value), f"{name}: {key} is {value!r}, not {written!r}"
+
+    @pytest.mark.parametrize("seed", range(0, 1000, 20))
+    def test_what_they_are_made_of_is_valid(self, tmp_path, seed):
+        (tmp_path / "run.yaml").write_text(drawn(seed))
+        assert Config.of(tmp_path / "run.yaml").run.folder == "runs/x"
+
+    def test_every_mutation_is_among_them_and_each_end_is_met(self, tmp_path):
+        ends = collections.Counter()
+        for seed in range(120):
+            _, content = mutated(seed)
+            (tmp_path / "run.yaml").write_bytes(content)
+            ends[isinstance(config_or_error(lambda: Config.of(tmp_path / "run.yaml")), Config)] += 1
+        assert {mutated(seed)[0] for seed in range(120)} == set(MUTATIONS)
+        assert min(ends.values()) >= 15
 
 
 json_values = st.recursive(

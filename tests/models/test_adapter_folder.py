@@ -241,8 +241,8 @@ class TestFrom:
             ("adapter_model.safetensors", POINTER, "is a pointer of Git LFS"),
             ("adapter_model.safetensors", b"<!DOCTYPE html>", "is a web page"),
             ("adapter_model.safetensors", b"", "is empty"),
-            ("adapter_model.safetensors", None, "is a pipe"),
-            ("adapter_config.json", None, "is a pipe"),
+            ("adapter_model.safetensors", None, "is a named pipe"),
+            ("adapter_config.json", None, "is a named pipe"),
         ],
     )
     def test_what_stands_in_place_of_a_file(self, trained, file, content, words):

@@ -47,7 +47,7 @@ def test_a_pipe_a_folder_a_device_and_a_link_to_nothing_are_not_waited_for(folde
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         kept = (folder / name).read_bytes()
         made = (
-            (lambda file: os.mkfifo(file), "is a pipe"),
+            (lambda file: os.mkfifo(file), "is a named pipe"),
             (lambda file: file.mkdir(), "is a folder"),
             (lambda file: file.symlink_to("/dev/zero"), "is a device"),
             (lambda file: file.symlink_to("nothing"), "No such file"),

@@ -12,7 +12,7 @@ from architectures import KINDS, VOCABULARY, tiny_config
 from transformers import AutoModelForCausalLM
 
 from repsft_fast.config import Config
-from repsft_fast.errors import ConfigError, ModelError
+from repsft_fast.errors import ConfigError, ModelError, TrainingError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models import lora as lora_module
 from repsft_fast.models.load import _forget_quantisation
@@ -213,8 +213,18 @@ class TestSettings:
             build(lora=setting)
 
     def test_a_rank_above_the_layers_own_is_told(self):
-        assert "40 is more than 14 of the layers have" in " ".join(lora_said(build(lora={"rank": 40})))
+        assert "20 is more than 4 of the layers have" in " ".join(lora_said(build(lora={"rank": 20})))
         assert said_of_layers(build(lora={"rank": 16})) == []
+
+    @pytest.mark.parametrize("rank", [33, 10**6, 10**18])
+    def test_a_rank_above_every_layers_own_is_refused_before_memory_is_taken(self, rank):
+        with pytest.raises(ModelError, match=rf"model\.lora\.rank: is more than any .* at most 32, .* got {rank};"):
+            build(lora={"rank": rank})
+
+    @pytest.mark.parametrize("pattern", [r"(([a-z_.0-9])+.)+[A-Z]([a-z])+$", ".*.*.*.*.*.*x", "(a+)+b"])
+    def test_an_expression_that_may_never_end(self, pattern):
+        with pytest.raises(ModelError, match=r"model\.lora\.target_modules: repeats too much to be matched"):
+            build(lora={"rank": 2, "target_modules": pattern})
 
     @pytest.mark.parametrize("lora", [True, False, 8, "all-linear", "peft"])
     def test_what_are_no_settings(self, lora):
@@ -369,17 +379,17 @@ class TestRuns:
         right = finish_module.save_pretrained
 
         def save(model, tokenizer, folder, *, merge_lora=False, **more):
-            saved.append((folder.name, merge_lora))
+            saved.append(merge_lora)
             if merge_lora:
                 raise RuntimeError("no room")
             return right(model, tokenizer, folder, **more)
 
         monkeypatch.setattr(finish_module, "save_pretrained", save)
         monkeypatch.setattr(finish_module, "evaluate_test", lambda parts: saved.append("test"))
-        words = rf"model\.lora\.merge: .*RuntimeError: no room; the trained adapters are saved, whole, in {tmp_path}/run/adap"
-        with pytest.raises(ModelError, match=words):
+        words = rf"RuntimeError: no room; the end .* is saved in gen-.* adapters are saved, whole, in {tmp_path}/run/adapter"
+        with pytest.raises(TrainingError, match=words):
             train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
-        assert saved == [("adapter", False), "test", ("run", True)]
+        assert saved == [False, True], "adapters, then the merged model, and what only tells of them after both"
         assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
     def test_merged_and_adapters_beside(self, tmp_path):

@@ -178,11 +178,11 @@ def test_no_room_for_the_merged_model(size, server, tmp_path):
     made = of_base(tmp_path, path, {"rank": 2, "merge": True})
     ended = on_ranks(server, "test_lora_runs:full_disk", size, tmp_path, made)
     run = tmp_path / "run"
-    assert ended[0].exit_code == 2
+    assert ended[0].exit_code == 1
     assert all(codes(ended)), "no rank calls it a success"
     said = " ".join(ended[0].output.split())
-    assert "model.lora.merge: the merged model could not be saved: OSError: [Errno 28] No space left on device" in said
-    assert f"saved, whole, in {run / 'adapter'}: merge them with peft" in said
+    assert "the model could not be saved: OSError: [Errno 28] No space left on device" in said
+    assert f"saved, whole, in {run / 'adapter'}: peft can merge them" in said
     assert "Traceback" not in said
     result = json.loads((run / "result.json").read_text())
     assert (result["code"], result["updates"]) == ("error", 6)
@@ -193,7 +193,7 @@ def test_no_room_for_the_merged_model(size, server, tmp_path):
     again = command(server, size, tmp_path, made, resume=True)
     assert codes(again) == [0] * size, again[0].output
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapters
-    assert len(runs.metrics(tmp_path, "update")) <= updates + 1, "from the last checkpoint on, not from the start"
+    assert len(runs.metrics(tmp_path, "update")) == updates, "the end was saved: nothing is trained again"
     expected = logits(by_peft(path, run / "adapter"))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(run)), expected, rtol=0, atol=1e-5)
 

@@ -58,7 +58,7 @@ def test_a_checkpoint_holds_the_model_in_the_same_form(tmp_path):
     source = write_source(tmp_path / "source", vocab_size=VOCABULARY)
     settings = runs.settings(tmp_path, checkpoint__every_updates=2) | {"model": {"path": str(source)}, "budget": {"updates": 3}}
     train(Config.of(settings))
-    (generation,) = (tmp_path / "run" / "checkpoints").glob("gen-*")
+    generation = sorted((tmp_path / "run" / "checkpoints").glob("gen-*"))[0]
     (folder,) = {file.parent for file in generation.rglob("config.json")}
     for made in (folder, tmp_path / "run"):
         config = read(made / "config.json")

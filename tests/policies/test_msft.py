@@ -55,6 +55,12 @@ class TestPaper:
     def test_an_undefined_score_is_no_maximum(self):
         assert decide({"a": [0.1, NAN, 0.6, NAN, 0.4], "b": [NAN] * 5, "c": [0.1, 0.2, 0.3, 0.4, 0.5]}) == RollBack("m2", "a")
 
+    def test_a_score_that_stops_to_be_a_number_is_no_fall(self):
+        rising = [0.1, 0.2, 0.3, 0.4, 0.5]
+        assert decide({"a": [0.1, 0.5, NAN, NAN, NAN], "b": rising}) == NewStage("m4", ("a", "b"))
+        assert decide({"a": [0.1, 0.5, NAN, NAN, NAN], "b": [0.1, 0.2, 0.6, 0.5, 0.4]}) == RollBack("m2", "b")
+        assert decide({"a": [0.1, 0.5, 0.4, NAN, NAN], "b": rising}) == RollBack("m1", "a"), "its fall was measured"
+
     def test_all_undefined_excludes_nobody(self):
         assert decide({"a": [NAN] * 5, "b": [NAN] * 5}) == NewStage("m4", ("a", "b"))
 

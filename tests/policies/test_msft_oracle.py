@@ -40,7 +40,7 @@ def oracle(world: World, compute_budget: int, max_stages: int, per_epoch: int = 
                     trained = epoch + Fraction(u, updates)
                     points.append({t: weights[t] + (trained if t in active else 0) for t in weights})
         all_points += points
-        # 3: the first maximum of each active task
+        # 3: the first maximum of each active task; none where nothing was measured after it
         peaks = {}
         for task in active:
             best = None
@@ -48,6 +48,8 @@ def oracle(world: World, compute_budget: int, max_stages: int, per_epoch: int = 
                 score = value_of(point)[task]
                 if score == score and (best is None or score > best):
                     best, peaks[task] = score, i
+            if best is not None and all(value_of(p)[task] != value_of(p)[task] for p in points[peaks[task] + 1 :]):
+                del peaks[task]
         # 4: exclude one task at the earliest peak, or go on from the end
         excluded = None
         start = dict(weights)

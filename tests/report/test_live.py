@@ -40,6 +40,13 @@ def wide(monkeypatch):
 
 
 class TestWithoutATerminal:
+    @pytest.mark.parametrize("more", [{}, {"spike": True}])
+    def test_a_refused_update_is_one_skipped(self, more):
+        live, stream = plain(every_seconds=0)
+        live.start(INFO)
+        live.update({**RECORD, "vetoed": True, **more})
+        assert "  1 skipped" in stream.getvalue()
+
     def test_plain_lines_and_no_control_characters(self):
         live, stream = plain(every_seconds=0)
         live.start(INFO)

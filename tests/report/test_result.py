@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -58,19 +60,67 @@ def test_a_failed_write_keeps_the_old_one_and_no_rubbish(tmp_path, monkeypatch, 
     assert result.read(tmp_path).updates == 1
 
 
-def test_nan_is_refused_before_anything_is_touched(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        result.write(some(tmp_path, loss=float("nan")))
-    assert os.listdir(tmp_path) == []
+def test_a_number_that_is_none_costs_that_number_and_its_place_is_named(tmp_path):
+    one = some(tmp_path, loss=float("nan"), more={"test": [1.5, float("inf")], "odd": {1: Path("x")}})
+    values = json.loads(result.write(one).read_text())
+    assert values["loss"] is None
+    assert values["more"] == {"test": [1.5, None], "odd": {"1": "x"}, "not_finite": ["loss", "more.test[1]"]}
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"3", b'{"code": "nonsense"}', b'{"code": "budget"}', b"\xff", b'{"code": []}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"code": "nonsense"}',
+        b'{"code": "budget"}',
+        b"\xff",
+        b'{"code": []}',
+        b"\0" * 99,
+        b'{"a":' * 100_000,
+        b'{"code": "error", "code": "budget"}',
+        b'{"code": "budget"}{}',
+    ],
 )
 def test_a_damaged_one_is_named(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(RepsftError, match=r"result\.json"):
         result.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"updates": "3"}, {"updates": True}, {"seconds": None}, {"more": []}, {"tasks": 1}, {"reason": None}, {"loss": "x"}],
+)
+def test_one_with_values_of_other_kinds_is_named(tmp_path, changes):
+    path = result.write(some(tmp_path))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(RepsftError, match=f"{next(iter(changes))} is not what a run writes there"):
+        result.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "huge"])
+def test_what_is_no_small_file_is_said_at_once(tmp_path, kind):
+    path = tmp_path / "result.json"
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "endless": lambda: path.symlink_to("/dev/zero"),
+        "huge": lambda: (path.touch(), os.truncate(path, 1 << 33)),
+    }[kind]()
+    started = time.monotonic()
+    with pytest.raises(RepsftError, match=r"result\.json: cannot be read"):
+        result.read(tmp_path)
+    assert time.monotonic() - started < 2
+
+
+def test_a_folder_whose_name_is_no_text_is_written_and_read(tmp_path):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    result.write(some(folder))
+    assert result.read(folder) == some(folder)
 
 
 def test_none_is_named(tmp_path):

@@ -58,7 +58,7 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(chunks, "decide", deciding)
     monkeypatch.setattr(trainer, "finish", finished)
-    monkeypatch.setattr("repsft_fast.training.finish._draw", lambda config: None)
+    monkeypatch.setattr("repsft_fast.training.finish.draw", lambda config: None)
     return made
 
 

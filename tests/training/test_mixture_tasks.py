@@ -52,6 +52,19 @@ class TestRates:
         found = rates(**mixture)
         assert math.fsum(found[task] * size for task, size in SIZES.items()) == pytest.approx(100)
 
+    @pytest.mark.parametrize("temperature", [1e-3, 1e-308, 5e-324])
+    def test_a_temperature_of_almost_nothing_draws_the_largest_alone(self, temperature):
+        assert shares(SIZES, rates(temperature=temperature), SIZES) == pytest.approx({"a": 0.0, "b": 0.0, "c": 1.0})
+
+    def test_powers_past_the_largest_number_are_the_same_shares(self):
+        mass = {task: (size / 60) ** 200.0 for task, size in SIZES.items()}
+        drawn = shares(SIZES, rates(temperature=1 / 200), SIZES)
+        assert drawn == pytest.approx({task: m / sum(mass.values()) for task, m in mass.items()}, rel=1e-9)
+
+    def test_weights_whose_sum_no_number_holds(self):
+        drawn = shares(SIZES, rates(weights={"a": 1e308, "b": 1e308, "c": 0.5e308}), SIZES)
+        assert drawn == pytest.approx({"a": 0.4, "b": 0.4, "c": 0.2})
+
     def test_every_task_needs_a_weight(self):
         with pytest.raises(ConfigError, match=r"mixture.weights: some tasks have none, got \['c'\]"):
             rates(weights={"a": 1, "b": 1})

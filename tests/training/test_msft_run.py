@@ -60,11 +60,11 @@ class Run:
         finish, take, restore, call = trainer.finish, Moments.take, Moments.restore, TeacherForced.__call__
         epoch_ended = History.epoch_ended
 
-        def ending(parts: Any, reporter: Any, conductor: Any) -> RunResult:
+        def ending(parts: Any, reporter: Any, conductor: Any, saver: Any) -> RunResult:
             self.conductor, self.parts = conductor, parts
             self.history: History = conductor.history
             self.work = parts.progress.all_work.values()
-            return finish(parts, reporter, conductor)
+            return finish(parts, reporter, conductor, saver)
 
         def taking(moments: Moments, name: str) -> None:
             take(moments, name)

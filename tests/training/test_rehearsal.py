@@ -85,7 +85,7 @@ def test_what_travels_is_the_formula_of_the_cluster_page(tmp_path):
         payload[message.operation] += times * message.payload_bytes
     assert payload["all_gather"] == found.rows * 2 * (2 * layers + root)
     assert payload["reduce_scatter"] == found.rows * 4 * (layers + root)
-    assert payload["all_reduce"] == layers + root + 8 + 4  # shards between copies, once; the norm and the veto
+    assert payload["all_reduce"] == layers + root + 8 + 24  # shards between copies, once; the norm; what refuses
     assert {m.ranks for m in found.messages} == {4, 2, 8}
 
 

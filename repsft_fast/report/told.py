@@ -1,0 +1,34 @@
+"""Errors on standard error, in the house's form. What they quote of others' text, the terminal shows and does not obey."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from types import TracebackType
+
+from rich.text import Text
+
+from repsft_fast.errors import ConfigError, RepsftError
+from repsft_fast.report import visible
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # torchrun's, then other launchers'
+
+
+def print_error(error: RepsftError) -> None:
+    """In red on a terminal. What one rank refuses (exit code 2) all know and one of them tells, unless it alone knows it."""
+    said = (os.environ.get(name, "").strip() for name in _RANKS)
+    rank = next((int(text) for text in said if text.isascii() and text.isdecimal() and len(text) < 12), 0)
+    if error.exit_code == ConfigError.exit_code and rank != 0 and not getattr(error, "every_rank", False):
+        return
+    console = visible.console(sys.stderr)
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    title = Text("error" if len(problems) == 1 else f"{len(problems)} errors", style="bold red")
+    visible.show(console, title + Text(f" (rank {rank})" if rank else ""))
+    for problem in problems:
+        visible.show(console, visible.visible(f"  {problem}", "\n"), "red")
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python prints it; fit for sys.excepthook."""
+    print(visible.visible("".join(traceback.format_exception(kind, error, trace)), "\n"), end="", file=sys.stderr)
