@@ -352,7 +352,7 @@ class TestTheFolder:
         with torch.no_grad():
             ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (model, loaded))
             base = build(kind).eval()(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
         assert (ours - base).abs().max() > 1e-2
 
 

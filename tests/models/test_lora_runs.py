@@ -195,6 +195,7 @@ def test_no_room_for_the_merged_model(size, server, tmp_path):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapters
     assert len(runs.metrics(tmp_path, "update")) == updates, "the end was saved: nothing is trained again"
     expected = logits(by_peft(path, run / "adapter"))
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(path))).abs().max() > 1e-3, "the adapters do nothing"
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(run)), expected, rtol=0, atol=1e-5)
 
 
