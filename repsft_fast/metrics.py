@@ -242,6 +242,13 @@ class JsonLines:
             if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
                 self._tell("metrics.jsonl: was replaced while the run wrote it; its lines went to the file it was before")
 
+    def cut_to(self, size: int) -> None:
+        """The run takes back what stands beyond so many bytes. Raises OSError."""
+        if self.path is not None:
+            with self._lock:
+                os.truncate(self.path, size)
+                self._size = min(self._size, size)
+
     def _give(self) -> None:
         """Writes what waits, as far as it goes."""
         if self.path is None:

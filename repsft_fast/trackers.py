@@ -33,14 +33,18 @@ class Tracker(Protocol):
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
 
+def check_there(names: Sequence[str]) -> None:
+    """ConfigError naming every package that is missing, with the line that installs it."""
+    if problems := [problem for name in names if (problem := _missing(name))]:
+        raise ConfigError(problems)
+
+
 class Trackers:
     """All trackers of a run as one. `log` takes the records of metrics.jsonl."""
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, note: Callable[[str], None] = print):
-        """Starts them. Raises ConfigError naming every package that is missing, with the line that installs it."""
-        problems = [problem for name in names if (problem := _missing(name))]
-        if problems:
-            raise ConfigError(problems)
+        """Starts them. Raises ConfigError as `check_there`."""
+        check_there(names)
         self._note = note
         self._open = {name: _Apart(name, partial(_MAKERS[name], folder, settings)) for name in names}
         for name, tracker in self._open.items():

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from repsft_fast import distributed
+from repsft_fast import cli, distributed
 from repsft_fast.config import environment_layer
 from repsft_fast.distributed import LaunchError, World, check_groups, handshake, launch, listening, meeting, place, ranks, watch
 from repsft_fast.errors import ConfigError, TrainingError
+from repsft_fast.report import told
 from repsft_fast.report.told import print_error
+from repsft_fast.training import crashed
 
 OMPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
@@ -79,7 +81,12 @@ class TestPlace:
         assert "; " in str(caught.value), "nothing is said of what to do"
 
     def test_a_rank_says_itself_what_it_alone_knows(self, monkeypatch, capsys):
+        for name in [name for names in (launch._OURS, *launch._LAUNCHERS) for name in names]:
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("RANK", "5")
+        print_error(ConfigError("there is nobody else"))
+        assert capsys.readouterr().err == "error (rank 5)\n  there is nobody else\n"
+        monkeypatch.setenv("WORLD_SIZE", "8")
         print_error(ConfigError("known to all"))
         assert capsys.readouterr().err == ""
         print_error(LaunchError("known to one"))
@@ -87,6 +94,12 @@ class TestPlace:
         monkeypatch.setenv("RANK", "x")
         print_error(LaunchError("no number"))
         assert capsys.readouterr().err == "error\n  no number\n"
+
+    def test_all_who_name_launchers_name_the_same(self):
+        tables = (launch._OURS, *launch._LAUNCHERS)
+        assert set(told._RANKS) == {names[0] for names in tables}
+        assert set(told._SIZES) == {names[1] for names in tables} == cli._LAUNCHED
+        assert set(crashed._RANKS) == {name for names in tables for name in names}
 
     def test_a_job_of_several_tasks_without_srun_is_said(self):
         assert "this Slurm job has 4 tasks and this process trains alone" in launch.says_alone({"SLURM_NTASKS": "4"})

@@ -80,18 +80,6 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def sync_files(folder: Path) -> None:
-    """Syncs the plain files that lie in a folder itself, and their names. Links and folders are left alone."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-    sync_folder(folder)
-
-
 def sync_tree(folder: Path) -> None:
     """Syncs every file and folder below, for files that others wrote (an HF folder)."""
     for root, _, names in os.walk(folder):

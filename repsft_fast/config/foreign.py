@@ -31,7 +31,8 @@ NAMES = {
     "write it into the rows, as a turn of the system": "default_system_message default_system system_prompt system",
     "model.compute_dtype: bfloat16, which auto is on a GPU (weights stay float32: model.param_dtype)":
     "bf16 torch_dtype dtype mixed_precision precision bfloat16 pure_bf16 bf16_full_eval mixed_precision_param "
-    "mixed_precision_reduce float32",
+    "mixed_precision_reduce",
+    "model.compute_dtype: float32": "float32",
     "float16 is not computed in, bfloat16 is: drop it (model.compute_dtype)":
     "fp16 float16 half fp16_full_eval fp16_opt_level",
     "there is no training in 8-bit floats: drop it": "fp8 enable_fp8 float8 fp8_recipe",
@@ -54,7 +55,8 @@ NAMES = {
     "model.activation_checkpointing: full, or selective":
     "gradient_checkpointing enable_gradient_checkpointing use_gradient_checkpointing gradient_checkpointing_kwargs "
     "enable_activation_checkpointing activation_checkpoint activation_checkpoint.mode activation_checkpointing_kwargs "
-    "selective_ac_option disable_gradient_checkpointing recompute_granularity",
+    "selective_ac_option recompute_granularity",
+    "model.activation_checkpointing: none": "disable_gradient_checkpointing",
     "activations are not moved to the host: model.activation_checkpointing: full or a smaller batch.row_tokens saves memory":
     "activation_offloading enable_activation_offloading cpu_offload enable_cpu_offload fsdp_cpu_offload offload_params",
     "model.compile": "torch_compile use_compile enable_compile compile.enable torch_compile_backend torch_compile_mode",

@@ -59,13 +59,13 @@ def as_template(value: Any) -> Any:
     return text if isinstance(text, str) and any(mark in text for mark in _JINJA) else as_folder(value)
 
 
-def expand(path: str, lookup: Callable[[str], bool] = os.path.lexists) -> str:
+def expand(path: str) -> str:
     """The path with `~`, `~user`, `$NAME` and `${NAME}` filled in. Raises PydanticCustomError where that cannot be done.
 
-    lookup: whether something is there under the name as written, whose `$` then belongs to it.
+    The `$` of a name that is there as it is written belongs to it.
     """
     filled = _home(path)
-    if _VARIABLE.search(filled) and not lookup(filled):
+    if _VARIABLE.search(filled) and not os.path.lexists(filled):
         filled = _VARIABLE.sub(lambda found: _variable(path, found), filled)
         if _VARIABLE.search(filled) or filled.startswith("~"):
             raise refused(f"holds a variable whose value holds another: {filled}", todo="write the path out")

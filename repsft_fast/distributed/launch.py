@@ -19,6 +19,7 @@ _LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # mpiexec of MPICH and Intel MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; a batch script is no step
 )
+VARIABLES = tuple(name for names in (_OURS, *_LAUNCHERS) for name in names)
 
 
 class LaunchError(ConfigError):

@@ -46,11 +46,15 @@ def of_the_store(host: str, port: int) -> tuple[socket.socket, str]:
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
+    raise _not_ours(asked, found)
+
+
+def _not_ours(asked: str, found: list[str]) -> LaunchError:
     name = LISTEN if os.environ.get(LISTEN) else "MASTER_ADDR"
     wrong = f"is no address of this host ({socket.gethostname()}), where rank 0 runs"
     got = asked if asked in found else f"{asked} ({', '.join(found)})"
     todo = f"name rank 0's host; where it is reached by an address it does not have itself, export {LISTEN}=0.0.0.0 on it"
-    raise LaunchError(describe(name, wrong, got=got, todo=todo))
+    return LaunchError(describe(name, wrong, got=got, todo=todo))
 
 
 def of_the_meeting(host: str, port: int) -> tuple[socket.socket, list[str]]:
@@ -64,6 +68,8 @@ def of_the_meeting(host: str, port: int) -> tuple[socket.socket, list[str]]:
                     break
                 with suppress(OSError):
                     return _bound(address, 0), [address]
+            if os.environ.get(LISTEN) and not any(address in _ALL for address in found):
+                raise _not_ours(asked, found)
             way = _way_to(host, port)  # torchrun's agent keeps the store, and its host may be another
             if way is not None and not loopback(way) and not os.environ.get(LISTEN):
                 return _bound(way, 0), [way]

@@ -132,7 +132,7 @@ def is_number(value: Any) -> bool:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines with their ends. Of one that is far too long only its beginning and end, which are no JSON together. None begins
+    """Lines with their ends. Of one that is far too long only its beginning, made to be no JSON. None begins
     behind the first MOST_BYTES, and the last is read no further than that and LONGEST_LINE."""
     while file.tell() < MOST_BYTES and (line := file.readline(LONGEST_LINE)):
         whole = line

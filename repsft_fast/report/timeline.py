@@ -45,7 +45,7 @@ def build(folder: Path | str) -> dict[str, Any]:
     result = result_or_nothing(folder / RESULT_FILE)
     more = result["more"] if isinstance(result.get("more"), dict) else {}
     return {
-        **({"left_out": found.words} if found.damaged else {}),
+        **({"left_out": found.words} if found.words else {}),
         "tasks": tasks,
         "evaluations": evaluations,
         "stages": stages,

@@ -12,14 +12,18 @@ from rich.text import Text
 from repsft_fast.errors import ConfigError, RepsftError
 from repsft_fast.report import visible
 
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # torchrun's, then other launchers'
+# torchrun's, then other launchers', as in distributed.launch: of each the first that is set counts.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def print_error(error: RepsftError) -> None:
     """In red on a terminal. What one rank refuses (exit code 2) all know and one of them tells, unless it alone knows it."""
     said = (os.environ.get(name, "").strip() for name in _RANKS)
     rank = next((int(text) for text in said if text.isascii() and text.isdecimal() and len(text) < 12), 0)
-    if error.exit_code == ConfigError.exit_code and rank != 0 and not getattr(error, "every_rank", False):
+    sizes = (os.environ.get(name, "").strip() for name in _SIZES)
+    alone = next((size for size in sizes if size), "1") == "1"  # whatever number is left over: nobody else tells
+    if error.exit_code == ConfigError.exit_code and rank != 0 and not alone and not getattr(error, "every_rank", False):
         return
     console = visible.console(sys.stderr)
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.checkpoint.files import hash_file
+from repsft_fast.distributed import launch
 from repsft_fast.throughput import Work
 from repsft_fast.training.laws import Found
 
@@ -26,7 +27,7 @@ from repsft_fast.training.laws import Found
 UPDATES, EVERY, KILL_AFTER = 6, 2, 5
 TIMEOUT_S = 600.0
 _COMPARED = ("update", "epoch", "loss", "grad_norm", "lr", "total", "correct")
-_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")
+_RANKS = frozenset(launch.VARIABLES)
 
 
 def killed_and_resumed(settings: Mapping[str, Any], folder: Path) -> Found:

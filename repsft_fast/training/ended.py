@@ -41,22 +41,30 @@ def ended_before(config: Config) -> Ended | None:
 
     ConfigError when settings are asked for that the run did not have, and that decide what is computed.
     """
-    folder = Path(config.run.folder)
+    main, found = distributed.place()[0] == 0, None
+    with distributed.together():
+        if main and (result := _result(Path(config.run.folder))) is not None:
+            found = _compared(result, config)
+    told = (1, int(bool(found.lacks)), int(found.look), int(found.budget)) if found is not None else (0, 0, 0, 0)
+    there, lacks, look, budget = map(bool, distributed.largest(*told))
+    if not there:
+        return None
+    with distributed.together():  # a disk that others share may show it later than the main rank's
+        if found is None:
+            result = replace(results.read(config.run.folder), folder=config.run.folder)
+            found = Ended(result, "a file" if lacks else "", (), look, budget)
+    return found
+
+
+def _result(folder: Path) -> RunResult | None:
+    """Of a run that ended by rule or budget; None for a damaged one too: the checkpoint knows better."""
     if not (folder / results.FILE).is_file():
         return None
     try:
         result = results.read(folder)
     except RepsftError:
-        return None  # damaged: the checkpoint knows better
-    if not result.success:
         return None
-    result = replace(result, folder=str(folder))
-    found = Ended(result)
-    with distributed.together():
-        if distributed.place()[0] == 0:
-            found = _compared(result, config)
-    lacks, look, budget = distributed.largest(int(bool(found.lacks)), int(found.look), int(found.budget))
-    return found if distributed.place()[0] == 0 else Ended(result, "a file" if lacks else "", (), bool(look), bool(budget))
+    return replace(result, folder=str(folder)) if result.success else None
 
 
 def _compared(result: RunResult, config: Config) -> Ended:

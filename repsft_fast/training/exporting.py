@@ -357,7 +357,7 @@ def _fill(model: Any, path: Path, chosen: _Chosen) -> None:
             live[f"{_MODEL}{name}"] = parameter
     weights = f"{chosen.prefix}{_MODEL}"
     others = [name for name in checkpoint.read_manifest(path).tensors if not name.startswith(weights)]
-    checkpoint.load(path, live, prefix=chosen.prefix, ignore=others)
+    checkpoint.load(path, live, prefix=chosen.prefix, ignore=others, looked_at=True)
 
 
 def _stop_where_the_run_did(model: Any, path: Path) -> None:

@@ -123,7 +123,8 @@ def save_model(parts: Parts, reporter: Reporter) -> None:
 
 def _save(parts: Parts, reporter: Reporter, folder: Path, **how: Any) -> None:
     """Written aside, on the disk, then moved to where it belongs: no half a model stands there, and nobody else's is lost."""
-    aside = made.stage(parts.folder) if parts.world.is_main else parts.folder  # where other ranks write nothing
+    with distributed.together():
+        aside = made.stage(parts.folder) if parts.world.is_main else parts.folder  # where other ranks write nothing
     try:
         for text in save_pretrained(parts.model, parts.tokenizer, aside, world=parts.world, **how):
             reporter.note(text)

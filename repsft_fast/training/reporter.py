@@ -17,7 +17,7 @@ from repsft_fast.metrics import JsonLines, UpdateRecord, summarise
 from repsft_fast.report.live import Live
 from repsft_fast.report.words import rows_of
 from repsft_fast.throughput import Work, peak_memory_bytes
-from repsft_fast.trackers import FINISH_S, Trackers, failed_with
+from repsft_fast.trackers import FINISH_S, Trackers, check_there, failed_with
 from repsft_fast.training.parts import Parts
 
 MOST_TROUBLES = 50  # distinct ones; of what goes wrong in ever new words the rest is only counted
@@ -41,12 +41,19 @@ class Reporter:
             self.lines = JsonLines(parts.folder / "metrics.jsonl", self.trouble)
         with distributed.together():
             if main:
-                self.trackers = self._start_trackers()
+                check_there(parts.config.log.trackers)
         self.started = self._last = time.perf_counter()
         self._work = parts.progress.all_work.copy()
         self._waited = 0.0
         self._apart = 0.0  # seconds since the last reading that went into evaluation, snapshots, saving
         self._speed: dict[str, Any] = {}
+
+    def open_trackers(self) -> None:
+        """Once the run may write into its folder."""
+        if self.parts.world.is_main:
+            with self.only_reports("log.trackers"):
+                config = self.parts.config
+                self.trackers = Trackers(config.log.trackers, self.parts.folder, config.to_dict(), note=self.trouble)
 
     # What goes wrong -------------------------------------------------------------------------------------------------
 
@@ -205,16 +212,6 @@ class Reporter:
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Anything else for metrics.jsonl (decay, decision, snapshot, checkpoint)."""
         self._write({"kind": kind, "update": self.parts.progress.updates, **values})
-
-    def _start_trackers(self) -> Trackers | None:
-        config = self.parts.config
-        try:
-            return Trackers(config.log.trackers, self.parts.folder, config.to_dict(), note=self.trouble)
-        except RepsftError:
-            raise
-        except Exception as error:
-            self.trouble(f"log.trackers: {failed_with(error)}")
-            return None
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.only_reports("metrics.jsonl"):

@@ -6,7 +6,6 @@ the run before is no longer there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from repsft_fast.distributed import largest, together
 from repsft_fast.errors import CheckpointError, ConfigError, TrainingError, describe, open_plain
 from repsft_fast.report.result import FILE as RESULT
 from repsft_fast.training import chunks, extend, identity
+from repsft_fast.training.made import METRICS
 from repsft_fast.training.moments import BEST, MOMENT
 from repsft_fast.training.rundir import RunFolder, chunk_bytes_before
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from repsft_fast.training.parts import Parts
     from repsft_fast.training.saver import Saver
 
-METRICS = "metrics.jsonl"
 _SHOWN = 5  # of what is wrong with newer checkpoints
 _LONGEST_LINE = 1 << 24
 _LATER = ("spikes/",)  # tensors that checkpoints of older versions lack; the state begins with zeros there
@@ -167,11 +166,13 @@ def _load(saver: Saver, path: Path) -> tuple[dict[str, Any], bool]:
 
 def _accepted(saver: Saver, folder: RunFolder | None) -> None:
     """The settings stand: they are written down, and how the run ended before is no longer how it ended."""
+    with together():
+        if saver.parts.world.is_main:
+            if folder is not None:
+                folder.accepted(saver.parts.config)
+            saver.began = True
+            (Path(saver.parts.folder) / RESULT).unlink(missing_ok=True)
     saver.began = True
-    if saver.parts.world.is_main:
-        if folder is not None:
-            folder.accepted(saver.parts.config)
-        (Path(saver.parts.folder) / RESULT).unlink(missing_ok=True)
 
 
 def _take_back_end(saver: Saver) -> None:
@@ -184,13 +185,16 @@ def _take_back_end(saver: Saver) -> None:
 
 def _truncate_metrics(saver: Saver, size: int) -> None:
     """Forget the lines of updates that will be made again."""
-    path = Path(saver.parts.folder) / METRICS
-    if not saver.parts.world.is_main or not path.exists():
-        return
+    with together():
+        if saver.parts.world.is_main and (path := Path(saver.parts.folder) / METRICS).exists():
+            _truncate(saver, path, size)
+
+
+def _truncate(saver: Saver, path: Path, size: int) -> None:
     try:
         there, whole = path.stat().st_size, _end_of_a_line(path, size)
         if there > whole:
-            os.truncate(path, whole)
+            saver.reporter.lines.cut_to(whole)
     except OSError as error:
         wrong, todo = "cannot be cut back to the checkpoint", "let it be written, or move it away"
         raise TrainingError(describe(str(path), wrong, got=error.strerror, todo=todo)) from error

@@ -28,6 +28,7 @@ from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.ended import Ended
 from repsft_fast.training.finish import FolderLost, code_of, interrupted
 from repsft_fast.training.identity import deciders, identity
+from repsft_fast.training.made import METRICS
 from repsft_fast.training.moments import BEST, Moments
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.recovery import Recovery
@@ -54,6 +55,8 @@ class Saver:
         signals: Signals,
         recovery: Recovery,
         lock: RunLock | None = None,
+        *,
+        began: bool = True,
     ):
         self.lock = lock
         self.parts, self.state, self.moments = parts, state, moments
@@ -65,7 +68,7 @@ class Saver:
         self._settings = parts.config.checkpoint
         self._parent: int | None = None
         self._extendable: int | None = None  # the newest generation from before the decay of the learning rate
-        self.began = False  # a checkpoint, or that there is none, has taken the settings of a resumed run
+        self.began = began  # False until a checkpoint, or that there is none, has taken the settings of a resumed run
         self._validated = False  # the end was looked at, where a longer run would not have
         self._tokenizer = tokenizer_fingerprint(parts.tokenizer)
         self._at_end = False  # the state is that of the end, and saved
@@ -76,7 +79,7 @@ class Saver:
         self._look_at, self._stride = 0, 1  # the update at which ranks ask each other next, and how far apart that is
         moments.make_room = self.wait
         when_dead(self._do_not_wait_for)
-        last_words(lambda loss: interrupted(parts, reporter, lost_error(loss, parts.world.rank)))
+        last_words(lambda loss: interrupted(parts, reporter, lost_error(loss, parts.world.rank)) if self.began else None)
         self._weights = _names_of_weights(parts.model)
 
     # In the loop -----------------------------------------------------------------------------------------------------
@@ -297,7 +300,7 @@ class Saver:
         write_state(self.parts.model, self.parts.tokenizer, state, folder, dtype=self.parts.config.model.save_dtype)
 
     def _metrics_bytes(self) -> int:
-        path = Path(self.parts.folder) / resuming.METRICS
+        path = Path(self.parts.folder) / METRICS
         return path.stat().st_size if self.parts.world.is_main and path.exists() else 0
 
     # Resuming --------------------------------------------------------------------------------------------------------
@@ -310,6 +313,8 @@ class Saver:
             self.last = found.path
             self._saved_at = self.parts.progress.all_work.updates
             self._at_end = self.parts.progress.reason is not None
+            if self._settings.keep_extendable and self._can_extend():  # its values were made before it had a number
+                self._extendable = self._parent
         return found.is_done
 
     def put_back(self, values: dict[str, Any]) -> None:

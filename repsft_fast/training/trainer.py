@@ -101,7 +101,7 @@ def run(parts: Parts, *, resume: bool = False, folder: RunFolder | None = None, 
     recovery = Recovery(parts, moments, conductor, reporter)
     with Signals() as signals:
         lock = folder.lock if folder is not None else None
-        saver = Saver(parts, state, moments, conductor, reporter, signals, recovery, lock)
+        saver = Saver(parts, state, moments, conductor, reporter, signals, recovery, lock, began=not resume)
         try:
             if resume:
                 done = saver.resume(folder, ended)
@@ -109,6 +109,7 @@ def run(parts: Parts, *, resume: bool = False, folder: RunFolder | None = None, 
                     say(ended, again=not done)
                     if done:
                         return ended.result
+            reporter.open_trackers()  # not before: they write into the folder
             settle(parts)
             reporter.start()
             for text in folder.others if folder is not None else ():
@@ -127,7 +128,7 @@ def run(parts: Parts, *, resume: bool = False, folder: RunFolder | None = None, 
         except BaseException as error:
             lost = distributed.lost_rank(error, parts.world)
             saver.close(str(lost) if lost is not None else "")
-            if saver.began or not resume:  # a resumption that was refused has changed nothing, not the result either
+            if saver.began:  # a resumption that was refused has changed nothing, not the result either
                 interrupted(parts, reporter, lost or error)
             if lost is not None:
                 raise lost from error

@@ -108,6 +108,18 @@ def test_twice_raised(server, tmp_path):
     assert found == expected
 
 
+def test_resumed_from_before_the_decay_it_can_still_be_raised(server, tmp_path):
+    """That checkpoint was made before it had a number that it could hold; newer ones do not push it out."""
+    changes = {**OPEN, "optim__warmup_updates": 1, "schedule__decay_fraction": 0.5, "checkpoint__keep_last": 1}
+    short = runs.settings(tmp_path / "short", **changes, **within({"updates": 20}))
+    outcome, _ = job(server, short, kill_after=17)
+    assert outcome.killed
+    assert job(server, {**short, "checkpoint": {"keep_last": 1, "every_updates": 2}}, resume=True)[0].exit_code == 0
+    outcome, found = job(server, {**short, "budget": {"updates": 40}}, resume=True)
+    assert outcome.exit_code == 0, outcome.output
+    assert found == job(server, runs.settings(tmp_path / "whole", **changes, **within({"updates": 40})))[1]
+
+
 def test_raised_then_killed_and_resumed_within_the_warm_up_it_would_have_had(server, tmp_path):
     changes = {**OPEN, "optim__warmup_fraction": 0.2, "checkpoint__every_updates": 2}
     short = runs.settings(tmp_path / "short", **changes, **within({"updates": 10}))

@@ -169,6 +169,32 @@ def notes(folder: Path) -> list[str]:
     return [line["text"] for line in lines if line["kind"] == "note"]
 
 
+def test_what_the_run_takes_back_of_its_history_is_no_trouble(run):
+    given, folder, _ = run
+    assert trainer.train(given, resume=True).success
+    assert json.loads((folder / "run" / "result.json").read_text())["more"]["troubles"] == []
+
+
+def test_a_refused_resume_starts_no_tracker(run, monkeypatch):
+    given, folder, _ = run
+    from repsft_fast import trackers
+
+    def made(run_folder, settings):
+        (Path(run_folder) / "tensorboard").mkdir()
+        raise RuntimeError("no more than that")
+
+    monkeypatch.setattr(trackers, "_missing", lambda name: None)
+    monkeypatch.setitem(trackers._MAKERS, "tensorboard", made)
+    tracked = with_changes(given, log__trackers=["tensorboard"])
+    before = contents(folder / "run")
+    with pytest.raises(ForeignCheckpoint):
+        trainer.train(with_changes(tracked, optim__lr=0.7), resume=True)
+    assert contents(folder / "run") == before
+    assert not (folder / "run" / "tensorboard").exists()
+    assert trainer.train(tracked, resume=True).success
+    assert (folder / "run" / "tensorboard").exists()
+
+
 def test_a_cut_history_is_said(run):
     given, folder, expected = run
     path = folder / "run" / "metrics.jsonl"
