@@ -425,3 +425,9 @@ def test_alone_needs_no_meeting(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.start("cpu") == World(0, 1, 0, torch.device("cpu"))
+
+
+def test_an_address_of_another_host_is_not_taken_for_all_of_this_ones(monkeypatch):
+    monkeypatch.setenv(listening.LISTEN, "203.0.113.7")  # of no host: RFC 5737 keeps it for documents
+    with pytest.raises(LaunchError, match=f"{listening.LISTEN}: is no address of this host"):
+        listening.of_the_meeting("127.0.0.1", 29500)
