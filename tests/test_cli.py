@@ -253,6 +253,10 @@ class TestRefusals:
     def test_only_one_rank_tells_of_bad_settings_and_every_rank_of_its_own_misfortune(self, trainer, monkeypatch, capsys):
         monkeypatch.setenv("RANK", "1")
         assert cli.main(["train"]) == 2
+        assert "rank 1" in capsys.readouterr().err, "a number left over in a shell: there is nobody else to tell"
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("repsft_fast.distributed.refuse", lambda error: None)  # which would wait for the other
+        assert cli.main(["train"]) == 2
         assert capsys.readouterr().err == ""
         trainer.answer = TrainingError("a dead peer")
         assert cli.main(["train", *LEAST]) == 1
