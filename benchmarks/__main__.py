@@ -1,5 +1,5 @@
 import sys
 
-from benchmarks.commands import main
+from benchmarks.harness.commands import main
 
 sys.exit(main())

@@ -1,10 +1,12 @@
 """Every figure that needs a GPU, in one command: most valuable first, each record on disk when it is made.
 
-    python -m benchmarks.gpu_records --deadline 480 --out DIR [--commit SHA] [--parts C,E] [--rehearse [--threads N]]
+    python -m benchmarks.gpu_records --deadline 480 --out DIR [--commit SHA] [--parts C,E] [--rehearse
+    [--threads N]]
 
-Parts are processes with limits of their own, in the order of `PARTS`; what a killed part has written stays. A red check
-takes out the operation and dtype it names. The table comes last: goal, measured, predicted, verdict, what was left out, why.
---rehearse runs every part at toy size on a CPU; the figures mean nothing and the records say so.
+Parts are processes with limits of their own, in the order of `PARTS`; what a killed part has written stays. A
+red check takes out the operation and dtype it names. The table comes last: goal, measured, predicted,
+verdict, what was left out, why. --rehearse runs every part at toy size on a CPU; the figures mean nothing and
+the records say so.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from benchmarks import harness, records
-from benchmarks.gpu import facts, goals, right
-from benchmarks.gpu.session import LEFT_OUT, RECORDS, Session, append_line, die_with_parent, read_lines
+from benchmarks.harness import checkout, machine, records
+from benchmarks.suites.gpu import facts, goals, right
+from benchmarks.suites.gpu.session import LEFT_OUT, RECORDS, Session, append_line, die_with_parent, read_lines
 
 LOG, SUMMARY = "gpu_log.txt", "gpu_summary.txt"
 TABLE_S = 4.0  # kept at the end for the summary
@@ -35,11 +37,12 @@ MOST_LOG_BYTES = 12 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """One process. seconds: what it is planned to take; limit_s: when it is ended; least_s: below this it is not begun."""
+    """One process. seconds: what it is planned to take; limit_s: when it is ended; least_s: below this it is
+    not begun."""
 
     letter: str
     name: str
-    module: str  # of benchmarks.gpu
+    module: str  # of benchmarks.suites.gpu
     seconds: float
     limit_s: float
     least_s: float
@@ -47,7 +50,7 @@ class Part:
 
     @property
     def goals(self) -> Sequence[goals.Goal]:
-        return getattr(importlib.import_module(f"benchmarks.gpu.{self.module}"), "GOALS", ())
+        return getattr(importlib.import_module(f"benchmarks.suites.gpu.{self.module}"), "GOALS", ())
 
 
 PARTS = (
@@ -78,13 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["COMMIT"] = options.commit
     try:
         parts = chosen(options.parts)
-        harness.code()
-    except (ValueError, harness.NoCommit) as error:
+        checkout.code()
+    except (ValueError, checkout.NoCommit) as error:
         print(f"gpu_records: {error}", file=sys.stderr)
         return 2
     device = "cuda" if _cuda() and not options.rehearse else "cpu"
     if device == "cpu" and not options.rehearse:
-        print("gpu_records: no CUDA device here; --rehearse shows on a CPU that every part runs", file=sys.stderr)
+        print(
+            "gpu_records: no CUDA device here; --rehearse shows on a CPU that every part runs",
+            file=sys.stderr,
+        )
         return 2
     if options.out is None:
         out = Path(tempfile.mkdtemp(prefix="gpu_rehearsal_")) if options.rehearse else records.FOLDER
@@ -94,19 +100,30 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / SUMMARY).touch()
     except OSError as error:  # before a minute of a machine is spent
-        print(f"gpu_records: --out: nothing can be written there, got {out} ({error.strerror}); name a folder", file=sys.stderr)
+        print(
+            f"gpu_records: --out: nothing can be written there, got {out} ({error.strerror}); name a folder",
+            file=sys.stderr,
+        )
         return 2
     return drive(parts, out, options.deadline, rehearse=options.rehearse, threads=options.threads)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu_records",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--deadline", type=float, default=480.0, help="seconds from now to the end of the table (480)")
-    parser.add_argument("--out", help="folder of the records (benchmarks/records; a new temporary one in a rehearsal)")
+    parser.add_argument(
+        "--deadline", type=float, default=480.0, help="seconds from now to the end of the table (480)"
+    )
+    parser.add_argument(
+        "--out", help="folder of the records (benchmarks/records; a new temporary one in a rehearsal)"
+    )
     parser.add_argument("--commit", help="the commit that was copied here, where there is no git history")
-    parser.add_argument("--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but P)")
+    parser.add_argument(
+        "--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but P)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rehearsal (1)")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # the process of one part
@@ -115,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def chosen(letters: str | None) -> list[Part]:
-    """The parts asked for, in their own order, A always among them. ValueError for an unknown letter or P among others."""
+    """The parts asked for, in their own order, A always among them. ValueError for an unknown letter or P
+    among others."""
     if letters is None:
         return [part for part in PARTS if part.letter not in ALONE]
     asked = {letter.strip().upper() for letter in letters.split(",") if letter.strip()}
@@ -124,24 +142,40 @@ def chosen(letters: str | None) -> list[Part]:
     if unknown := sorted(asked - set(LETTERS)):
         raise ValueError(f"--parts: {', '.join(unknown)} is not a part; expected letters of {LETTERS}")
     if asked & ALONE and asked - ALONE - {"A"}:
-        raise ValueError(f"--parts: {', '.join(sorted(asked & ALONE))} runs alone, got {', '.join(sorted(asked))}")
+        raise ValueError(
+            f"--parts: {', '.join(sorted(asked & ALONE))} runs alone, got {', '.join(sorted(asked))}"
+        )
     return [part for part in PARTS if part.letter in asked | {"A"}]
 
 
+def _cut_short(code: int | None, limit_s: float) -> str:
+    """Why a part did not measure all it wanted, by its exit code (None: ended at its limit); else ""."""
+    if code is None:
+        return f"what it had not measured by {limit_s:.0f} s: its time was over"
+    return f"its process ended with {code}; the log has the traceback" if code else ""
+
+
 def drive(parts: list[Part], out: Path, deadline_s: float, *, rehearse: bool, threads: int) -> int:
-    """Runs the parts one after another, then prints the table. 0; 1 where a part failed; 143 where a signal ended it."""
-    started, run, failed, ended = (
-        time.monotonic(),
-        f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}",
-        [],
-        False,
-    )
+    """Runs the parts one after another, then prints the table. 0; 1 where a part failed; 143 where a signal
+    ended it."""
+    started, failed, ended = time.monotonic(), [], False
+    run = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+
+    # Parts are other processes: they learn from their environment whose records they write.
     environment = {**os.environ, "REPSFT_RUN": run, "PYTHONUNBUFFERED": "1"}
     if rehearse:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+
+    # What takes the machine away sends a signal first: the table is still printed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    print(f"session {run}: parts {' '.join(part.letter for part in parts)}, {deadline_s:.0f} s, records in {out}", flush=True)
+    print(
+        f"session {run}: parts {' '.join(part.letter for part in parts)}, {deadline_s:.0f} s, records in"
+        f" {out}",
+        flush=True,
+    )
+
+    # A part that fails, or is late, costs itself alone: the next one is begun with the time that is left.
     try:
         for part in parts:
             left = deadline_s - TABLE_S - (time.monotonic() - started)
@@ -152,28 +186,36 @@ def drive(parts: list[Part], out: Path, deadline_s: float, *, rehearse: bool, th
             print(f"\n{part.letter}  {part.name} (at most {limit:.0f} s)", flush=True)
             began = time.monotonic()
             code = run_part(part, out, limit, environment, rehearse)
-            print(f"{part.letter}  {time.monotonic() - began:.1f} s of {part.seconds:.0f} planned", flush=True)
-            if code is None:
-                leave_out(out, run, part, f"what it had not measured by {limit:.0f} s: its time was over", what="the rest of")
-            elif code:
+            print(
+                f"{part.letter}  {time.monotonic() - began:.1f} s of {part.seconds:.0f} planned", flush=True
+            )
+            why = _cut_short(code, limit)
+            if why:
+                leave_out(out, run, part, why, what="the rest of")
+            if code:
                 failed.append(part.letter)
-                leave_out(out, run, part, f"its process ended with {code}; the log has the traceback", what="the rest of")
     except Ended:
         ended = True
         print("\nended by a signal; what was measured is on disk", flush=True)
+
+    # Of files alone, so that a signal leaves as good a table as an end.
     text = summary(parts, out, run, rehearse=rehearse, seconds=time.monotonic() - started)
     (out / SUMMARY).write_text(text + "\n")
     print(text, flush=True)
-    return 143 if ended else 1 if failed else 0
+    if ended:
+        return 128 + signal.SIGTERM
+    return 1 if failed else 0
 
 
-def run_part(part: Part, out: Path, limit_s: float, environment: dict[str, str], rehearse: bool) -> int | None:
+def run_part(
+    part: Part, out: Path, limit_s: float, environment: dict[str, str], rehearse: bool
+) -> int | None:
     """The part's exit code, or None where it was ended at its limit. What it prints is shown and kept."""
     command = [sys.executable, "-m", "benchmarks.gpu_records", "--part", part.letter, "--out", str(out)]
     command += ["--ends-in", f"{limit_s:.1f}"] + (["--rehearse"] if rehearse else [])
     environment = {**environment, "TRITON_INTERPRET": "1"} if rehearse and part.interpreted else environment
     child = subprocess.Popen(
-        command, cwd=harness.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=checkout.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     assert child.stdout is not None
@@ -204,7 +246,8 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _pass_on(descriptor: int, out: Path) -> None:
-    """What a part printed, to the screen and the log; the log stops growing before it is too large to be taken along."""
+    """What a part printed, to the screen and the log; the log stops growing before it is too large to be
+    taken along."""
     while True:
         try:
             data = os.read(descriptor, 1 << 16)
@@ -226,15 +269,20 @@ def work(letter: str, out: Path, ends_in_s: float, rehearse: bool) -> int:
     device = "cuda" if _cuda() and not rehearse else "cpu"
     session = Session(
         part=letter, out=out, device=device, rehearsal=rehearse, ends=time.monotonic() + ends_in_s,
-        environment={**harness.environment(device), "run": os.environ["REPSFT_RUN"]},
+        environment={**machine.environment(device), "run": os.environ["REPSFT_RUN"]},
         ceilings=facts.ceilings_of(out), red=right.red(out),
     )  # fmt: skip
-    importlib.import_module(f"benchmarks.gpu.{part.module}").run(session)
+    importlib.import_module(f"benchmarks.suites.gpu.{part.module}").run(session)
     return 0
 
 
 def leave_out(out: Path, run: str, part: Part, why: str, what: str = "") -> None:
-    line = {"run": run, "part": part.letter, "what": f"{what} part {part.letter}, {part.name}".strip(), "why": why}
+    line = {
+        "run": run,
+        "part": part.letter,
+        "what": f"{what} part {part.letter}, {part.name}".strip(),
+        "why": why,
+    }
     append_line(out / LEFT_OUT, line)
     print(f"  left out: {line['what']}: {why}", flush=True)
 
@@ -246,11 +294,15 @@ def summary(parts: Sequence[Part], out: Path, run: str, *, rehearse: bool, secon
     card = goals.Card(made[-1]["device"] if made else "no record", {} if rehearse else facts.ceilings_of(out))
     head = f"\n{len(made)} records in {seconds:.0f} s on {card.name}"
     lines = [head + ("; a rehearsal: the figures mean nothing" if rehearse else "")]
-    lines += goals.table([(part.letter, goal) for part in parts for goal in part.goals], goals.Found(made), card)
+    lines += goals.table(
+        [(part.letter, goal) for part in parts for goal in part.goals], goals.Found(made), card
+    )
     red = sorted(right.red(out))
     lines += ["red checks: " + (", ".join(f"{operation} in {dtype}" for operation, dtype in red) or "none")]
     lines += (
-        ["left out:", *(f"  {line['part']} {line['what']}: {line['why']}" for line in left)] if left else ["left out: nothing"]
+        ["left out:", *(f"  {line['part']} {line['what']}: {line['why']}" for line in left)]
+        if left
+        else ["left out: nothing"]
     )
     return "\n".join(lines)
 

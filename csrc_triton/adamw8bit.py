@@ -1,12 +1,14 @@
 """AdamW with 8-bit moments: one launch per kind of tensor, whatever the number of tensors.
 
-The formula, the codes and their reasons stand in `repsft_fast/ops/adamw8bit_reference.py`, which is this kernel's truth; the
-arithmetic is the same, operation by operation. bf16 is read and written as the upper half of an fp32's bits, by
-integers: the rounding is ours anyway. A table on the device holds every tensor's addresses; a program looks up the tensor
-of its tile. Step, clip factor, veto and bias corrections are read from device memory.
+The formula, the codes and their reasons stand in `repsft_fast/optim/adamw8bit_reference.py`, which is this
+kernel's truth; the arithmetic is the same, operation by operation. bf16 is read and written as the upper half
+of an fp32's bits, by integers: the rounding is ours anyway. A table on the device holds every tensor's
+addresses; a program looks up the tensor of its tile. Step, clip factor, veto and bias corrections are read
+from device memory.
 
-Bytes moved per element, bf16 weight and gradient, 8-bit moments: 2 + 2 weight, 2 gradient, 1 + 1 and 1 + 1 moments, 4/256
-scales = 10.02; fp32 weight and gradient 16.02. Floor per 10⁹ bf16 parameters: 3.3 ms (H100), 2.3 (H200).
+Bytes moved per element, bf16 weight and gradient, 8-bit moments: 2 + 2 weight, 2 gradient, 1 + 1 and 1 + 1
+moments, 4/256 scales = 10.02; fp32 weight and gradient 16.02. Floor per 10⁹ bf16 parameters: 3.3 ms (H100),
+2.3 (H200).
 """
 
 from __future__ import annotations
@@ -79,9 +81,8 @@ def _load(pointer, offsets, inside, BF16: tl.constexpr):
 @triton.jit
 def _store_weight(pointer, offsets, inside, value, random, BF16: tl.constexpr):
     if BF16:
-        bits = tl.cast(value, tl.int32, bitcast=True)
-        finite = (bits & 0x7F800000) != 0x7F800000
-        bits = bits + tl.where(finite, tl.cast(random >> 16, tl.int32), 0)
+        # an infinity's lower half is zero: no draw carries into the half that is kept
+        bits = tl.cast(value, tl.int32, bitcast=True) + tl.cast(random >> 16, tl.int32)
         bits = tl.where(value == value, bits, _NAN)
         tl.store(pointer + offsets, tl.cast(bits >> 16, tl.int16), mask=inside)
     else:
@@ -132,18 +133,27 @@ def adamw_8bit_kernel(
         m_scale_ptr = _address(table_ptr, line, 3, tl.uint8, False)
         v_scale_ptr = _address(table_ptr, line, 5, tl.uint8, False)
 
+        # One word an element serves all three roundings; the reference says why that is no bias.
         key0, key1 = _keys(table_ptr, line, step_ptr)
         first_block = _entry(table_ptr, line, 7) >> 8
         block_bits = _mix(tl.cast(blocks + first_block, tl.uint32) ^ key0)
         random = _mix((block_bits[:, None] + (tl.cast(lanes, tl.uint32) * _GOLDEN)[None, :]) ^ key1)
 
+        # Codes become floats by integer arithmetic on their bits: no table, the same on every device.
         m_code = tl.cast(tl.load(m_ptr + offsets, mask=inside, other=0), tl.int32)
-        m_base = (tl.cast(tl.load(m_scale_ptr + blocks, mask=present, other=0), tl.int32) + (_LEAST - _SPAN)) << 3
-        m_bits = tl.where((m_code & 0x7F) > 0, ((m_code & 0x7F) + m_base[:, None]) << 20, 0) | ((m_code & 0x80) << 24)
+        m_base = (
+            tl.cast(tl.load(m_scale_ptr + blocks, mask=present, other=0), tl.int32) + (_LEAST - _SPAN)
+        ) << 3
+        m_bits = tl.where((m_code & 0x7F) > 0, ((m_code & 0x7F) + m_base[:, None]) << 20, 0) | (
+            (m_code & 0x80) << 24
+        )
         v_code = tl.cast(tl.load(v_ptr + offsets, mask=inside, other=0), tl.int32)
-        v_base = (tl.cast(tl.load(v_scale_ptr + blocks, mask=present, other=0), tl.int32) + (_LEAST - _SPAN)) << 4
+        v_base = (
+            tl.cast(tl.load(v_scale_ptr + blocks, mask=present, other=0), tl.int32) + (_LEAST - _SPAN)
+        ) << 4
         root = tl.cast((v_code + v_base[:, None]) << 19, tl.float32, bitcast=True)
 
+        # The weight takes both moments before they are rounded to codes again.
         g = _load(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
         m = tl.cast(m_bits, tl.float32, bitcast=True)
         m, v = _moments(m, root * root, g, beta1, one_minus_beta1, beta2, one_minus_beta2)
@@ -152,6 +162,8 @@ def adamw_8bit_kernel(
         w = _step(w, m, root, lr, decay, eps, tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
         _store_weight(w_ptr, offsets, inside, w, random, WEIGHT_BF16)
 
+        # The scale is what the block's largest element can be *rounded up* to: else a block of equal values
+        # could never grow past a power of two.
         bits = tl.cast(m, tl.int32, bitcast=True)
         magnitude = tl.minimum(bits & 0x7FFFFFFF, _NAN)
         top = tl.maximum((tl.max(magnitude, axis=1) + 0xFFFFF) >> 23, _LEAST)
@@ -161,6 +173,7 @@ def adamw_8bit_kernel(
         tl.store(m_ptr + offsets, tl.cast(code, tl.uint8), mask=inside)
         tl.store(m_scale_ptr + blocks, tl.cast(top - _LEAST, tl.uint8), mask=present)
 
+        # √v is coded, not v: the same range in half the exponent's octaves. It has no sign.
         magnitude = tl.minimum(tl.cast(root, tl.int32, bitcast=True) & 0x7FFFFFFF, _NAN)
         top = tl.maximum((tl.max(magnitude, axis=1) + 0x7FFFF) >> 23, _LEAST)
         code = ((magnitude + tl.cast(random & 0x7FFFF, tl.int32)) >> 19) - ((top - _SPAN) << 4)[:, None]
@@ -198,12 +211,14 @@ def adamw_32bit_kernel(
         g_ptr = _address(table_ptr, line, 1, tl.int16 if GRAD_BF16 else tl.float32, ALIGNED)
         m_ptr = _address(table_ptr, line, 2, tl.float32, ALIGNED)
         v_ptr = _address(table_ptr, line, 4, tl.float32, ALIGNED)
+        # Small tensors: the same update on fp32 moments, which need no coding.
         g = _load(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
         m = tl.load(m_ptr + offsets, mask=inside, other=0.0)
         v = tl.load(v_ptr + offsets, mask=inside, other=0.0)
         m, v = _moments(m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2)
         w = _load(w_ptr, offsets, inside, WEIGHT_BF16)
         w = _step(w, m, tl.sqrt_rn(v), lr, decay, eps, tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
+        # An fp32 weight is not rounded, so it draws nothing.
         random = tl.zeros([TILE_BLOCKS * 256], tl.uint32)
         if WEIGHT_BF16:
             key0, key1 = _keys(table_ptr, line, step_ptr)
@@ -215,7 +230,8 @@ def adamw_32bit_kernel(
         tl.store(v_ptr + offsets, v, mask=inside)
 
 
-Part = tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, int], int]  # weight, grad, moments, key, first global element
+# weight, grad, moments, key, first global element
+Part = tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, int], int]
 
 
 @dataclasses.dataclass
@@ -230,16 +246,16 @@ class _Plan:
 class Launcher:
     """Updates many tensors in one launch per (8 or 32 bits, weight dtype, gradient dtype, alignment).
 
-    Gradients that stay where they are (or come back to the same addresses) reuse the device tables; otherwise the table,
-    128 bytes per tensor, is copied from pinned memory, asynchronously.
+    Gradients that stay where they are (or come back to the same addresses) reuse the device tables; otherwise
+    the table, 128 bytes per tensor, is copied from pinned memory, asynchronously.
     """
 
     def __init__(self) -> None:
         self._plans: dict[Any, _Plan] = {}
 
     def __call__(self, parts: Sequence[Part], scalars: Any, step: Tensor) -> int:
-        """`scalars` as `repsft_fast.ops.adamw8bit_reference.Scalars`; step: [] int64, the count after this update, on the
-        device. Returns the number of launches."""
+        """`scalars` as `repsft_fast.optim.adamw8bit_reference.Scalars`; step: [] int64, the count after this
+        update, on the device. Returns the number of launches."""
         if not parts:
             return 0
         values = [scalars.inverse_correction1, scalars.inverse_correction2, scalars.clip, scalars.veto]
@@ -256,7 +272,8 @@ class Launcher:
                 plan.table, plan.tiles, device_scalars, step,
                 scalars.lr, scalars.lr * scalars.weight_decay, scalars.eps,
                 scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2,
-                WEIGHT_BF16=weight_bf16, GRAD_BF16=grad_bf16, ALIGNED=aligned, TILE_BLOCKS=TILE_BLOCKS, num_warps=NUM_WARPS,
+                WEIGHT_BF16=weight_bf16, GRAD_BF16=grad_bf16, ALIGNED=aligned,
+                TILE_BLOCKS=TILE_BLOCKS, num_warps=NUM_WARPS,
             )  # fmt: skip
         return len(groups)
 
@@ -268,7 +285,9 @@ class Launcher:
             size = weight.numel() // BLOCK if eight_bit else weight.numel()
             names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
             tensors = [weight, gradient, *(moments.get(name, empty) for name in names)]
-            lines += [t.data_ptr() for t in tensors] + [size, first, *key, sum(tiles)] + [0] * (COLUMNS.value - 11)
+            lines += (
+                [t.data_ptr() for t in tensors] + [size, first, *key, sum(tiles)] + [0] * (COLUMNS.value - 11)
+            )
             tiles.append(-(-weight.numel() // TILE))
         # Two groups of one optimizer may be of one kind: the first weight's address tells them apart.
         known = self._plans.get((kind, lines[WEIGHT]))
@@ -277,7 +296,9 @@ class Launcher:
         device = members[0][0].device
         numbers = torch.arange(len(tiles), dtype=torch.int32)
         line_of_tile = torch.repeat_interleave(numbers, torch.tensor(tiles), output_size=sum(tiles))
-        plan = _Plan(lines, _upload(torch.tensor(lines, dtype=torch.int64), device), _upload(line_of_tile, device))
+        plan = _Plan(
+            lines, _upload(torch.tensor(lines, dtype=torch.int64), device), _upload(line_of_tile, device)
+        )
         self._plans[(kind, lines[WEIGHT])] = plan
         return plan
 
@@ -288,9 +309,13 @@ def _kind(part: Part) -> tuple[bool, bool, bool, bool]:
     for name, tensor in (("weight", weight), ("gradient", gradient)):
         require(tensor.dtype in (torch.float32, torch.bfloat16), f"{name} float32 or bfloat16", tensor.dtype)
         require(tensor.is_contiguous(), f"{name} contiguous", tuple(tensor.stride()))
-    require(weight.shape == gradient.shape, f"a gradient of shape {tuple(weight.shape)}", tuple(gradient.shape))
     require(
-        not eight_bit or (weight.shape[-1] % BLOCK == 0 and first % BLOCK == 0), "rows of whole blocks", tuple(weight.shape)
+        weight.shape == gradient.shape, f"a gradient of shape {tuple(weight.shape)}", tuple(gradient.shape)
+    )
+    require(
+        not eight_bit or (weight.shape[-1] % BLOCK == 0 and first % BLOCK == 0),
+        "rows of whole blocks",
+        tuple(weight.shape),
     )
     wide = (weight, gradient, moments["exp_avg"], moments["exp_avg_sq"])
     aligned = all(t.data_ptr() % 16 == 0 for t in wide) and weight.numel() % 16 == 0
@@ -319,7 +344,8 @@ def _case(bits: int, weight: str, gradient: str) -> AotCase:
         },
         num_warps=NUM_WARPS,
         divisible=("table_ptr", "tiles_ptr", "scalars_ptr", "step_ptr"),
-        # 32-bit moments are for small tensors; Triton 3.6 reads them narrower than 3.9 does: the table says how
+        # 32-bit moments are for small tensors; Triton 3.6 reads them narrower than 3.9 does: the table says
+        # how
         **({} if bits == 8 else {"load_bytes": 4, "store_bytes": 2}),
     )
 

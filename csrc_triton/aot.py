@@ -1,10 +1,12 @@
 """Compile every kernel for sm_80, sm_90 and sm_100 without a GPU and hold it to the committed table.
 
-    python -m csrc_triton.aot             compare with aot_table.json; exit 1 on a difference, a spill or a narrow access
+    python -m csrc_triton.aot             compare with aot_table.json; exit 1 on a difference, a spill or a
+                                          narrow access
     python -m csrc_triton.aot --update    rewrite this Triton version's part of the table
 
-Figures are keyed by (triton, arch), because they move between versions: registers, stack, spilled bytes and shared memory from
-ptxas' own report, access widths and opcode classes counted in the disassembly. A kernel module joins by listing `AOT_CASES`.
+Figures are keyed by (triton, arch), because they move between versions: registers, stack, spilled bytes and
+shared memory from ptxas' own report, access widths and opcode classes counted in the disassembly. A kernel
+module joins by listing `AOT_CASES`.
 """
 
 import argparse
@@ -97,7 +99,13 @@ def measure_all() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def problems(table: dict, measured: dict, version: str) -> list[str]:
-    """What must not be: spills, narrow accesses, and figures that differ from the committed ones (of the same Triton)."""
+    """What must not be: spills, narrow accesses, and figures that differ from the committed ones (of the same
+    Triton)."""
+    return [*_slow_code(measured), *_moved_figures(table.get(version), measured)]
+
+
+def _slow_code(measured: dict) -> list[str]:
+    """What no Triton version may make of a kernel."""
     found = []
     wide = {case.name: {"load": case.load_bytes, "store": case.store_bytes} for case in cases()}
     for arch, by_case in measured.items():
@@ -106,19 +114,31 @@ def problems(table: dict, measured: dict, version: str) -> list[str]:
             if spilled:
                 found.append(f"{arch} {name}: spills to local memory ({figures})")
             for kind in ("load", "store"):
-                moved = {int(key.split("_")[1]): count for key, count in figures.items() if key.startswith(f"{kind}_")}
+                moved = {
+                    int(key.split("_")[1]): count
+                    for key, count in figures.items()
+                    if key.startswith(f"{kind}_")
+                }
                 if max(moved, default=0) < wide[name][kind]:
                     found.append(
-                        f"{arch} {name}: the widest {kind} is {max(moved, default=0)} bytes, expected {wide[name][kind]}"
+                        f"{arch} {name}: the widest {kind} is {max(moved, default=0)} bytes, expected"
+                        f" {wide[name][kind]}"
                     )
-    committed = table.get(version)
+    return found
+
+
+def _moved_figures(committed: dict | None, measured: dict) -> list[str]:
+    """What another Triton may change, and the committed one may not: None is a version without figures."""
     if committed is None:
-        return found
+        return []
+    found = []
     for arch in sorted(committed.keys() | measured.keys()):
         ours, theirs = measured.get(arch, {}), committed.get(arch, {})
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                found.append(f"{arch} {name}: committed {theirs.get(name)}, measured {ours.get(name)}; see --update")
+                found.append(
+                    f"{arch} {name}: committed {theirs.get(name)}, measured {ours.get(name)}; see --update"
+                )
     return found
 
 
@@ -135,7 +155,9 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m csrc_triton.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="rewrite this Triton version's part of the committed table")
+    parser.add_argument(
+        "--update", action="store_true", help="rewrite this Triton version's part of the committed table"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("csrc_triton.aot: TRITON_INTERPRET=1 replaces the compiler; unset it", file=sys.stderr)
@@ -145,7 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
         table[version] = measured
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     elif version not in table:
-        print(f"csrc_triton.aot: no committed figures for Triton {version}; only spills and access widths are checked")
+        print(
+            f"csrc_triton.aot: no committed figures for Triton {version}; only spills and access widths are"
+            " checked"
+        )
     found = problems(table, measured, version)
     for problem in found:
         print(problem, file=sys.stderr)

@@ -1,11 +1,13 @@
 """The two gradient products of rows beyond a capacity, when there are any: the count is read on the device.
 
-`order` lists rows, those with a gradient first; `count` says how many have one. The caller gives the first `first` of them to
-cuBLAS, whose sizes the host must know; what is left, rows first … count − 1 of the order, is done here:
+`order` lists rows, those with a gradient first; `count` says how many have one. The caller gives the first
+`first` of them to cuBLAS, whose sizes the host must know; what is left, rows first … count − 1 of the order,
+is done here:
 
     hidden: out[r] = G[r] @ W for every such row r          head: acc += Σ_r G[r]ᵀ ⊗ h[r]
 
-A count at or below `first` (the usual case) costs two launches that read one number and end. Unmeasured on a GPU.
+A count at or below `first` (the usual case) costs two launches that read one number and end. Unmeasured on a
+GPU.
 """
 
 import torch
@@ -34,6 +36,7 @@ def kept_hidden_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    # The grid is made for all rows, since the host does not know the count: most programs end here.
     count = tl.load(count_ptr)
     start = first + tl.program_id(0) * BLOCK
     if start < count:
@@ -69,6 +72,7 @@ def kept_head_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    # In the usual case cuBLAS has had them all and nothing is read but this number.
     count = tl.load(count_ptr)
     if count > first:
         v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -90,12 +94,17 @@ def kept_head_kernel(
         tl.store(place, acc, mask=mask)
 
 
-def kept_hidden(gradient: Tensor, head: Tensor, order: Tensor, count: Tensor, first: int, out: Tensor) -> None:
-    """out[order[i]] = gradient[order[i]] @ head for first <= i < count; other rows of out stay. One launch."""
+def kept_hidden(
+    gradient: Tensor, head: Tensor, order: Tensor, count: Tensor, first: int, out: Tensor
+) -> None:
+    """out[order[i]] = gradient[order[i]] @ head for first <= i < count; other rows of out stay. One
+    launch."""
     rows, vocabulary = gradient.shape
     width = head.shape[1]
     _require(gradient, order, count, first)
-    require(tuple(head.shape) == (vocabulary, width) and head.is_contiguous(), "head [V, H]", tuple(head.shape))
+    require(
+        tuple(head.shape) == (vocabulary, width) and head.is_contiguous(), "head [V, H]", tuple(head.shape)
+    )
     require(tuple(out.shape) == (rows, width) and out.is_contiguous(), "out [rows, H]", tuple(out.shape))
     if first < rows:
         grid = (triton.cdiv(rows - first, BLOCK), triton.cdiv(width, BLOCK))
@@ -105,12 +114,18 @@ def kept_hidden(gradient: Tensor, head: Tensor, order: Tensor, count: Tensor, fi
         )  # fmt: skip
 
 
-def kept_head(gradient: Tensor, hidden: Tensor, order: Tensor, count: Tensor, first: int, accumulator: Tensor) -> None:
+def kept_head(
+    gradient: Tensor, hidden: Tensor, order: Tensor, count: Tensor, first: int, accumulator: Tensor
+) -> None:
     """accumulator += Σ gradient[order[i]]ᵀ hidden[order[i]] over first <= i < count. One launch."""
     rows, vocabulary = gradient.shape
     width = hidden.shape[1]
     _require(gradient, order, count, first)
-    require(tuple(hidden.shape) == (rows, width) and hidden.is_contiguous(), "hidden [rows, H]", tuple(hidden.shape))
+    require(
+        tuple(hidden.shape) == (rows, width) and hidden.is_contiguous(),
+        "hidden [rows, H]",
+        tuple(hidden.shape),
+    )
     whole = tuple(accumulator.shape) == (vocabulary, width) and accumulator.is_contiguous()
     require(whole and accumulator.dtype == torch.float32, "accumulator [V, H] fp32", tuple(accumulator.shape))
     if first < rows:

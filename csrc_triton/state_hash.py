@@ -3,12 +3,14 @@
     h(x) = Σ_i mix(w_i + i·GOLDEN)  +  mix(nbytes ^ SALT)                     (mod 2^64)
     mix(w) = xorshift-multiply twice, a bijection of 64-bit words (after splitmix64, Steele, Lea, Flood 2014)
 
-where w_i are the bytes of x as 64-bit words, the last one padded with zeros. The addition makes it parallel and independent
-of the order of execution; the position inside `mix` makes it see permutations, which an XOR (`torch.hash_tensor`) does not.
-Because `mix` is a bijection, a change inside one word always changes h; any other change is missed with probability ~2^-64.
-It is a checksum against damage and bugs, no defence against someone who forges it.
+where w_i are the bytes of x as 64-bit words, the last one padded with zeros. The addition makes it parallel
+and independent of the order of execution; the position inside `mix` makes it see permutations, which an XOR
+(`torch.hash_tensor`) does not. Because `mix` is a bijection, a change inside one word always changes h; any
+other change is missed with probability ~2^-64. It is a checksum against damage and bugs, no defence against
+someone who forges it.
 
-Cost: one read of the memory. int64 arithmetic wraps in torch and in Triton alike; shifts are made logical by a mask.
+Cost: one read of the memory. int64 arithmetic wraps in torch and in Triton alike; shifts are made logical by
+a mask.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ MULTIPLY_1 = -49064778989728563  # two odd constants with many bits set
 MULTIPLY_2 = -4265267296055464877
 SALT = 0x5EED_5EED_5EED_5EED
 SHIFT_1, SHIFT_2 = 32, 29
-# A little less than torch's grain of 32,768 elements, so that no operation is split over OpenMP threads: thousands of short
-# ones mean as many barriers, and on a busy machine each waits for a core (591 MB took 9 s where it takes 0.3).
+# A little less than torch's grain of 32,768 elements, so that no operation is split over OpenMP threads:
+# thousands of short ones mean as many barriers, and on a busy machine each waits for a core (591 MB took 9 s
+# where it takes 0.3).
 CHUNK_WORDS = (1 << 15) - 64
 BLOCK_WORDS = 1024
 MAX_PROGRAMS = 1056  # 8 per SM of a 132-SM GPU; each loops over its blocks
@@ -54,7 +57,8 @@ def mix_int(word: int) -> int:
 
 
 def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(whole 64-bit words [n] int64, the rest zero-padded to one word [0 or 1] int64) of the tensor's bytes, row-major."""
+    """(whole 64-bit words [n] int64, the rest zero-padded to one word [0 or 1] int64) of the tensor's bytes,
+    row-major."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if flat.data_ptr() % 8:
         flat = flat.clone()
@@ -72,7 +76,8 @@ def _mix_(word: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(i·GOLDEN [size], two of scratch [size]) int64. Kept per thread on a CPU, where fresh memory means page faults."""
+    """(i·GOLDEN [size], two of scratch [size]) int64. Kept per thread on a CPU, where fresh memory means page
+    faults."""
     if device.type != "cpu":
         steps = torch.arange(size, dtype=torch.int64, device=device).mul_(GOLDEN)
         return steps, torch.empty_like(steps), torch.empty_like(steps)
@@ -98,8 +103,11 @@ def _sum_plain(words: Tensor, first: int = 0) -> Tensor:  # [n] int64 -> [] int6
 if triton is not None:
 
     @triton.jit(do_not_specialize=["blocks"])  # every tensor has another number of blocks: one kernel for all
-    def _sum_kernel(words_ptr, partial_ptr, blocks, BLOCK: tl.constexpr, G: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
-                    S1: tl.constexpr, S2: tl.constexpr):  # fmt: skip
+    def _sum_kernel(
+        words_ptr, partial_ptr, blocks,
+        BLOCK: tl.constexpr, G: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+        S1: tl.constexpr, S2: tl.constexpr,
+    ):  # fmt: skip
         program = tl.program_id(0).to(tl.int64)
         lanes = tl.arange(0, BLOCK).to(tl.int64)
         total = tl.zeros([BLOCK], dtype=tl.int64)
@@ -115,7 +123,14 @@ if triton is not None:
             name=f"state_hash/block{BLOCK_WORDS}",
             kernel=_sum_kernel,
             signature={"words_ptr": "*i64", "partial_ptr": "*i64", "blocks": "i32"},
-            constexprs={"BLOCK": BLOCK_WORDS, "G": GOLDEN, "M1": MULTIPLY_1, "M2": MULTIPLY_2, "S1": SHIFT_1, "S2": SHIFT_2},
+            constexprs={
+                "BLOCK": BLOCK_WORDS,
+                "G": GOLDEN,
+                "M1": MULTIPLY_1,
+                "M2": MULTIPLY_2,
+                "S1": SHIFT_1,
+                "S2": SHIFT_2,
+            },
             num_warps=4,
             divisible=("words_ptr", "partial_ptr"),
             store_bytes=8,  # one partial sum per program
@@ -128,15 +143,24 @@ def _sum_triton(words: Tensor) -> Tensor:  # [n] int64 -> [] int64
     programs = max(1, min(MAX_PROGRAMS, blocks))  # at least one, so that the partial sums are written
     partial = torch.empty(programs, dtype=torch.int64, device=words.device)
     _sum_kernel[(programs,)](
-        words, partial, blocks, BLOCK=BLOCK_WORDS, G=GOLDEN, M1=MULTIPLY_1, M2=MULTIPLY_2, S1=SHIFT_1, S2=SHIFT_2
+        words,
+        partial,
+        blocks,
+        BLOCK=BLOCK_WORDS,
+        G=GOLDEN,
+        M1=MULTIPLY_1,
+        M2=MULTIPLY_2,
+        S1=SHIFT_1,
+        S2=SHIFT_2,
     )
     return partial.sum() + _sum_plain(words[blocks * BLOCK_WORDS :], first=blocks * BLOCK_WORDS)
 
 
-def checksum(tensor: Tensor, *, plain: bool = False) -> Tensor:  # any shape and dtype -> [] int64 on its device
-    """The checksum of the tensor's bytes in row-major order, whatever its strides. No host sync.
+def checksum(tensor: Tensor, *, plain: bool = False) -> Tensor:
+    """[] int64 on the tensor's device: of its bytes in row-major order, whatever its strides. No host sync.
 
-    `plain` keeps to torch's own operations, as CPU tensors always do. Shape, dtype and name are not part of it.
+    `plain` keeps to torch's own operations, as CPU tensors always do. Shape, dtype and name are not part of
+    it.
     """
     words, tail = _words(tensor)
     fast = tensor.is_cuda and triton is not None and not plain

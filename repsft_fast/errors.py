@@ -21,9 +21,14 @@ _KINDS = {
 
 
 class RepsftError(Exception):
-    """Base of every error this package raises on purpose. `exit_code` is what the command line returns."""
+    """Base of every error this package raises on purpose.
+
+    exit_code   what the command line returns
+    every_rank  each rank that has it tells it: no other knows of it
+    """
 
     exit_code = 1
+    every_rank = False
 
 
 class ConfigError(RepsftError, ValueError):
@@ -57,11 +62,19 @@ class CheckpointError(RepsftError, RuntimeError):
 
 
 class TrainingError(RepsftError, RuntimeError):
-    """The run cannot go on: non-finite numbers, out of memory, a lost rank."""
+    """The run cannot go on: non-finite numbers, out of memory, a lost rank. code: as result.json has it; None
+    = that of any other error."""
+
+    def __init__(self, message: str, *, code: str | None = None):
+        super().__init__(message)
+        self.code = code
 
 
-def describe(where: str, wrong: str, *, expected: object = None, got: object = None, todo: str | None = None) -> str:
-    """The house's wording of an error, in one line. What it quotes may be a row, a name or a setting of any length: it is cut.
+def describe(
+    where: str, wrong: str, *, expected: object = None, got: object = None, todo: str | None = None
+) -> str:
+    """The house's wording of an error, in one line. What it quotes may be a row, a name or a setting of any
+    length: it is cut.
 
     >>> describe("batch.samples", "is too small", expected="at least 1", got=0, todo="raise it")
     'batch.samples: is too small, expected at least 1, got 0; raise it'
@@ -79,8 +92,9 @@ def describe(where: str, wrong: str, *, expected: object = None, got: object = N
 def open_plain(path: str | os.PathLike[str]) -> io.BufferedReader:
     """The bytes of a regular file. OSError, in words, for what would be waited for or never end.
 
-    That is a pipe, a device, a socket or a folder, a link to one, and a file of the kernel's own (/proc/kmsg): they call
-    themselves regular and of no length. The check is made on what was opened, so nothing can be put in its place.
+    That is a pipe, a device, a socket or a folder, a link to one, and a file of the kernel's own
+    (/proc/kmsg): they call themselves regular and of no length. The check is made on what was opened, so
+    nothing can be put in its place.
     """
     _refuse_special(os.stat(path).st_mode)  # before the open, which is an act of its own to some devices
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -104,7 +118,9 @@ def _refuse_special(mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"it is {kind_of_file(mode)}, which may never end: save it to a file first")
+        raise OSError(
+            errno.EINVAL, f"it is {kind_of_file(mode)}, which may never end: save it to a file first"
+        )
 
 
 def _holds_more(number: int) -> bool:

@@ -1,7 +1,7 @@
 """The ledger: exact counts of every update, kept on the device until somebody reads them.
 
-`add` once per row, `close` once per update: neither asks the device for a number. `read` is the one place where the
-host waits (when logging, and before a snapshot, checkpoint or decision).
+`add` once per row, `close` once per update: neither asks the device for a number. `read` is the one place
+where the host waits (when logging, and before a snapshot, checkpoint or decision).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from repsft_fast.distributed import World, all_max, all_sum
 from repsft_fast.row import Row
-from repsft_fast.stats import FRACTION_BITS, K, RowStats, TokenStats
+from repsft_fast.stats import FRACTION_BITS, K, PositionStats, TokenStats
 
 JUDGED = 5  # numbers of a judgement: spike, and of loss and norm the middles and the limits
 
@@ -39,7 +39,8 @@ class UpdateRecord:
     lr: float
     vetoed: bool  # refused, as not finite or as a spike: no weight was touched
     tasks: TokenStats  # [tasks, K] on the host
-    kept: float = 0.0  # largest share of a row's trained positions that loss.skip_below kept (products.needed_share)
+    # largest share of a row's trained positions that loss.skip_below kept (products.needed_share)
+    kept: float = 0.0
     judged: tuple[float, ...] = (0.0,)  # 1.0 for a spike, then what it was judged by (training.spikes)
 
     @property
@@ -54,13 +55,15 @@ class Ledger:
         self.world = world
         self.capacity = capacity
         self._tables = torch.zeros(capacity, num_tasks, K, dtype=torch.int64, device=device)
-        self._scalars = torch.zeros(capacity, 4 + JUDGED, dtype=torch.float64, device=device)  # loss, grad norm, veto, kept, …
+        # loss, grad norm, veto, kept, …
+        self._scalars = torch.zeros(capacity, 4 + JUDGED, dtype=torch.float64, device=device)
         self._epoch = torch.zeros(num_tasks, K, dtype=torch.int64, device=device)
         self._pending: list[tuple[int, float]] = []  # (update, lr) of every closed slot
         self._spilled: list[UpdateRecord] = []
 
     def add(self, loss: Tensor, stats: TokenStats, kept: Tensor | None = None) -> None:
-        """One row of the open update. loss: [] weighted sum; stats: by task; kept: [] fp64 share that skip_below kept."""
+        """One row of the open update. loss: [] weighted sum; stats: by task; kept: [] fp64 share that
+        skip_below kept."""
         slot = len(self._pending)
         self._tables[slot] += stats.table
         self._scalars[slot, 0] += loss.detach()
@@ -72,7 +75,8 @@ class Ledger:
         return self._scalars[len(self._pending), 0]
 
     def judged(self, numbers: Tensor) -> None:
-        """[JUDGED] fp64, the same on every rank: whether the open update is a spike, and what that was judged by."""
+        """[JUDGED] fp64, the same on every rank: whether the open update is a spike, and what that was judged
+        by."""
         self._scalars[len(self._pending), 4:] = numbers
 
     def close(self, update: int, lr: float, grad_norm: Tensor, veto: Tensor) -> None:
@@ -87,13 +91,15 @@ class Ledger:
             self._spilled += self._drain()
 
     def read(self) -> list[UpdateRecord]:
-        """Every update since the last read, summed over ranks. All ranks must call it together. Waits for the device."""
+        """Every update since the last read, summed over ranks. All ranks must call it together. Waits for the
+        device."""
         records = self._spilled + self._drain()
         self._spilled = []
         return records
 
     def epoch_totals(self) -> TokenStats:
-        """[tasks, K] over the applied updates of this epoch so far, all ranks, on the host. Waits for the device."""
+        """[tasks, K] over the applied updates of this epoch so far, all ranks, on the host. Waits for the
+        device."""
         return TokenStats(all_sum(self._epoch.to("cpu", copy=True)))
 
     def start_epoch(self) -> None:
@@ -106,7 +112,8 @@ class Ledger:
         self._scalars[slot].zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What belongs to the closed list of state: the epoch's totals. The ring is read out before any snapshot."""
+        """What belongs to the closed list of state: the epoch's totals. The ring is read out before any
+        snapshot."""
         return {"ledger.epoch": self._epoch}
 
     def _drain(self) -> list[UpdateRecord]:
@@ -133,18 +140,19 @@ class Ledger:
 
 
 class SampleStats:
-    """Exact statistics of every sample over an epoch, on the device; kept only for policies that judge samples (IES)."""
+    """Exact statistics of every sample over an epoch, on the device; kept only for policies that judge
+    samples (IES)."""
 
     def __init__(self, num_samples: int, device: torch.device):
         self._table = torch.zeros(num_samples, K, dtype=torch.int64, device=device)
 
-    def add(self, row: Row, stats: RowStats) -> None:
+    def add(self, row: Row, stats: PositionStats) -> None:
         """One row's statistics, by sample. No host sync."""
         if row.num_segments:
             ids = torch.tensor(row.samples, dtype=torch.int64)
             if self._table.device.type == "cuda":
                 ids = ids.pin_memory().to(self._table.device, non_blocking=True)
-            self._table.index_add_(0, ids, stats.by(row.row_segments, row.num_segments).table)
+            self._table.index_add_(0, ids, stats.sum_by(row.position_segments, row.num_segments).table)
 
     def read(self) -> TokenStats:
         """[samples, K] on the host, all ranks, and begin anew. Waits for the device."""
@@ -157,21 +165,29 @@ class SampleStats:
 
 
 def summarise(stats: TokenStats, names: tuple[str, ...]) -> dict[str, Any]:
-    """Means per trained token over all tasks and per task, as JSON numbers; None where nothing was trained."""
+    """Means per trained token over all tasks and per task, as JSON numbers; None where nothing was
+    trained."""
     line = _means(TokenStats(stats.table.sum(dim=0, keepdim=True)))[0]
     if len(names) > 1:
-        line["tasks"] = {name: means for name, means in zip(names, _means(stats), strict=True) if means["total"]}
+        line["tasks"] = {
+            name: means for name, means in zip(names, _means(stats), strict=True) if means["total"]
+        }
     return line
 
 
 def _means(stats: TokenStats) -> list[dict[str, Any]]:
-    """One line per task. A few torch calls whatever the number of tasks: this runs for every update that is read."""
+    """One line per task. A few torch calls whatever the number of tasks: this runs for every update that is
+    read."""
     columns = {name: stats.mean(name).tolist() for name in FRACTION_BITS}
     lines = []
     for i, (total, correct, bad) in enumerate(
         zip(stats.total.tolist(), stats.correct.tolist(), stats.nonfinite.tolist(), strict=True)
     ):
-        line: dict[str, Any] = {"total": total, "correct": correct, "token_accuracy": correct / total if total else None}
+        line: dict[str, Any] = {
+            "total": total,
+            "correct": correct,
+            "token_accuracy": correct / total if total else None,
+        }
         line |= {name: values[i] if math.isfinite(values[i]) else None for name, values in columns.items()}
         if bad:
             line["nonfinite"] = bad
@@ -182,8 +198,9 @@ def _means(stats: TokenStats) -> list[dict[str, Any]]:
 class JsonLines:
     """metrics.jsonl: one JSON object a line, handed to the system at once, so a killed run keeps what it had.
 
-    Nothing that goes wrong here is raised. Lines that cannot be written wait in memory and go first with the next one; `tell`
-    hears of it. A line that a kill cut short is ended, so that the next one does not hang on to it.
+    Nothing that goes wrong here is raised. Lines that cannot be written wait in memory and go first with the
+    next one; `tell` hears of it. A line that a kill cut short is ended, so that the next one does not hang on
+    to it.
     """
 
     MOST_WAITING_BYTES = 1 << 24  # what is beyond is left out, and counted
@@ -240,7 +257,10 @@ class JsonLines:
             if mine.st_size < self._size:
                 self._tell(_CUT)
             if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
-                self._tell("metrics.jsonl: was replaced while the run wrote it; its lines went to the file it was before")
+                self._tell(
+                    "metrics.jsonl: was replaced while the run wrote it; its lines went to the file it was"
+                    " before"
+                )
 
     def cut_to(self, size: int) -> None:
         """The run takes back what stands beyond so many bytes. Raises OSError."""
@@ -253,7 +273,7 @@ class JsonLines:
         """Writes what waits, as far as it goes."""
         if self.path is None:
             return
-        cut = False
+        cut, why = False, ""
         with self._lock:
             try:
                 if self._file is None:
@@ -264,32 +284,40 @@ class JsonLines:
                     cut, self._size = True, size
                     if not self._written:  # else the rest of a line follows, and that one is spoilt
                         _end_line(self._file)
-                while self._waiting:
-                    line = self._waiting[0]
-                    while self._written < len(line):
-                        self._written += os.write(self._file, memoryview(line)[self._written :])
-                    self._waiting.popleft()
-                    self._waiting_bytes -= len(line)
-                    self._written = 0
+                self._write_waiting(self._file)
                 self._size = os.fstat(self._file).st_size
-                why = ""
             except OSError as error:
                 why = _why(error)
                 if error.errno == errno.ESTALE and self._file is not None:  # NFS: only opening it again helps
                     with suppress(OSError):
                         os.close(self._file)
                     self._file = None
+        # Told without the lock: who is told may write a line of its own.
         if cut:
             self._tell(_CUT)
         if why:
-            self._tell(f"metrics.jsonl: cannot be written ({why}); the lines wait in memory and are tried again")
+            self._tell(
+                f"metrics.jsonl: cannot be written ({why}); the lines wait in memory and are tried again"
+            )
+
+    def _write_waiting(self, file: int) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            while self._written < len(line):
+                self._written += os.write(file, memoryview(line)[self._written :])
+            self._waiting.popleft()
+            self._waiting_bytes -= len(line)
+            self._written = 0
 
     def _line(self, record: Mapping[str, Any]) -> bytes:
         try:
             text = json.dumps(record, allow_nan=False, default=_plain)
         except (ValueError, TypeError):
             kind = record.get("kind")
-            self._tell(f"metrics.jsonl: a value in a line of kind {kind} has no JSON of its own: null where it is not a number")
+            self._tell(
+                f"metrics.jsonl: a value in a line of kind {kind} has no JSON of its own: null where it is"
+                " not a number"
+            )
             text = json.dumps(_finite(record), allow_nan=False, default=str)
         return text.encode() + b"\n"
 
@@ -305,8 +333,11 @@ def _end_line(file: int) -> None:
 
 
 def _append_to(path: Path) -> int:
-    """A descriptor of the plain file at `path`, whose last line is ended. Raises OSError: nothing is written through a link."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    """A descriptor of the plain file at `path`, whose last line is ended. Raises OSError: nothing is written
+    through a link."""
+    file = os.open(
+        path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+    )
     try:
         facts = os.fstat(file)
         if not stat.S_ISREG(facts.st_mode):

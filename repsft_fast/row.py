@@ -1,7 +1,7 @@
 """The row: what one microbatch is on the device, and the one constant that marks an untrained target.
 
-A row is a packed sequence of at most T tokens. A segment is one sample inside it. Positions restart in every segment,
-and the padding at the end is a segment of its own, so no document sees another (law 1).
+A row is a packed sequence of at most T tokens. A segment is one sample inside it. Positions restart in every
+segment, and the padding at the end is a segment of its own, so no document sees another (law 1).
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,17 @@ class Row:
     positions: Tensor  # [1, T] int64, restarting at 0 in every segment
     targets: Tensor  # [T] int64, already shifted; IGNORE_INDEX = not trained on
     weights: Tensor  # [T] fp32, already divided by the update's one denominator; 0 where not trained
-    trained_rows: Tensor  # [N'] int64, the positions whose target is trained, ascending
-    row_tasks: Tensor  # [N'] int64, task id of every trained position
-    row_segments: Tensor  # [N'] int64, segment (0 … S-1) of every trained position
+    trained_positions: Tensor  # [N'] int64, the positions whose target is trained, ascending
+    position_tasks: Tensor  # [N'] int64, task id of every trained position
+    position_segments: Tensor  # [N'] int64, segment (0 … S-1) of every trained position
     cu_seqlens: Tensor  # [S'+1] int32, segment borders; padded with T so that its length takes few values
-    segment_lengths: tuple[int, ...]  # S real segments, then one for the padding where there is any; host, sums to T
+    # S real segments, then one for the padding where there is any; host, sums to T
+    segment_lengths: tuple[int, ...]
     max_seqlen: int  # bound on the longest segment, host, rounded up so that it takes few values
     samples: tuple[int, ...]  # [S] sample ids of the real segments, host
     real_tokens: int  # tokens that are not padding, host
-    kept_share: float = 1.0  # guessed share of the trained positions that loss.skip_below keeps, host; any guess is exact
+    # guessed share of the trained positions that loss.skip_below keeps, host; any guess is exact
+    kept_share: float = 1.0
 
     @property
     def num_segments(self) -> int:

@@ -1,10 +1,14 @@
 """The closed list: everything mutable of a run, as tensors under constant names and as JSON values.
 
-A snapshot copies this list, a checkpoint writes it, a revert copies it back. What is mutable and not on it is a bug.
+A snapshot copies this list, a checkpoint writes it, a revert copies it back. What is mutable and not on it is
+a bug.
 
-    tensors   parameters or adapters, moments with their block scales, master weights: live storages whose names, shapes,
-              dtypes and addresses never change after the start, so that copies go from and to fixed places
-    values    cursor, schedule, counters, policy table, RNG streams: read by a getter, put back by a setter
+    tensors   parameters or adapters, moments with their block scales, master weights: live storages whose
+              names, shapes, dtypes and addresses never change after the start, so that copies go from and to
+              fixed places
+    values    cursor, schedule, counters, RNG streams: read by a getter, put back by a setter
+
+The policy's table is not on it: a roll-back must not undo it. A checkpoint holds it beside the list.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ Setter = Callable[[JSON], None]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: the local shard of a DTensor, sharing its storage; no communication."""
+    """What this rank holds of a tensor: the local shard of a DTensor, sharing its storage; no
+    communication."""
     shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return shard.detach()
 
@@ -36,11 +41,14 @@ def local(tensor: Tensor) -> Tensor:
 def encode_values(values: Mapping[str, JSON]) -> str:
     """Canonical JSON text of the values: equal values give equal text, and decoding gives them back exactly.
 
-    Raises SnapshotError naming the place of anything that JSON would change on the way (integer keys, numpy numbers, sets).
-    Floats keep every bit (shortest repr); NaN and infinities are kept in Python's spelling. Tuples come back as lists.
+    Raises SnapshotError naming the place of anything that JSON would change on the way (integer keys, numpy
+    numbers, sets). Floats keep every bit (shortest repr); NaN and infinities are kept in Python's spelling.
+    Tuples come back as lists.
     """
     for path, got in _not_json(values, ""):
-        raise SnapshotError(describe(f"state value {path}", "cannot be kept", expected="plain JSON types", got=got))
+        raise SnapshotError(
+            describe(f"state value {path}", "cannot be kept", expected="plain JSON types", got=got)
+        )
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
@@ -59,7 +67,8 @@ def _not_json(value: object, path: str) -> Iterator[tuple[str, str]]:
             else:
                 yield from _not_json(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list | tuple):
-        if not set(map(type, value)) <= _PLAIN:  # random streams are lists of hundreds of numbers, looked at in every snapshot
+        # random streams are lists of hundreds of numbers, looked at in every snapshot
+        if not set(map(type, value)) <= _PLAIN:
             for i, item in enumerate(value):
                 yield from _not_json(item, f"{path}[{i}]")
     elif type(value) not in _PLAIN:
@@ -69,8 +78,8 @@ def _not_json(value: object, path: str) -> Iterator[tuple[str, str]]:
 def state_hash(tensors: Mapping[str, Tensor], values: Mapping[str, JSON]) -> str:
     """32 hex digits over names, order, dtypes, shapes and contents of the tensors, and over the values.
 
-    Equal exactly when the state is (up to collisions of 64-bit checksums per tensor). One read of the memory, one host read
-    per device. Of a DTensor it covers this rank's shard.
+    Equal exactly when the state is (up to collisions of 64-bit checksums per tensor). One read of the memory,
+    one host read per device. Of a DTensor it covers this rank's shard.
     """
     shards = [local(t) for t in tensors.values()]
     digest = hashlib.blake2b(digest_size=16)
@@ -99,23 +108,32 @@ class RunState:
         self._values: dict[str, tuple[Getter, Setter]] = {}
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Registers a live tensor. Raises SnapshotError for a name used twice and for memory registered under another name."""
+        """Registers a live tensor. Raises SnapshotError for a name used twice and for memory registered under
+        another name."""
         if name in self._tensors or name in self._values:
-            raise SnapshotError(describe(f"state {name}", "is registered twice", todo="give every part of the state one name"))
+            raise SnapshotError(
+                describe(f"state {name}", "is registered twice", todo="give every part of the state one name")
+            )
         facts = _facts(tensor)
-        if local(tensor).numel():  # this rank's part of [1, H] on two ranks may be nothing, which has no memory
+        # this rank's part of [1, H] on two ranks may be nothing, which has no memory
+        if local(tensor).numel():
             twin = self._memory.setdefault(facts, name)
             if twin != name:
                 raise SnapshotError(
-                    describe(f"state {name}", f"is the same memory as {twin}", todo="register tied tensors once")
+                    describe(
+                        f"state {name}", f"is the same memory as {twin}", todo="register tied tensors once"
+                    )
                 )
         self._tensors[name] = tensor
         self._facts[name] = facts
 
-    def add_tensors(self, prefix: str, source: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
+    def add_tensors(
+        self, prefix: str, source: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
+    ) -> None:
         """Registers `prefix/name` for every tensor of a mapping.
 
-        A callable is asked again by `check`, which thereby notices an optimizer that replaced, added or dropped a tensor.
+        A callable is asked again by `check`, which thereby notices an optimizer that replaced, added or
+        dropped a tensor.
         """
         mapping = source() if callable(source) else source
         for name, tensor in mapping.items():
@@ -124,16 +142,26 @@ class RunState:
             self._sources[prefix] = (prefix, source)
 
     def add_value(self, name: str, get: Getter, put: Setter) -> None:
-        """Registers a value by its getter and setter. The setter receives what the getter gave, after a trip through JSON."""
+        """Registers a value by its getter and setter. The setter receives what the getter gave, after a trip
+        through JSON."""
         if name in self._tensors or name in self._values:
-            raise SnapshotError(describe(f"state {name}", "is registered twice", todo="give every part of the state one name"))
+            raise SnapshotError(
+                describe(f"state {name}", "is registered twice", todo="give every part of the state one name")
+            )
         self._values[name] = (get, put)
 
     def add_rng(self, device: torch.device | str = "cpu") -> None:
-        """Registers the streams anything here may draw from: torch on CPU and on `device`, Python's and numpy's global ones."""
-        self.add_value("rng/python", lambda: list(random.getstate()), lambda s: random.setstate((s[0], tuple(s[1]), s[2])))
+        """Registers the streams anything here may draw from: torch on CPU and on `device`, Python's and
+        numpy's global ones."""
+        self.add_value(
+            "rng/python",
+            lambda: list(random.getstate()),
+            lambda s: random.setstate((s[0], tuple(s[1]), s[2])),
+        )
         self.add_value("rng/numpy", _numpy_global, _set_numpy_global)
-        self.add_value("rng/torch", lambda: _hex(torch.get_rng_state()), lambda s: torch.set_rng_state(_unhex(s)))
+        self.add_value(
+            "rng/torch", lambda: _hex(torch.get_rng_state()), lambda s: torch.set_rng_state(_unhex(s))
+        )
         where = torch.device(device)
         if where.type == "cuda":
             self.add_value(
@@ -141,14 +169,6 @@ class RunState:
                 lambda: _hex(torch.cuda.get_rng_state(where)),
                 lambda s: torch.cuda.set_rng_state(_unhex(s), where),
             )
-
-    def add_generator(self, name: str, generator: torch.Generator | np.random.Generator) -> None:
-        """Registers a generator object of torch or numpy (Philox, PCG64, … by its bit generator's state)."""
-        if isinstance(generator, torch.Generator):
-            self.add_value(name, lambda: _hex(generator.get_state()), lambda s: _set_generator(generator, s))
-        else:
-            bits = generator.bit_generator
-            self.add_value(name, lambda: _plain(bits.state), lambda s: setattr(bits, "state", _arrays(s)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by name, always in the same order."""
@@ -158,11 +178,15 @@ class RunState:
         return {name: get() for name, (get, _) in self._values.items()}
 
     def load_values(self, values: Mapping[str, JSON]) -> None:
-        """Puts every value back. Raises SnapshotError, before touching any, when a name is missing or unknown."""
-        missing, unknown = sorted(self._values.keys() - values.keys()), sorted(values.keys() - self._values.keys())
+        """Puts every value back. Raises SnapshotError, before touching any, when a name is missing or
+        unknown."""
+        missing = sorted(self._values.keys() - values.keys())
+        unknown = sorted(values.keys() - self._values.keys())
         if missing or unknown:
             raise SnapshotError(
-                describe("state values", "do not match this run", expected=sorted(self._values), got=sorted(values))
+                describe(
+                    "state values", "do not match this run", expected=sorted(self._values), got=sorted(values)
+                )
                 + f" (missing {missing}, unknown {unknown})"
             )
         for name, (_, put) in self._values.items():
@@ -172,22 +196,22 @@ class RunState:
         return state_hash(self.tensors(), self.values())
 
     def check(self) -> None:
-        """Raises SnapshotError when a registered tensor moved, changed shape or dtype, or a source has other tensors now."""
+        """Raises SnapshotError when a registered tensor moved, changed shape or dtype, or a source has other
+        tensors now."""
         for name, tensor in self._tensors.items():
-            if _facts(tensor) != self._facts[name]:
-                raise SnapshotError(
-                    describe(f"state {name}", "is not the tensor that was registered", expected=self._facts[name],
-                             got=_facts(tensor), todo="change state in place")
-                )  # fmt: skip
+            then, now = self._facts[name], _facts(tensor)
+            if now != then:
+                wrong, todo = "is not the tensor that was registered", "change state in place"
+                raise SnapshotError(describe(f"state {name}", wrong, expected=then, got=now, todo=todo))
         for prefix, source in self._sources.values():
-            now = {f"{prefix}/{name}": _facts(t) for name, t in source().items()}
-            then = {name: facts for name, facts in self._facts.items() if name.startswith(f"{prefix}/")}
-            changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+            given = {f"{prefix}/{name}": _facts(t) for name, t in source().items()}
+            known = {name: facts for name, facts in self._facts.items() if name.startswith(f"{prefix}/")}
+            names = given.keys() | known.keys()
+            changed = sorted(name for name in names if given.get(name) != known.get(name))
             if changed:
-                raise SnapshotError(
-                    describe(f"state {prefix}", "was replaced, added or dropped since the start", got=changed,
-                             todo="allocate every tensor before the first update and change it in place")
-                )  # fmt: skip
+                wrong = "was replaced, added or dropped since the start"
+                todo = "allocate every tensor before the first update and change it in place"
+                raise SnapshotError(describe(f"state {prefix}", wrong, got=changed, todo=todo))
 
 
 def _facts(tensor: Tensor) -> tuple:
@@ -201,10 +225,6 @@ def _hex(state: Tensor) -> str:
 
 def _unhex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-def _set_generator(generator: torch.Generator, text: str) -> None:
-    generator.set_state(_unhex(text))
 
 
 def _numpy_global() -> JSON:

@@ -1,7 +1,7 @@
 """Exact statistics of trained tokens: per row as they leave the loss, and summed per task or per sample.
 
-Sums are kept in fixed point (int64): integer addition is associative, so equal row statistics give bit-equal sums in
-any order, on any number of ranks (law 11), and atomics cannot disturb them. They are read as float64.
+Sums are kept in fixed point (int64): integer addition is associative, so equal row statistics give bit-equal
+sums in any order, on any number of ranks (law 11), and atomics cannot disturb them. They are read as float64.
 """
 
 from __future__ import annotations
@@ -11,16 +11,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Column → number of fractional bits. The largest value a token may add is clamped to 2**(CLAMP_BITS) before scaling.
-# At 2**32 a row of 2**20 tokens with loss 2**10 each still fits (62 bits).
-COLUMNS = ("total", "correct", "nonfinite", "loss", "loss_squared", "entropy", "top1_probability", "margin", "log10_miss")
-FRACTION_BITS = {"loss": 32, "loss_squared": 24, "entropy": 32, "top1_probability": 32, "margin": 24, "log10_miss": 32}
-CLAMP_BITS = {"loss": 12, "loss_squared": 20, "entropy": 8, "top1_probability": 1, "margin": 16, "log10_miss": 8}
+# Column → number of fractional bits. The largest value a token may add is clamped to 2**(CLAMP_BITS) before
+# scaling. At 2**32 a row of 2**20 tokens with loss 2**10 each still fits (62 bits).
+COLUMNS = (
+    "total",
+    "correct",
+    "nonfinite",
+    "loss",
+    "loss_squared",
+    "entropy",
+    "top1_probability",
+    "margin",
+    "log10_miss",
+)
+FRACTION_BITS = {
+    "loss": 32,
+    "loss_squared": 24,
+    "entropy": 32,
+    "top1_probability": 32,
+    "margin": 24,
+    "log10_miss": 32,
+}
+CLAMP_BITS = {
+    "loss": 12,
+    "loss_squared": 20,
+    "entropy": 8,
+    "top1_probability": 1,
+    "margin": 16,
+    "log10_miss": 8,
+}
 K = len(COLUMNS)
 
 
 @dataclass(frozen=True)
-class RowStats:
+class PositionStats:
     """Statistics of the N' trained positions of one row. None of them requires grad."""
 
     loss: Tensor  # [N'] fp32, -log p(target), unweighted
@@ -28,10 +52,12 @@ class RowStats:
     entropy: Tensor  # [N'] fp32, nats
     top1_probability: Tensor  # [N'] fp32
     margin: Tensor  # [N'] fp32, top-1 minus top-2 logit
-    log10_miss: Tensor  # [N'] fp32, log10(1 - p(target)); -inf only when p is exactly 1 (then clamped in sums)
+    # [N'] fp32, log10(1 - p(target)); -inf only when p is exactly 1 (then clamped in sums)
+    log10_miss: Tensor
 
-    def by(self, segments: Tensor, num_segments: int) -> TokenStats:
-        """Sum per segment. segments: [N'] int64 in 0 … num_segments-1. No host sync; order-independent, bit for bit."""
+    def sum_by(self, segments: Tensor, num_segments: int) -> TokenStats:
+        """Sum per segment. segments: [N'] int64 in 0 … num_segments-1. No host sync; order-independent, bit
+        for bit."""
         n = self.loss.numel()
         columns = [torch.ones(n, dtype=torch.int64, device=self.loss.device), self.correct.to(torch.int64)]
         finite = torch.isfinite(self.loss)
@@ -46,7 +72,9 @@ class RowStats:
         }
         for name, value in named.items():
             bound = float(2 ** CLAMP_BITS[name])
-            scaled = torch.nan_to_num(value.double(), nan=0.0).clamp(-bound, bound) * 2.0 ** FRACTION_BITS[name]
+            scaled = (
+                torch.nan_to_num(value.double(), nan=0.0).clamp(-bound, bound) * 2.0 ** FRACTION_BITS[name]
+            )
             columns.append(torch.where(finite, scaled.round(), 0.0).to(torch.int64))
         table = torch.zeros(num_segments, K, dtype=torch.int64, device=self.loss.device)
         table.index_add_(0, segments, torch.stack(columns, dim=1))
@@ -85,7 +113,8 @@ class TokenStats:
 
     @property
     def loss(self) -> Tensor:
-        """[n] fp64 sum of losses; meaningless where `nonfinite` is not 0: use `mean`, which says NaN there."""
+        """[n] fp64 sum of losses; meaningless where `nonfinite` is not 0: use `mean`, which says NaN
+        there."""
         return self.column("loss")
 
     @property

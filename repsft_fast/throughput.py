@@ -7,8 +7,8 @@ trained  tokens that carry loss
 Model FLOPs of forward and backward (what the mathematics needs; recomputation is not counted):
     6 · P · tokens  +  6 · H · V · trained  +  6 · L · A·D · Σ len²
 P counts the backbone's matrices only (no embedding table, no head; of experts the share a token meets);
-the attention term counts the causal half of QKᵀ and PV (2 · len² · A·D forward per layer) three times, in the L layers that
-attend; the head counts trained rows only, since no other row reaches it.
+the attention term counts the causal half of QKᵀ and PV (2 · len² · A·D forward per layer) three times, in the
+L layers that attend; the head counts trained rows only, since no other row reaches it.
 """
 
 from dataclasses import dataclass, fields
@@ -29,7 +29,8 @@ PEAK_FLOPS = {
 }
 
 
-_CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts", "top_k_experts")  # of a token
+# of a token
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class ModelShape:
 
     @staticmethod
     def of(model: Any) -> "ModelShape":
-        """Read it from an HF causal LM. Adapters and norms are left out: they are small and not always matmuls. Of experts a
-        token meets some; of layers that carry a state (Mamba, linear attention, convolutions) only the matrices are counted."""
+        """Read it from an HF causal LM. Adapters and norms are left out: they are small and not always
+        matmuls. Of experts a token meets some; of layers that carry a state (Mamba, linear attention,
+        convolutions) only the matrices are counted."""
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         matrices, chosen = 0.0, _number(config, *_CHOSEN_EXPERTS)
         head = model.get_output_embeddings()
@@ -72,7 +74,8 @@ class ModelShape:
 
 
 def _attention_width(config: Any) -> int:
-    """A · D; 0 for layers without attention, as Mamba's. Latent attention's keys and values differ in width: the mean."""
+    """A · D; 0 for layers without attention, as Mamba's. Latent attention's keys and values differ in width:
+    the mean."""
     heads = _number(config, "num_attention_heads")
     keys = _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim")
     if keys and (values := _number(config, "v_head_dim")):
@@ -82,14 +85,18 @@ def _attention_width(config: Any) -> int:
 
 def _attention_layers(config: Any) -> int:
     """Layers whose work grows with the square of a sample: of a hybrid's some."""
-    kinds = next((v for n in ("layer_types", "layers_block_type") if isinstance(v := getattr(config, n, None), list)), None)
+    kinds = next(
+        (v for n in ("layer_types", "layers_block_type") if isinstance(v := getattr(config, n, None), list)),
+        None,
+    )
     if not kinds:
         return int(config.num_hidden_layers)
     return sum(str(kind).endswith(("attention", "hybrid")) and kind != "linear_attention" for kind in kinds)
 
 
 def _number(config: Any, *names: str) -> int:
-    """The first whole number of a configuration under one of these names, 0 where it has none (or one for each layer)."""
+    """The first whole number of a configuration under one of these names, 0 where it has none (or one for
+    each layer)."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, int)), 0)
 

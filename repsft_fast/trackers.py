@@ -1,7 +1,7 @@
 """Experiment trackers by name: wandb, trackio, tensorboard. None by default, none imported unless asked for.
 
-Only rank 0 makes them. Each works in a thread of its own: one that breaks during a run is switched off and said once, one that
-blocks is left behind. None may end the run or hold it up.
+Only rank 0 makes them. Each works in a thread of its own: one that breaks during a run is switched off and
+said once, one that blocks is left behind. None may end the run or hold it up.
 """
 
 import importlib
@@ -42,31 +42,51 @@ def check_there(names: Sequence[str]) -> None:
 class Trackers:
     """All trackers of a run as one. `log` takes the records of metrics.jsonl."""
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, note: Callable[[str], None] = print):
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        note: Callable[[str], None] = print,
+    ):
         """Starts them. Raises ConfigError as `check_there`."""
         check_there(names)
         self._note = note
         self._open = {name: _Apart(name, partial(_MAKERS[name], folder, settings)) for name in names}
         for name, tracker in self._open.items():
             if not tracker.wait_for(START_S):
-                note(f"log.trackers: {name} has not started within {START_S:g} s; the run goes on, and tells it when it does")
+                note(
+                    f"log.trackers: {name} has not started within {START_S:g} s; the run goes on, and tells"
+                    " it when it does"
+                )
         self._drop_failed()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One record of metrics.jsonl: its numbers under its kind (`update/loss`, `epoch/tasks/boolq/loss`). Never waits."""
+        """One record of metrics.jsonl: its numbers under its kind (`update/loss`, `epoch/tasks/boolq/loss`).
+        Never waits."""
         self._drop_failed()
         kind = str(record.get("kind", "update"))
-        numbers = dict(flat_numbers({k: v for k, v in record.items() if k not in ("kind", "update")}, f"{kind}/"))
+        numbers = dict(
+            flat_numbers({k: v for k, v in record.items() if k not in ("kind", "update")}, f"{kind}/")
+        )
         if numbers:
             for name, tracker in self._open.items():
                 if not tracker.log(numbers, int(record.get("update") or 0)) and tracker.left_out == 1:
-                    self._note(f"log.trackers: {name} does not keep up; what it has no room for is in metrics.jsonl only")
+                    self._note(
+                        f"log.trackers: {name} does not keep up; what it has no room for is in metrics.jsonl"
+                        " only"
+                    )
 
     def finish(self, summary: Mapping[str, Any], patience_s: float = FINISH_S) -> None:
-        """Hands over how the run ended and closes them. One that stands still for so many seconds is left where it is."""
+        """Hands over how the run ended and closes them. One that stands still for so many seconds is left
+        where it is."""
         for name, tracker in self._open.items():
             if not tracker.finish(summary, patience_s):
-                self._note(f"log.trackers: {name} has not ended within {patience_s:g} s; metrics.jsonl has everything")
+                self._note(
+                    f"log.trackers: {name} has not ended within {patience_s:g} s; metrics.jsonl has"
+                    " everything"
+                )
         self._drop_failed()
         self._open.clear()
 
@@ -74,13 +94,17 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             if tracker.failed:
                 del self._open[name]
-                self._note(f"log.trackers: {name} is switched off ({tracker.failed}); metrics.jsonl has everything")
+                self._note(
+                    f"log.trackers: {name} is switched off ({tracker.failed}); metrics.jsonl has everything"
+                )
 
 
 class _Apart:
-    """One tracker in a thread of its own: nothing that it does, or does not, ends the run or holds it up for long.
+    """One tracker in a thread of its own: nothing that it does, or does not, ends the run or holds it up for
+    long.
 
-    failed: what it raised, whatever that was; it is asked nothing more then. left_out: records there was no room for.
+    failed: what it raised, whatever that was; it is asked nothing more then. left_out: records there was no
+    room for.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
@@ -159,7 +183,11 @@ def _missing(name: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # it is not there, or what is there cannot be imported
-        return describe("log.trackers", f"{name} cannot be imported ({error})", todo=f"{install}, or drop it from log.trackers")
+        return describe(
+            "log.trackers",
+            f"{name} cannot be imported ({error})",
+            todo=f"{install}, or drop it from log.trackers",
+        )
     return None
 
 
@@ -170,7 +198,8 @@ class _Wandb:
         self._run = wandb.init(project="repsft", name=folder.name, dir=str(folder), config=dict(settings))
 
     def log(self, numbers: Mapping[str, float], update: int) -> None:
-        # Several records share an update; wandb wants steps that only grow, so the update is a number among the others.
+        # Several records share an update; wandb wants steps that only grow, so the update is a number among
+        # the others.
         self._run.log({**numbers, "update": update})
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -1,10 +1,36 @@
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A warm process that forks whole runs, which a test may kill: the functions of run_jobs."""
+    from tests.helpers import run_jobs
+    from tests.helpers.forkserver import ForkServer
+
+    started = ForkServer(run_jobs.PRELOAD)
+    yield started
+    started.close()
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """What is built alone may make a group of one rank, which nobody leaves: the next test is to find none."""
+    before = _group()
+    yield
+    if _group() and not before:
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def pytest_configure(config):
@@ -21,6 +47,12 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     if not torch.cuda.is_available():
-        built = f"is built for CUDA {torch.version.cuda} and sees none" if torch.version.cuda else "is built without CUDA"
+        built = (
+            f"is built for CUDA {torch.version.cuda} and sees none"
+            if torch.version.cuda
+            else "is built without CUDA"
+        )
         for item in on_gpu:
-            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: torch {torch.__version__} {built}"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs a CUDA device: torch {torch.__version__} {built}")
+            )

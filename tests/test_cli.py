@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from repsft_fast import cli
+from repsft_fast.commands import bench, doctor
 from repsft_fast.config import Config, setting_names
-from repsft_fast.config.page import settings, settings_page
+from repsft_fast.config.reference import settings, settings_page
 from repsft_fast.errors import DataError, TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +22,9 @@ LEAST = ["--run.folder", "r", "--model.path", "m", "--data.train", "a.jsonl", "-
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Notes what it is called with, in the place of the real trainer and the real small verbs (which need torch)."""
-    fake = types.ModuleType("repsft_fast.training.trainer")
+    """Notes what it is called with, in the place of the real trainer and the real small verbs (which need
+    torch)."""
+    fake = types.ModuleType("every command")
     fake.calls, fake.answer = [], None
 
     def noting(verb):
@@ -33,10 +36,20 @@ def trainer(monkeypatch):
 
         return call
 
-    for verb in ("train", "msft", "inspect", "demo", "doctor", "export"):
+    for verb in ("train", "dry_run", "inspect", "demo", "export"):
         setattr(fake, verb, noting(verb))
-    for name in ("training.trainer", "verbs"):
+    for name in (
+        "training.trainer",
+        "sizing.dry_run",
+        "commands.inspect",
+        "commands.demo",
+        "commands.export",
+    ):
         monkeypatch.setitem(sys.modules, f"repsft_fast.{name}", fake)
+    monkeypatch.setattr(doctor, "doctor", noting("doctor"))
+    # `from package import module` asks the package first, which has it after any earlier import.
+    monkeypatch.setattr("repsft_fast.training.trainer", fake, raising=False)
+    monkeypatch.setattr("repsft_fast.sizing.dry_run", fake, raising=False)
     for name in [name for name in os.environ if name.startswith("REPSFT_")]:
         monkeypatch.delenv(name)
     return fake
@@ -48,10 +61,20 @@ def config_of(trainer):
 
 class TestTrain:
     def test_flags_become_settings(self, trainer):
-        assert cli.main(["train", *LEAST, "--optim.lr", "1e-4", "--optim.betas", "[0.8, 0.9]", "--batch.tokens=8192"]) == 0
+        assert (
+            cli.main(
+                ["train", *LEAST, "--optim.lr", "1e-4", "--optim.betas", "[0.8, 0.9]", "--batch.tokens=8192"]
+            )
+            == 0
+        )
         config = config_of(trainer)
-        assert (config.run.folder, config.optim.lr, config.optim.betas, config.batch.tokens) == ("r", 1e-4, (0.8, 0.9), 8192)
-        assert trainer.calls[-1][2] == {"dry_run": False, "resume": False}
+        assert (config.run.folder, config.optim.lr, config.optim.betas, config.batch.tokens) == (
+            "r",
+            1e-4,
+            (0.8, 0.9),
+            8192,
+        )
+        assert (trainer.calls[-1][0], trainer.calls[-1][2]) == ("train", {"resume": False})
 
     def test_file_then_environment_then_flags(self, trainer, tmp_path, monkeypatch):
         path = tmp_path / "run.yaml"
@@ -69,13 +92,21 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("flags", "name", "value"),
         [
-            (["--data.train", "{math: a.jsonl, code: [b, c]}"], "data.train", {"math": "a.jsonl", "code": ["b", "c"]}),
+            (
+                ["--data.train", "{math: a.jsonl, code: [b, c]}"],
+                "data.train",
+                {"math": "a.jsonl", "code": ["b", "c"]},
+            ),
             (["--data.train", "a", "--data.train", "b"], "data.train", ["a", "b"]),
             (["--data.train", "[a, b]"], "data.train", ["a", "b"]),
             (["--data.train", "a, b.jsonl"], "data.train", "a, b.jsonl"),
             (["--log.trackers", "[wandb, tensorboard]"], "log.trackers", ["wandb", "tensorboard"]),
             (["--log.trackers", "wandb", "--log.trackers", "trackio"], "log.trackers", ["wandb", "trackio"]),
-            (["--mixture.weights", "{a: 1}", "--mixture.weights", "{b: 2}"], "mixture.weights", {"a": 1.0, "b": 2.0}),
+            (
+                ["--mixture.weights", "{a: 1}", "--mixture.weights", "{b: 2}"],
+                "mixture.weights",
+                {"a": 1.0, "b": 2.0},
+            ),
             (["--optim.max_norm", "null"], "optim.max_norm", None),
             (["--stop.token_accuracy", "null"], "stop.token_accuracy", None),
             (["--model.compile"], "model.compile", True),
@@ -96,17 +127,38 @@ class TestTrain:
         assert got == value
 
     def test_every_setting_has_a_flag(self, trainer):
-        given = [f"--{name}={setting.default}" for name, setting in settings().items() if setting.default is not None]
-        given = [flag for flag in given if not flag.startswith(("--model.lora", "--model.path", "--budget.epochs"))]
+        given = [
+            f"--{name}={setting.default}"
+            for name, setting in settings().items()
+            if setting.default is not None
+        ]
+        given = [
+            flag for flag in given if not flag.startswith(("--model.lora", "--model.path", "--budget.epochs"))
+        ]
         assert len(given) > 75
         assert cli.main(["train", *LEAST, *given]) == 0
-        assert config_of(trainer) == Config.of(dict(zip((flag.removeprefix("--") for flag in LEAST[::2]), LEAST[1::2])))
+        assert config_of(trainer) == Config.of(
+            dict(zip((flag.removeprefix("--") for flag in LEAST[::2]), LEAST[1::2]))
+        )
 
-    def test_dry_run_and_resume_are_handed_on(self, trainer):
-        assert cli.main(["train", *LEAST, "--dry-run"]) == 0
-        assert trainer.calls[-1][2] == {"dry_run": True, "resume": False}
+    def test_resume_is_handed_on(self, trainer):
         assert cli.main(["train", *LEAST, "--resume"]) == 0
-        assert trainer.calls[-1][2] == {"dry_run": False, "resume": True}
+        assert (trainer.calls[-1][0], trainer.calls[-1][2]) == ("train", {"resume": True})
+
+    @pytest.mark.parametrize("verb", ["train", "msft"])
+    def test_a_dry_run_trains_nothing(self, trainer, verb):
+        flags = ["--data.validation_fraction", "0.5", "--data.task_column", "t"]
+        assert cli.main([verb, *LEAST, *flags, "--dry-run", "--resume"]) == 0
+        assert cli.main([verb, *LEAST, *flags, "--dry-run", "--world", "8"]) == 0
+        assert [(call[0], call[2]) for call in trainer.calls] == [
+            ("dry_run", {"ranks": None}),
+            ("dry_run", {"ranks": 8}),
+        ]
+
+    def test_a_world_that_is_not_here_is_for_a_dry_run(self, trainer, capsys):
+        assert cli.main(["train", *LEAST, "--world", "8"]) == 2
+        assert "--world: trains nothing; add --dry-run" in capsys.readouterr().err
+        assert trainer.calls == []
 
 
 class TestOtherVerbs:
@@ -128,7 +180,13 @@ class TestOtherVerbs:
         assert trainer.calls[-1] == ("export", ("runs/a",), nothing)
         given = ["--to", "m", "--generation", "12", "--merge", "false", "--dtype", "float32", "--base", "b"]
         assert cli.main(["export", *given, "runs/a"]) == 0
-        assert trainer.calls[-1][2] == {"to": "m", "generation": 12, "merge": "false", "dtype": "float32", "base": "b"}
+        assert trainer.calls[-1][2] == {
+            "to": "m",
+            "generation": 12,
+            "merge": "false",
+            "dtype": "float32",
+            "base": "b",
+        }
 
     def test_export_without_a_run_or_with_two(self, trainer, capsys):
         assert cli.main(["export"]) == 2
@@ -137,27 +195,48 @@ class TestOtherVerbs:
         assert "got b" in capsys.readouterr().err
         assert trainer.calls == []
 
-    def test_bench_hands_everything_on(self, monkeypatch):
-        seen = []
-        fake = types.ModuleType("benchmarks.commands")
-        fake.main = lambda arguments: seen.append(arguments) or 1
-        monkeypatch.setitem(sys.modules, "benchmarks.commands", fake)
-        assert cli.main(["bench", "compare", "HEAD~1", "HEAD"]) == 1
-        assert cli.main(["bench"]) == 1
-        assert seen == [["compare", "HEAD~1", "HEAD"], []]
+    @pytest.mark.parametrize(("ends", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+    def test_bench_hands_everything_on(self, monkeypatch, tmp_path, capfd, ends, code):
+        """To the benchmarks beside the package, in the current folder, which may hold others."""
+        for name, text in (
+            ("checkout", f"print(os.getcwd(), sys.argv[1:], flush=True); {ends}"),
+            ("here", "1 / 0"),
+        ):
+            (tmp_path / name / "benchmarks").mkdir(parents=True)
+            (tmp_path / name / "benchmarks" / "__init__.py").touch()
+            (tmp_path / name / "benchmarks" / "__main__.py").write_text(f"import os, sys; {text}")
+        monkeypatch.setattr(bench, "CHECKOUT", tmp_path / "checkout")
+        monkeypatch.chdir(tmp_path / "here")
+        before = list(sys.path)
+        assert cli.main(["bench", "compare", "HEAD~1", "HEAD"]) == code
+        assert cli.main(["bench"]) == code
+        assert capfd.readouterr().out.splitlines() == [
+            f"{tmp_path / 'here'} {arguments}" for arguments in (["compare", "HEAD~1", "HEAD"], [])
+        ]
+        assert sys.path == before
+
+    def test_a_request_to_end_reaches_the_benchmark(self, monkeypatch, tmp_path):
+        """Or it would go on measuring, on its GPU, when nobody waits for it."""
+        (tmp_path / "benchmarks").mkdir()
+        (tmp_path / "benchmarks" / "__init__.py").touch()
+        asks = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+        (tmp_path / "benchmarks" / "__main__.py").write_text(asks)
+        monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+        before = signal.getsignal(signal.SIGTERM)
+        assert cli.main(["bench"]) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is before
 
     def test_bench_outside_a_checkout_says_so(self, monkeypatch, tmp_path, capsys):
-        from repsft_fast import verbs
-
-        monkeypatch.setattr(verbs, "__file__", str(tmp_path / "site-packages" / "repsft_fast" / "verbs.py"))
+        assert bench.CHECKOUT == ROOT
+        monkeypatch.setattr(bench, "CHECKOUT", tmp_path / "site-packages")
         assert cli.main(["bench", "gate"]) == 2
         assert "run it from a checkout" in capsys.readouterr().err
 
-    def test_benchs_own_usage_errors_end_with_2(self, capsys):
+    def test_benchs_own_usage_errors_end_with_2(self, capfd):
         assert cli.main(["bench", "compare", "HEAD"]) == 2
-        assert "usage: repsft bench compare" in capsys.readouterr().err
+        assert "usage: repsft bench compare" in capfd.readouterr().err
         assert cli.main(["bench", "compare", "no-such-revision", "HEAD"]) == 2
-        assert "no-such-revision is not a revision" in capsys.readouterr().err
+        assert "no-such-revision is not a revision" in capfd.readouterr().err
 
     def test_the_settings_page(self, trainer, capsys):
         assert cli.main(["doctor", "--settings"]) == 0
@@ -226,7 +305,10 @@ class TestRefusals:
         ("arguments", "piece"),
         [
             (["trian"], "trian is not a verb; did you mean train?"),
-            (["qqq"], "qqq is not a verb; there are train, msft, demo, export, inspect, doctor, selftest, bench"),
+            (
+                ["qqq"],
+                "qqq is not a verb; there are train, msft, demo, export, inspect, doctor, selftest, bench",
+            ),
             (["train", "--config", "none.yaml"], "none.yaml: no such settings file"),
             (["train", *LEAST, "--optim.lr"], "--optim.lr"),
             (["train", *LEAST, "stray"], "an argument that belongs to no flag, got stray"),
@@ -250,12 +332,17 @@ class TestRefusals:
             "run.fold is", "--run.fold is"
         )
 
-    def test_only_one_rank_tells_of_bad_settings_and_every_rank_of_its_own_misfortune(self, trainer, monkeypatch, capsys):
+    def test_only_one_rank_tells_of_bad_settings_and_every_rank_of_its_own_misfortune(
+        self, trainer, monkeypatch, capsys
+    ):
         monkeypatch.setenv("RANK", "1")
         assert cli.main(["train"]) == 2
-        assert "rank 1" in capsys.readouterr().err, "a number left over in a shell: there is nobody else to tell"
+        assert "rank 1" in capsys.readouterr().err, (
+            "a number left over in a shell: there is nobody else to tell"
+        )
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("repsft_fast.distributed.refuse", lambda error: None)  # which would wait for the other
+        # which would wait for the other
+        monkeypatch.setattr("repsft_fast.distributed.abort_launch", lambda error: None)
         assert cli.main(["train"]) == 2
         assert capsys.readouterr().err == ""
         trainer.answer = TrainingError("a dead peer")
@@ -312,7 +399,10 @@ class TestHelp:
 
     def test_the_module_runs_too(self):
         done = subprocess.run(
-            [sys.executable, "-m", "repsft_fast", "train", "--optim.lrr", "1"], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", "repsft_fast", "train", "--optim.lrr", "1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 2
         assert "did you mean optim.lr?" in done.stderr

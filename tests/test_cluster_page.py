@@ -1,4 +1,5 @@
-"""docs/cluster.md: its scripts parse, its commands are the command line's, its tables are what the code prints."""
+"""docs/cluster.md: its scripts parse, its commands are the command line's, its tables are what the code
+prints."""
 
 import re
 import shlex
@@ -10,9 +11,9 @@ import pytest
 
 from repsft_fast import cli
 from repsft_fast.distributed import handshake, launch, listening
-from repsft_fast.training import size_page
-from repsft_fast.training.known_models import MODELS
-from repsft_fast.training.sizing import ModelSize
+from repsft_fast.sizing import page
+from repsft_fast.sizing.known_models import MODELS
+from repsft_fast.sizing.model_size import ModelSize
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -31,9 +32,13 @@ def test_the_scripts_parse():
 def test_the_commands_are_understood(command, resume, monkeypatch, tmp_path):
     """Every flag is known and every value usable; nothing is trained."""
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("model: {path: m}\ndata: {train: d.jsonl}\nbudget: {epochs: 1}\nrun: {folder: r}\n")
+    Path("run.yaml").write_text(
+        "model: {path: m}\ndata: {train: d.jsonl}\nbudget: {epochs: 1}\nrun: {folder: r}\n"
+    )
     called = []
-    monkeypatch.setattr(cli.Train, "call", staticmethod(lambda config, options: called.append((config, options))))
+    monkeypatch.setattr(
+        cli.Train, "call", staticmethod(lambda config, options: called.append((config, options)))
+    )
     filled = command.partition("#")[0].replace("$RESUME", resume).replace("$RUN", "runs/1")
     assert cli.run(shlex.split(filled)) == 0
     ((config, options),) = called
@@ -48,14 +53,20 @@ def test_there_are_three_commands():
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "Qwen3-32B"])
 def test_the_sizes_are_what_doctor_prints(name):
     table = PAGE.partition("<!-- made by: repsft doctor --plan -->")[2].partition("<!-- end -->")[0]
-    printed = size_page.page([name])
+    printed = page.page([name])
     lines = [line for line in printed.splitlines() if line]
     assert [line for line in lines if line not in table.splitlines()] == []
-    assert {line.split("|")[1].split()[0] for line in table.splitlines() if line.startswith("| ")} >= set(MODELS)
+    assert {line.split("|")[1].split()[0] for line in table.splitlines() if line.startswith("| ")} >= set(
+        MODELS
+    )
 
 
 def test_the_table_on_paper_follows_its_formula():
-    rows = re.findall(r"^\| (\S+) \| (\d+) \| ([\d.]+) GB \| (\d+) ms \| (\S+)(?: ms)? \| ([\d,]+) ms \|", PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\S+) \| (\d+) \| ([\d.]+) GB \| (\d+) ms \| (\S+)(?: ms)? \| ([\d,]+) ms \|",
+        PAGE,
+        re.MULTILINE,
+    )
     assert len(rows) == 9
     for name, gpus, sent, fast, slow, compute in rows:
         size = ModelSize.of(meta_model(name))
@@ -74,7 +85,7 @@ def meta_model(name):
 
 
 def test_the_signals_are_those_that_are_listened_to():
-    from repsft_fast.training.signals import CODES
+    from repsft_fast.signals import CODES
 
     table = PAGE.partition("## Signals")[2].partition("## ")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| SIG")]
@@ -88,7 +99,13 @@ def test_the_signals_are_those_that_are_listened_to():
 
 def test_the_variables_are_those_that_are_read():
     table = PAGE.partition("## What the launcher must say")[2].partition("## ")[0]
-    for names in (launch._OURS, *launch._LAUNCHERS, (listening.LISTEN, handshake.SECRET, "MASTER_ADDR", "MASTER_PORT")):
+    for names in (
+        launch._OURS,
+        *launch._LAUNCHERS,
+        (listening.LISTEN, handshake.SECRET, "MASTER_ADDR", "MASTER_PORT"),
+    ):
         for name in names:
-            short = name.replace("OMPI_COMM_WORLD_LOCAL_RANK", "_LOCAL_RANK").replace("OMPI_COMM_WORLD_SIZE", "_SIZE")
+            short = name.replace("OMPI_COMM_WORLD_LOCAL_RANK", "_LOCAL_RANK").replace(
+                "OMPI_COMM_WORLD_SIZE", "_SIZE"
+            )
             assert f"`{short}`" in table, name

@@ -1,5 +1,6 @@
 """The Python blocks of the pages in docs/ run, in order, in one namespace per page."""
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from repsft_fast import errors
 from repsft_fast.report.result import EXIT_CODES
-from repsft_fast.training.signals import CODES
+from repsft_fast.signals import CODES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("library.md",)
@@ -41,7 +42,9 @@ def test_the_code_of_the_page_runs(name, tmp_path, monkeypatch, capsys):
 
 
 def test_every_page_that_imports_the_package_is_run():
-    with_code = {page.name for page in DOCS.glob("*.md") if any("import" in code for *_, code in blocks(page))}
+    with_code = {
+        page.name for page in DOCS.glob("*.md") if any("import" in code for *_, code in blocks(page))
+    }
     assert with_code == set(PAGES)
 
 
@@ -73,7 +76,11 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_every_exit_code_has_its_line():
     told = {row[0] for row in rows("## Exit codes")}
-    codes = {cls.exit_code for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.RepsftError)}
+    codes = {
+        cls.exit_code
+        for _, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, errors.RepsftError)
+    }
     signals = {128 + number for number in (*CODES, signal.SIGKILL)}
     assert {str(code) for code in {0, *codes, *signals, *EXIT_CODES.values()}} <= told
 
@@ -90,9 +97,20 @@ def test_every_class_of_errors_has_its_section_and_exit_code():
             assert f"Exit code {cls.exit_code}." in ERRORS.split(f"\n### {name}\n")[1].split("\n#")[0], name
 
 
+def texts_of(path: Path) -> str:
+    """Every string of a source, also one that is written in pieces over several lines."""
+    pieces = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+    values = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in pieces]
+    return "\n".join("".join(str(getattr(part, "value", "")) for part in parts) for parts in values)
+
+
 def test_every_quoted_error_is_one_of_ours():
     """A phrase that is no longer said is no longer looked up."""
-    said = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS.parent / "repsft_fast").rglob("*.py"))
+    said = "\n".join(texts_of(path) for path in (DOCS.parent / "repsft_fast").rglob("*.py"))
     quoted = [row[0].strip("`") for row in rows("## Errors you may meet") if row[0].startswith("`")]
     assert len(quoted) >= 60
     parts = [part.strip() for phrase in quoted for part in phrase.split("…") if part.strip()]

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"errors", "row", "stats", "csrc_triton", "hub"}
+BASE = {"errors", "files", "seeded", "row", "stats", "csrc_triton", "hub"}
 STORAGE = BASE | {"distributed"}
 FLOORS = {
     "errors": set(),
+    "files": {"errors"},
+    "seeded": set(),
     "row": set(),
     "stats": set(),
     "csrc_triton": set(),
@@ -18,23 +20,54 @@ FLOORS = {
     "snapshot": STORAGE | {"state"},
     "checkpoint": STORAGE | {"state", "checkpoint"},
     "state": STORAGE,
-    "runlock": STORAGE,
+    "signals": set(),
+    "rundir": STORAGE | {"checkpoint", "config", "data", "models", "report", "rundir"},
     "metrics": STORAGE,
     "throughput": STORAGE,
     "trackers": STORAGE,
     "distributed": STORAGE,
     "policies": {"errors", "policies"},
     "schedule": {"errors"},
-    "config": {"errors", "config"},
+    "config": {"errors", "config", "policies"},
     "ops": BASE | {"ops"},
     "models": STORAGE | {"ops", "models"},
-    "optim": STORAGE | {"ops"},
+    "optim": STORAGE | {"ops", "optim"},
     "evaluate": STORAGE | {"ops", "data", "evaluate"},
-    "report": {"errors", "report"},
+    "report": {"errors", "files", "report"},
     "integrations": STORAGE | {"ops", "models", "integrations"},
 }
+BELOW_TRAINING = set(FLOORS)
+FLOORS |= {
+    "training": BELOW_TRAINING,
+    "sizing": BELOW_TRAINING | {"training"},
+    "selftest": BELOW_TRAINING | {"training"},
+    "commands": BELOW_TRAINING | {"training", "sizing", "selftest"},
+}
+# Inside the trainer's room, from the ground up: a file imports from lower floors, and from its own without a circle.
+TRAINING = (
+    {"parts", "progress", "spikes"},  # types
+    {"build", "samples", "chunks", "policy", "budget"},  # from settings to them
+    {
+        "reporter",
+        "account",
+        "step",
+        "refusals",
+        "snapshots",
+        "evaluation",
+        "outcome",
+        "probe",
+    },  # what is done with them
+    {"conductor"},  # what is decided
+    {"saver", "recovery"},  # what outlives an error
+    {"run"},  # all of it together
+    {"resume", "finish"},  # before the loop and after it
+    {"trainer"},  # the loop
+)
 STANDARD_LIBRARY_ONLY = {"policies", "schedule"}
-FORBIDDEN_THIRD_PARTY = {"config": {"torch", "numpy", "transformers"}, "csrc_triton": {"transformers", "numpy"}}
+FORBIDDEN_THIRD_PARTY = {
+    "config": {"torch", "numpy", "transformers"},
+    "csrc_triton": {"transformers", "numpy"},
+}
 
 
 def modules() -> list[Path]:
@@ -68,7 +101,9 @@ def test_a_room_imports_only_what_its_floor_allows(path):
     }
     if room in FLOORS:
         own = {room} if (ROOT / "repsft_fast" / room).is_dir() or room == "csrc_triton" else set()
-        assert ours <= FLOORS[room] | own, f"{path.name} in {room} imports {sorted(ours - FLOORS[room] - own)}"
+        assert ours <= FLOORS[room] | own, (
+            f"{path.name} in {room} imports {sorted(ours - FLOORS[room] - own)}"
+        )
     if room in STANDARD_LIBRARY_ONLY:
         import sys
 
@@ -87,3 +122,68 @@ def test_every_room_is_on_the_page():
     rooms = {room_of(p) for p in modules()} - {"__init__", "__main__", "csrc_triton"}
     missing = sorted(room for room in rooms if f"`{room}`" not in page)
     assert not missing, f"docs/architecture.md names no floor for {missing}"
+
+
+def graph() -> dict[str, set[str]]:
+    """Module → the modules of ours that it imports, anywhere in its text."""
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in modules()
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        asked = {(n if n in names else n.rpartition(".")[0]) for n in imports_of(path)}
+        found[name] = (asked & set(names)) - {name}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected modules (Tarjan), largest first."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(edges[node]):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(edges):
+        if node not in index:
+            visit(node)
+    return sorted(found, key=len, reverse=True)
+
+
+def test_no_module_imports_itself_by_a_detour():
+    assert circles(graph()) == []
+
+
+def test_a_detour_is_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_files_of_the_trainer_import_from_lower_floors():
+    files = {p.stem for p in (ROOT / "repsft_fast" / "training").glob("*.py")} - {"__init__"}
+    assert sorted(name for floor in TRAINING for name in floor) == sorted(files), "every file has one floor"
+    assert len(files) <= 24
+    height = {name: number for number, floor in enumerate(TRAINING) for name in floor}
+    for name in files:
+        for other in graph()[f"repsft_fast.training.{name}"]:
+            if other.startswith("repsft_fast.training."):
+                below = other.rpartition(".")[2]
+                assert height[below] <= height[name], f"{name} imports {below}, which stands above it"
+
+
+def test_no_import_hides_behind_type_checking():
+    hidden = [str(p.relative_to(ROOT)) for p in modules() if "TYPE_CHECKING" in p.read_text(encoding="utf-8")]
+    assert not hidden, f"an import for types alone is an import: {hidden}"

@@ -1,4 +1,5 @@
-"""What messages tell a user to set must exist: every dotted name in a message is a setting, a section or a file."""
+"""What messages tell a user to set must exist: every dotted name in a message is a setting, a section or a
+file."""
 
 import ast
 import re
@@ -6,14 +7,16 @@ from pathlib import Path
 
 import repsft_fast
 from repsft_fast.config import setting_names
-from repsft_fast.config.page import sections
+from repsft_fast.config.reference import sections
 
 PACKAGE = Path(repsft_fast.__file__).parent
 FILES = ("yaml", "png", "html", "json", "jsonl", "safetensors")
 # Keys of files, and arguments of our own classes that no setting reaches.
 NO_SETTINGS = {"tokenizer.model", "tokenizer.ggml", "tokenizer.ggml.tokens", "optim.step"}
 NO_SETTINGS |= {"optim.decay", "mixture.order", "schedule.decay_updates"}
-WORD = re.compile(rf"(?<![\w.-])(?:{'|'.join(name for name in sections() if '.' not in name)})(?:\.[a-z_0-9]+)+")
+WORD = re.compile(
+    rf"(?<![\w.-])(?:{'|'.join(name for name in sections() if '.' not in name)})(?:\.[a-z_0-9]+)+"
+)
 
 
 def texts(tree):
@@ -44,5 +47,8 @@ def test_every_setting_that_a_message_names_exists():
 
 
 def test_the_search_finds_a_wrong_name_and_only_that():
-    source = '"""data.nonsense in a docstring"""\nraise E("set data.nonsense, optim.lr; see run.yaml", f"data.more: {1}")'
+    source = (
+        '"""data.nonsense in a docstring"""\nraise E("set data.nonsense, optim.lr; see run.yaml",'
+        ' f"data.more: {1}")'
+    )
     assert list(strangers(source)) == [(2, "data.nonsense"), (2, "data.more")]

@@ -14,7 +14,16 @@ from repsft_fast.schedule import Schedule, constant, cosine, default_decay_updat
 
 def test_cosine_by_hand():
     assert [cosine(u, 1.0, 2, 6) for u in range(7)] == pytest.approx(
-        [1 / 3, 2 / 3, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4)), 0.0], abs=1e-15
+        [
+            1 / 3,
+            2 / 3,
+            1.0,
+            0.5 * (1 + math.cos(math.pi / 4)),
+            0.5,
+            0.5 * (1 + math.cos(3 * math.pi / 4)),
+            0.0,
+        ],
+        abs=1e-15,
     )
 
 
@@ -144,8 +153,14 @@ def test_a_schedule_is_its_function():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("wsdd", 1e-5, 0, 10), "schedule.name: is not a schedule, expected one of wsd, cosine, constant, linear, got wsdd"),
-        (("wsd", 0.0, 0, 10), "optim.lr: is not a learning rate, expected a finite number above 0, got 0.0; at rate 0"),
+        (
+            ("wsdd", 1e-5, 0, 10),
+            "schedule.name: is not a schedule, expected one of wsd, cosine, constant, linear, got wsdd",
+        ),
+        (
+            ("wsd", 0.0, 0, 10),
+            "optim.lr: is not a learning rate, expected a finite number above 0, got 0.0; at rate 0",
+        ),
         (("wsd", float("nan"), 0, 10), "optim.lr"),
         (("wsd", -1e-5, 0, 10), "optim.lr"),
         (("wsd", 1e-5, 0, 0), "budget.updates: leaves nothing to do, expected at least 1, got 0"),

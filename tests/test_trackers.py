@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from repsft_fast import trackers
-from repsft_fast.config.page import settings
+from repsft_fast.config.reference import settings
 from repsft_fast.errors import ConfigError
 from repsft_fast.trackers import Trackers, flat_numbers
 
@@ -38,7 +38,9 @@ def fake(monkeypatch):
 
     for name in ("wandb", "trackio"):
         module = types.ModuleType(name)
-        module.init = partial(lambda package, /, **settings: (told.append((package, settings)), run(package))[1], name)
+        module.init = partial(
+            lambda package, /, **settings: (told.append((package, settings)), run(package))[1], name
+        )
         monkeypatch.setitem(sys.modules, name, module)
     return told
 
@@ -159,7 +161,11 @@ class TestOneThatStandsStill:
             "log.trackers: wandb does not keep up",
             "log.trackers: wandb has not ended within 0.2 s",
         ]
-        kept = [what["update/loss"] for name, what in fake if name == "trackio" and isinstance(what, dict) and "update" in what]
+        kept = [
+            what["update/loss"]
+            for name, what in fake
+            if name == "trackio" and isinstance(what, dict) and "update" in what
+        ]
         assert kept == [float(number) for number in range(20)]
 
     def test_that_only_was_slow_gets_all_before_it_ends(self, tmp_path, fake, stuck):
@@ -176,17 +182,23 @@ class TestOneThatStandsStill:
     def test_at_its_start_is_said_and_gets_all_once_it_starts(self, tmp_path, fake, monkeypatch):
         go, init = threading.Event(), sys.modules["wandb"].init
         monkeypatch.setattr(trackers, "START_S", 0.1)
-        monkeypatch.setattr(sys.modules["wandb"], "init", lambda **settings: (go.wait(30), init(**settings))[1])
+        monkeypatch.setattr(
+            sys.modules["wandb"], "init", lambda **settings: (go.wait(30), init(**settings))[1]
+        )
         notes = []
         one = Trackers(["wandb"], tmp_path, {}, note=notes.append)
         one.log(RECORD)
         go.set()
         one.finish({}, 5.0)
-        assert notes == ["log.trackers: wandb has not started within 0.1 s; the run goes on, and tells it when it does"]
+        assert notes == [
+            "log.trackers: wandb has not started within 0.1 s; the run goes on, and tells it when it does"
+        ]
         assert sum(isinstance(what, dict) and "update" in what for _, what in fake) == 1
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), RuntimeError("x" * 10_000)])
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), RuntimeError("x" * 10_000)]
+)
 def test_whatever_it_raises_is_a_note_of_some_words(tmp_path, fake, monkeypatch, error):
     def leaves(**_):
         raise error
@@ -205,5 +217,7 @@ def test_a_package_that_is_there_and_broken_is_refused_as_one_that_is_not(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     (tmp_path / "trackio.py").write_text("raise TypeError('descriptors cannot be created directly')")
-    with pytest.raises(ConfigError, match=r"trackio cannot be imported .descriptors cannot be created directly"):
+    with pytest.raises(
+        ConfigError, match=r"trackio cannot be imported .descriptors cannot be created directly"
+    ):
         Trackers(["trackio"], tmp_path, {})

@@ -1,11 +1,11 @@
-"""Checkpoints: the closed list of state on disk, across runs. Whole generations only, no pickle, every byte accounted for.
+"""Checkpoints: the closed list of state on disk, across runs. Whole generations only, no pickle, every byte
+accounted for.
 
-frozen snapshot ──thread──▶ .writing-gen-n/ shards, values, hf/, MANIFEST ──rename──▶ gen-n/ ──▶ LATEST ──▶ prune
-LATEST's branch ──▶ newest whole generation ──verify all──▶ live tensors
+frozen snapshot ──thread──▶ .writing-gen-n/ shards, values, hf/, MANIFEST ──rename──▶ gen-n/ ──▶ LATEST ──▶
+prune LATEST's branch ──▶ newest whole generation ──verify all──▶ live tensors
 """
 
 from repsft_fast.checkpoint.background import BackgroundWriter, Outcome
-from repsft_fast.checkpoint.files import crash_point, set_crash_hook
 from repsft_fast.checkpoint.manifest import (
     Manifest,
     folder_name,
@@ -29,6 +29,7 @@ from repsft_fast.checkpoint.reader import (
 )
 from repsft_fast.checkpoint.retention import clean, prune
 from repsft_fast.checkpoint.writer import next_generation, save
+from repsft_fast.files import crash_point, set_crash_hook
 
 __all__ = [
     "BackgroundWriter",

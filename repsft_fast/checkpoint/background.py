@@ -15,7 +15,7 @@ from torch import Tensor
 from repsft_fast.checkpoint.pieces import Piece
 from repsft_fast.checkpoint.retention import prune
 from repsft_fast.checkpoint.seconds import SaveSeconds
-from repsft_fast.checkpoint.writer import leave_word, next_generation, save, writing_folder
+from repsft_fast.checkpoint.writer import leave_word, save, writing_folder
 from repsft_fast.errors import CheckpointError, describe
 from repsft_fast.state import JSON, decode_values, encode_values
 
@@ -36,7 +36,8 @@ class BackgroundWriter:
     """Writes generations one at a time, follows the branch, and deletes old ones after each success.
 
     parent          the generation the run comes from now: set it after a resume or a revert
-    waited_seconds  of the training loop, here, for saves to end. No part of what a save itself costs it: the copy it is of
+    waited_seconds  of the training loop, here, for saves to end. No part of what a save itself costs it: the
+                    copy it is of
     """
 
     def __init__(
@@ -71,18 +72,18 @@ class BackgroundWriter:
         protect: Collection[int] = (),
         **more: Any,
     ) -> None:
-        """Starts a save of frozen tensors. `done` is called in this thread, by a later call here, when they may change again.
+        """Starts a save of frozen tensors. `done` is called in this thread, by a later call here, when they
+        may change again.
 
-        Waits for the save before it. `more` goes to `save`: write_model, score. On several ranks all pass the same number.
+        Waits for the save before it. `more` goes to `save`: write_model, score. On several ranks all pass the
+        same number.
         """
         self.wait()
         frozen = decode_values(encode_values(values))
-        future = self._thread.submit(self._save, generation, tensors, frozen, self.parent, tuple(protect), more)
+        future = self._thread.submit(
+            self._save, generation, tensors, frozen, self.parent, tuple(protect), more
+        )
         self._running, self._generation = (future, done), generation
-
-    def next_generation(self) -> int:
-        self.wait()
-        return next_generation(self.folder)
 
     def _save(
         self,
@@ -106,12 +107,18 @@ class BackgroundWriter:
                 deleted = prune(self.folder, **self._keep, protect=protect)
             except OSError as error:
                 problem = CheckpointError(
-                    describe(str(self.folder), "old generations could not be deleted", got=error, todo="delete them by hand")
+                    describe(
+                        str(self.folder),
+                        "old generations could not be deleted",
+                        got=error,
+                        todo="delete them by hand",
+                    )
                 )
         return Outcome(generation, time.perf_counter() - start, path, problem, tuple(deleted), spent)
 
     def poll(self) -> list[Outcome]:
-        """Saves that ended since the last call. An Outcome with a path was written whole, whatever its error says."""
+        """Saves that ended since the last call. An Outcome with a path was written whole, whatever its error
+        says."""
         if self._running is not None and self._running[0].done():
             self._finish()
         ended, self._ended = self._ended, []
@@ -136,10 +143,13 @@ class BackgroundWriter:
         self._ended.append(outcome)
 
     def give_up(self, reason: str) -> None:
-        """Another rank is gone: the save under way does not wait for a part that will not come. It fails, or was whole."""
+        """Another rank is gone: the save under way does not wait for a part that will not come. It fails, or
+        was whole."""
         if self._running is not None:
             for rank in range(self._ranks["world_size"]):
-                leave_word(writing_folder(self.folder, self._generation, self._ranks["attempt"]), rank, reason)
+                leave_word(
+                    writing_folder(self.folder, self._generation, self._ranks["attempt"]), rank, reason
+                )
 
     def close(self) -> list[Outcome]:
         """Waits, ends the thread and returns the last outcomes."""

@@ -2,11 +2,11 @@
 
     h(x) = M2 · Σ_i half(w_i + i·GOLDEN)  +  mix(nbytes ^ SALT)      (mod 2^64),   mix(w) = M2 · half(w)
 
-The same number, since a product is distributive: one multiplication for the whole sum instead of one a word. numpy and not
-torch, because its unsigned words shift logically without a mask and its calls cost less.
+The same number, since a product is distributive: one multiplication for the whole sum instead of one a word.
+numpy and not torch, because its unsigned words shift logically without a mask and its calls cost less.
 
-A chunk is as large as this for two threads' sake: every operation gives the interpreter's lock back and asks for it again,
-and threads with small operations wait for it most of the time.
+A chunk is as large as this for two threads' sake: every operation gives the interpreter's lock back and asks
+for it again, and threads with small operations wait for it most of the time.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _buffers() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def host_checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """What csrc_triton.state_hash.checksums gives, which tensors on a device are handed on to: unsigned, by row-major bytes."""
+    """What csrc_triton.state_hash.checksums gives, which tensors on a device are handed on to: unsigned, by
+    row-major bytes."""
     found = [_of(t) if t.device.type == "cpu" else None for t in tensors]
     others = iter(checksums([t for t in tensors if t.device.type != "cpu"]))
     return [next(others) if one is None else one for one in found]

@@ -5,10 +5,12 @@
         values-00000-of-00002.json         one per rank
         hf/                                what from_pretrained loads, when a model writer was given
         MANIFEST.json                      everything above with sizes and hashes; hashed itself
-    LATEST, LATEST.backup                  {"generation": 12, "branch": [11, 7, …]}, hashed; two copies, one may be damaged
+    LATEST, LATEST.backup                  {"generation": 12, "branch": [11, 7, …]}, hashed; two copies, one
+                                           may be damaged
 
-A number is given in the order of writing and never twice. After a revert the next generation's parent is the one the run
-went back to, so the highest number of all may lie on an abandoned branch: only LATEST says where the run is.
+A number is given in the order of writing and never twice. After a revert the next generation's parent is the
+one the run went back to, so the highest number of all may lie on an abandoned branch: only LATEST says where
+the run is.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repsft_fast.checkpoint.files import hash_bytes, parse_json, read_small, replace_file
+from repsft_fast.checkpoint.files import hash_bytes, parse_json, read_small
 from repsft_fast.checkpoint.shards import DTYPES
 from repsft_fast.errors import CheckpointError, describe
+from repsft_fast.files import replace_file
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -86,7 +89,8 @@ class Manifest:
     world_size: int
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
-    identity: dict[str, Any] = field(default_factory=dict)  # what must match to resume: model, vocabulary, recipe …
+    # what must match to resume: model, vocabulary, recipe …
+    identity: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)  # of the software that wrote it; information only
     score: float | None = None  # for keep-best
     format: int = FORMAT
@@ -141,9 +145,13 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     try:
         manifest = _manifest(body)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(describe(where, "is malformed", got=f"{type(error).__name__}: {error}")) from error
+        raise CheckpointError(
+            describe(where, "is malformed", got=f"{type(error).__name__}: {error}")
+        ) from error
     if folder.name != folder_name(manifest.generation):
-        raise CheckpointError(describe(where, "belongs to another generation", expected=folder.name, got=manifest.generation))
+        raise CheckpointError(
+            describe(where, "belongs to another generation", expected=folder.name, got=manifest.generation)
+        )
     return manifest
 
 
@@ -151,19 +159,34 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     if body["format"] != FORMAT:
         raise ValueError(f"format {body['format']!r}")
     tensors = {name: _tensor_entry(name, entry) for name, entry in body["tensors"].items()}
-    files = {name: FileEntry(_count(entry["bytes"]), str(entry["hash"])) for name, entry in body["files"].items()}
+    files = {
+        name: FileEntry(_count(entry["bytes"]), str(entry["hash"])) for name, entry in body["files"].items()
+    }
     unknown = {shard.file for entry in tensors.values() for shard in entry.shards} - files.keys()
     if unknown:
         raise ValueError(f"tensors in files that are not listed: {sorted(unknown)}")
     parent = body["parent"] if body["parent"] is None else _count(body["parent"])
     score = None if body["score"] is None else float(body["score"])
     identity, versions = dict(body["identity"]), dict(body["versions"])
-    return Manifest(_count(body["generation"]), parent, _count(body["world_size"]), tensors, files, identity, versions, score)
+    return Manifest(
+        _count(body["generation"]),
+        parent,
+        _count(body["world_size"]),
+        tensors,
+        files,
+        identity,
+        versions,
+        score,
+    )
 
 
 def _tensor_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
-    shards = tuple(ShardEntry(s["file"], _count(s["start"]), _count(s["rows"]), s["hash"]) for s in entry["shards"])
-    result = TensorEntry(entry["dtype"], tuple(map(_count, entry["shape"])), shards, _count(entry["nonfinite"]))
+    shards = tuple(
+        ShardEntry(s["file"], _count(s["start"]), _count(s["rows"]), s["hash"]) for s in entry["shards"]
+    )
+    result = TensorEntry(
+        entry["dtype"], tuple(map(_count, entry["shape"])), shards, _count(entry["nonfinite"])
+    )
     check_cover(name, result)
     if result.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {result.dtype!r}")
@@ -177,7 +200,9 @@ def check_cover(name: str, entry: TensorEntry) -> None:
         if shard.start != at or shard.rows < 1:
             raise ValueError(f"{name} has rows missing or twice at {at}")
         at += shard.rows
-    rows = 0 if 0 in entry.shape else entry.shape[0] if entry.shape else 1
+    rows = entry.shape[0] if entry.shape else 1  # a scalar is one row
+    if 0 in entry.shape:
+        rows = 0  # an empty tensor has no shard
     if at != rows:
         raise ValueError(f"{name} has {at} of {rows} rows")
 
@@ -218,8 +243,8 @@ def read_latest(folder: str | os.PathLike) -> tuple[Latest | None, list[str]]:
 def move_latest(folder: str | os.PathLike, generation: int) -> None:
     """Points LATEST, atomically, at a generation and the branch that leads to it; its backup goes first.
 
-    To be called after a revert too, when the run goes on from an earlier generation. Raises CheckpointError for a generation
-    that is not there, OSError when the folder cannot be written.
+    To be called after a revert too, when the run goes on from an earlier generation. Raises CheckpointError
+    for a generation that is not there, OSError when the folder cannot be written.
     """
     folder = Path(folder)
     branch: list[int] = []

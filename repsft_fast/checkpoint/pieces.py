@@ -1,4 +1,5 @@
-"""What a rank holds of a tensor: a range of rows of the whole, so that any number of ranks can read what another wrote."""
+"""What a rank holds of a tensor: a range of rows of the whole, so that any number of ranks can read what
+another wrote."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ class Piece:
 
 
 def piece_of(name: str, tensor: Tensor | Piece, rank: int = 0) -> Piece:
-    """The piece behind a tensor, a DTensor or a Piece. Plain tensors are the same on every rank, and rank 0 writes them.
+    """The piece behind a tensor, a DTensor or a Piece. Plain tensors are the same on every rank, and rank 0
+    writes them.
 
-    Raises CheckpointError for DTensors that are not sharded in even or torch.chunk fashion along rows, or pending a sum.
+    Raises CheckpointError for DTensors that are not sharded in even or torch.chunk fashion along rows, or
+    pending a sum.
     """
     if isinstance(tensor, Piece):
         return tensor
@@ -43,7 +46,9 @@ def _piece_of_dtensor(name: str, tensor: Any) -> Piece:
     placements = tensor.placements
     if not all(p in (Replicate(), Shard(0)) for p in placements):
         raise CheckpointError(
-            describe(f"state {name}", "is not sharded by rows", expected="Shard(0) or Replicate()", got=placements)
+            describe(
+                f"state {name}", "is not sharded by rows", expected="Shard(0) or Replicate()", got=placements
+            )
         )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
     coordinate = tensor.device_mesh.get_coordinate()

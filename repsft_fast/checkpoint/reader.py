@@ -1,4 +1,5 @@
-"""Finding the newest whole generation, verifying it, and loading it into live tensors: all of it or nothing."""
+"""Finding the newest whole generation, verifying it, and loading it into live tensors: all of it or
+nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ READERS = 2  # each reads and sums
 
 
 class ForeignCheckpoint(CheckpointError):
-    """Whole, but of another model, recipe or dtype: older generations would not help, other settings would."""
+    """Whole, but of another model, recipe or dtype: older generations would not help, other settings
+    would."""
 
     exit_code = 2
 
@@ -55,7 +57,8 @@ class Generation:
 class Resumed:
     """What a load gave, beside the tensors."""
 
-    values: dict[str, JSON]  # of this rank; of rank (rank mod saved world size) when the number of ranks changed
+    # of this rank; of rank (rank mod saved world size) when the number of ranks changed
+    values: dict[str, JSON]
     generation: Generation
     resharded: bool = False  # the number of ranks changed: per-rank streams must be drawn anew
     problems: tuple[str, ...] = field(default=())
@@ -69,7 +72,8 @@ class _Shards:
         self._headers: dict[str, dict[str, Stretch]] = {}
 
     def read(self, name: str, shard: ShardEntry, into: Tensor | None = None) -> None:
-        """One shard into host memory [rows, ...], or past it (None), its hash verified. Raises CheckpointError naming both."""
+        """One shard into host memory [rows, ...], or past it (None), its hash verified. Raises
+        CheckpointError naming both."""
         entry = self._tensors[name]
         where = f"{self._folder.name}/{shard.file}: {name}"
         with open_inside(self._folder, shard.file) as fd:
@@ -78,7 +82,9 @@ class _Shards:
             stretch = self._headers[shard.file].get(name)
             expected = (entry.dtype, entry.shard_shape(shard))
             if stretch is None or (stretch.dtype, stretch.shape) != expected:
-                raise CheckpointError(describe(where, "is not what the manifest says", expected=expected, got=stretch))
+                raise CheckpointError(
+                    describe(where, "is not what the manifest says", expected=expected, got=stretch)
+                )
             if read_summed(fd, stretch, where, into) != shard.hash:
                 raise CheckpointError(describe(where, "is damaged: its contents do not match their hash"))
 
@@ -106,7 +112,8 @@ class _Shards:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """A generation's tensors by name, each read whole when asked for: what a model writer needs on any number of ranks."""
+    """A generation's tensors by name, each read whole when asked for: what a model writer needs on any number
+    of ranks."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]):
         self._shards, self._tensors = _Shards(folder, tensors), tensors
@@ -150,14 +157,20 @@ def verify(path: str | os.PathLike, *, deep: bool = True) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     problems = [
-        f"{path.name}: {name} has {manifest.tensors[name].nonfinite} NaN or infinite elements" for name in manifest.nonfinite
+        f"{path.name}: {name} has {manifest.tensors[name].nonfinite} NaN or infinite elements"
+        for name in manifest.nonfinite
     ]
     checks: list[Callable[[], object]] = [
-        partial(_check_file, path, name, entry.bytes, entry.hash if deep else "") for name, entry in manifest.files.items()
+        partial(_check_file, path, name, entry.bytes, entry.hash if deep else "")
+        for name, entry in manifest.files.items()
     ]
     if deep:
         shards = _Shards(path, manifest.tensors)
-        checks += [partial(shards.read, name, shard) for name, entry in manifest.tensors.items() for shard in entry.shards]
+        checks += [
+            partial(shards.read, name, shard)
+            for name, entry in manifest.tensors.items()
+            for shard in entry.shards
+        ]
     with ThreadPoolExecutor(READERS) as pool:
         return problems + [problem for found in pool.map(_problems, checks) for problem in found]
 
@@ -176,7 +189,9 @@ def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
         got = os.fstat(fd).st_size
     if got != size:
         raise CheckpointError(
-            describe(where, "has another size than the manifest says", expected=f"{size:,} bytes", got=f"{got:,}")
+            describe(
+                where, "has another size than the manifest says", expected=f"{size:,} bytes", got=f"{got:,}"
+            )
         )
     if digest and hash_file(folder, name) != digest:
         raise CheckpointError(describe(where, "is damaged: its contents do not match their hash"))
@@ -208,19 +223,18 @@ def resume(
     *,
     rank: int = 0,
     world_size: int = 1,
-    identity: Mapping[str, JSON] | None = None,
     ignore: Collection[str] = (),
 ) -> Resumed:
     """Loads the newest whole generation, verifying while it reads, and falls back along the branch on damage.
 
-    `problems` of the answer names the damage. Raises ForeignCheckpoint at once for a generation of another model, and
-    CheckpointError when none can be loaded; the tensors are as `load` leaves them then. On several ranks, agree on `newest`
-    first and `load` that: ranks deciding alone could differ.
+    `problems` of the answer names the damage. Raises ForeignCheckpoint at once for a generation of another
+    model, and CheckpointError when none can be loaded; the tensors are as `load` leaves them then. On several
+    ranks, agree on `newest` first and `load` that: ranks deciding alone could differ.
     """
     order, problems = candidates(folder)
     for path in order:
         try:
-            loaded = load(path, tensors, rank=rank, world_size=world_size, identity=identity, ignore=ignore)
+            loaded = load(path, tensors, rank=rank, world_size=world_size, ignore=ignore)
             return Resumed(loaded.values, loaded.generation, loaded.resharded, tuple(problems))
         except ForeignCheckpoint:
             raise
@@ -236,36 +250,40 @@ def load(
     *,
     rank: int = 0,
     world_size: int = 1,
-    identity: Mapping[str, JSON] | None = None,
     prefix: str = "",
     ignore: Collection[str] = (),
     may_lack: Collection[str] = (),
-    allow_nonfinite: bool = False,
     looked_at: bool = False,
 ) -> Resumed:
     """Copies a generation into live tensors, written on any number of ranks, and returns this rank's values.
 
     prefix    what the saved names have in front of the live ones
     ignore    beginnings of saved names that are not asked for here (kept moments, beside the live state)
-    may_lack  beginnings of live names that an older version did not save: where none of one's is there, those stay as they are
-    looked_at `newest` has just verified this generation, and an error ends the run: it is not looked at a second time
+    may_lack  beginnings of live names that an older version did not save: where none of one's is there, those
+              stay as they are
+    looked_at `newest` has just verified this generation, and an error ends the run: it is not looked at a
+    second time
 
-    Every byte is read and verified before the first live one changes, and then read again, verified again, into its place: no
-    second state stands on the host. Raises CheckpointError naming file and tensor on any damage (live tensors are changed only
-    by damage that was done between the two), ForeignCheckpoint when names, shapes, dtypes or `identity` are another run's.
+    Every byte is read and verified before the first live one changes, and then read again, verified again,
+    into its place: no second state stands on the host. Raises CheckpointError naming file and tensor on any
+    damage (live tensors are changed only by damage that was done between the two), ForeignCheckpoint when
+    names, shapes or dtypes are another run's.
     """
+    # What is asked for must be what was saved, before anything is read.
     path = generation.path if isinstance(generation, Generation) else Path(generation)
     manifest = read_manifest(path)
-    lacking = tuple(b for b in may_lack if not any(saved.startswith(prefix + b) for saved in manifest.tensors))
+    lacking = tuple(
+        b for b in may_lack if not any(saved.startswith(prefix + b) for saved in manifest.tensors)
+    )
     there = {name: t for name, t in tensors.items() if not lacking or not name.startswith(lacking)}
     pieces = {prefix + name: piece_of(name, t, rank) for name, t in there.items()}
-    _check_identity(path, manifest, identity or {})
     _check_names(path, manifest, pieces, prefix, ignore)
     bad = [name for name in pieces if manifest.tensors[name].nonfinite]
-    if bad and not allow_nonfinite:
+    if bad:
         raise CheckpointError(describe(path.name, "holds NaN or infinite elements", got=bad))
     table = values_file(rank % max(1, manifest.world_size), manifest.world_size)
     values = _read_values(path, manifest, table)
+    # All is looked at before the first live tensor changes.
     shards = _Shards(path, manifest.tensors)
     wanted = {name: piece for name, piece in pieces.items() if piece.local.numel()}
     with ThreadPoolExecutor(READERS) as pool:
@@ -319,33 +337,36 @@ def _read_values(path: Path, manifest: Manifest, table: str) -> dict[str, JSON]:
     return values
 
 
-def _check_identity(path: Path, manifest: Manifest, identity: Mapping[str, JSON]) -> None:
-    for key in identity.keys() | manifest.identity.keys() if identity else ():
-        if manifest.identity.get(key) != identity.get(key):
-            raise ForeignCheckpoint(
-                describe(
-                    f"{path.name}: {key}",
-                    "is another than this run's",
-                    expected=identity.get(key),
-                    got=manifest.identity.get(key),
-                    todo="resume with the settings it was written with, or use another folder",
-                )
-            )
-
-
-def _check_names(path: Path, manifest: Manifest, pieces: Mapping[str, Piece], prefix: str, ignore: Collection[str]) -> None:
-    saved = {n for n in manifest.tensors if n in pieces or (n.startswith(prefix) and not n.startswith(tuple(ignore)))}
+def _check_names(
+    path: Path, manifest: Manifest, pieces: Mapping[str, Piece], prefix: str, ignore: Collection[str]
+) -> None:
+    # Both ways: one that is missing would stay as it was drawn, one that nobody asks for says another model.
+    saved = {
+        n
+        for n in manifest.tensors
+        if n in pieces or (n.startswith(prefix) and not n.startswith(tuple(ignore)))
+    }
     missing, unknown = sorted(pieces.keys() - saved), sorted(saved - pieces.keys())
     if missing or unknown:
         raise ForeignCheckpoint(
-            describe(path.name, f"holds other tensors than this run, lacks {missing[:5]}, has unknown {unknown[:5]}",
-                     expected=f"{len(pieces)} tensors", got=f"{len(saved)}")
-        )  # fmt: skip
+            describe(
+                path.name,
+                f"holds other tensors than this run, lacks {missing[:5]}, has unknown {unknown[:5]}",
+                expected=f"{len(pieces)} tensors",
+                got=f"{len(saved)}",
+            )
+        )
+    # A dtype is not converted: a resumed run has the bits of one that was not interrupted.
     for name, piece in pieces.items():
         entry = manifest.tensors[name]
         expected = (DTYPE_NAMES.get(piece.local.dtype), piece.shape)
         if (entry.dtype, entry.shape) != expected:
             raise ForeignCheckpoint(
-                describe(f"{path.name}: {name}", "has another shape or dtype than this run's", expected=expected,
-                         got=(entry.dtype, entry.shape), todo="is it another model, vocabulary or precision?")
-            )  # fmt: skip
+                describe(
+                    f"{path.name}: {name}",
+                    "has another shape or dtype than this run's",
+                    expected=expected,
+                    got=(entry.dtype, entry.shape),
+                    todo="is it another model, vocabulary or precision?",
+                )
+            )

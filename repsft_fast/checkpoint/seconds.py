@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class SaveSeconds:
-    """Seconds of the saving thread, by a monotonic clock. No second is in two of them, and some are in none."""
+    """Seconds of the saving thread, by a monotonic clock. No second is in two of them, and some are in
+    none."""
 
     copy: float = 0.0  # bytes from a device, or from between strides, to contiguous host memory
     hash: float = 0.0  # checksums

@@ -1,22 +1,27 @@
-"""What sections must agree on. Each rule names the settings it reads, so a setting that is itself wrong silences its rules."""
+"""What sections must agree on. Each rule names the settings it reads, so a setting that is itself wrong
+silences its rules."""
 
 import sys
 from collections.abc import Iterator
 
+from repsft_fast.config.model_checks import Finding, of_the_model
 from repsft_fast.config.sections import Settings
 from repsft_fast.config.values import Sources
 from repsft_fast.errors import describe, did_you_mean
+from repsft_fast.policies import policy_class
 
 EXTRACTORS = ("final", "boxed", "hashes", "last_number", "whole")  # evaluate.answers has the functions
-MOST_BUCKET_TOKENS = 1 << 22  # a row of them takes 100 MB before a model has seen it; no row of samples is so long
-Finding = tuple[tuple[str, ...], str]  # the settings read, and what is wrong with them together
+# a row of them takes 100 MB before a model has seen it; no row of samples is so long
+MOST_BUCKET_TOKENS = 1 << 22
 
 
 def contradictions(config: Settings) -> Iterator[Finding]:
     """Every combination of settings that cannot be used."""
-    yield from _model(config)
-    yield from _data_and_batch(config)
+    yield from of_the_model(config)
+    yield from _data(config)
+    yield from _batch(config)
     yield from _length_of_the_run(config)
+    yield from _what_is_kept(config)
     yield from _mixture(config)
     yield from _own_code(config)
 
@@ -24,24 +29,35 @@ def contradictions(config: Settings) -> Iterator[Finding]:
 def warnings(config: Settings) -> list[str]:
     """Combinations that work but are probably not meant."""
     found = []
+
+    # What costs quality and shows in no figure of the run.
     stop, schedule = config.stop, config.schedule
     stops_early = [n for n in ("token_accuracy", "plateau_epochs") if getattr(stop, n) is not None]
     if schedule.name in ("cosine", "linear") and stops_early:
         names = " and ".join(f"stop.{name}" for name in stops_early)
         found.append(
-            f"schedule.name: {schedule.name} falls over the whole budget, so when {names} ends the run early the learning rate "
-            "is still high; use schedule.name: wsd, whose decay starts when the rule fires"
+            f"schedule.name: {schedule.name} falls over the whole budget, so when {names} ends the run early"
+            " the learning rate is still high; use schedule.name: wsd, whose decay starts when the rule"
+            " fires"
         )
     if config.model.param_dtype == "bfloat16" and config.optim.name != "adamw8bit":
         found.append(
-            "model.param_dtype: bfloat16 weights without a float32 copy stall once updates are smaller than bfloat16's step, "
-            "which happens after many epochs; use float32, or optim.name: adamw8bit, which rounds stochastically"
+            "model.param_dtype: bfloat16 weights without a float32 copy stall once updates are smaller than"
+            " bfloat16's step, which happens after many epochs; use float32, or optim.name: adamw8bit, which"
+            " rounds stochastically"
         )
+
+    # Settings that do nothing: whoever wrote them expects something of them.
     if config.model.save_dtype != "auto" and config.model.lora is not None and not config.model.lora.merge:
-        found.append("model.save_dtype: has no effect on adapters, saved as they are kept; set model.lora.merge, or drop it")
+        found.append(
+            "model.save_dtype: has no effect on adapters, saved as they are kept; set model.lora.merge, or"
+            " drop it"
+        )
     if config.mixture.policy is None:
         plain = type(config.mixture)()
-        unused = [name for name in type(plain).model_fields if getattr(config.mixture, name) != getattr(plain, name)]
+        unused = [
+            name for name in type(plain).model_fields if getattr(config.mixture, name) != getattr(plain, name)
+        ]
         for name in unused:
             if name not in ("weights", "temperature"):
                 found.append(f"mixture.{name}: has no effect without mixture.policy")
@@ -56,83 +72,9 @@ def warnings(config: Settings) -> list[str]:
     return found
 
 
-def _model(config: Settings) -> Iterator[Finding]:
-    model, tokenizer = config.model, config.tokenizer
-    if model.path is None and model.config is None:
-        yield (
-            ("model.path", "model.config"),
-            describe("model", "has neither path nor config", todo="set model.path to a folder or hub id"),
-        )
-    if model.path is not None and model.config is not None:
-        yield (
-            ("model.path", "model.config"),
-            describe(
-                "model",
-                "has both path and config",
-                todo="drop one; model.init: random takes a path's architecture without its weights",
-            ),
-        )
-    if model.init == "pretrained" and model.config is not None:
-        yield (
-            ("model.init", "model.config"),
-            describe(
-                "model.init",
-                "a config has no pretrained weights",
-                expected="random",
-                got=model.init,
-                todo="set model.path instead",
-            ),
-        )
-    if model.gguf_file is not None and model.path is None:
-        yield (
-            ("model.gguf_file", "model.path"),
-            describe("model.gguf_file", "needs the folder it lies in", todo="set model.path"),
-        )
-    if model.resize_vocabulary and model.lora is not None:
-        yield (
-            ("model.resize_vocabulary", "model.lora"),
-            describe(
-                "model.resize_vocabulary",
-                "adapters leave the embedding frozen, so new tokens would never be learned",
-                got="true with model.lora",
-                todo="drop model.lora, or first save a model with the new rows by a run without adapters, and adapt that one",
-            ),
-        )
-    source = getattr(model.lora, "from", None)
-    if source is not None and (model.path is None or model.init == "random"):
-        yield (
-            ("model.lora.from", "model.path", "model.config", "model.init"),
-            describe(
-                "model.lora.from",
-                "adapters mean nothing beside random weights",
-                got=source,
-                todo="set model.path to the model they were trained beside, and no model.config or model.init: random",
-            ),
-        )
-    if model.layer_kernels == "liger" and model.compile:
-        yield (
-            ("model.layer_kernels", "model.compile"),
-            describe(
-                "model.layer_kernels",
-                "liger's kernels inside compiled layers have given wrong numbers without a word",
-                got="liger with model.compile: true",
-                todo="set model.layer_kernels to auto or none to compile, or model.compile to false for liger",
-            ),
-        )
-    if (
-        model.path is None
-        and model.config is not None
-        and tokenizer.path is None
-        and config.data.format not in ("auto", "input_ids")
-    ):
-        yield (
-            ("tokenizer.path", "model.config", "data.format"),
-            describe("tokenizer.path", "a model made from a config brings no tokenizer", todo="set tokenizer.path"),
-        )
-
-
-def _data_and_batch(config: Settings) -> Iterator[Finding]:
-    data, batch = config.data, config.batch
+def _data(config: Settings) -> Iterator[Finding]:
+    """What is read, and in which role. None twice."""
+    data = config.data
     for name in ("train", "validation", "test"):
         sources = getattr(data, name)
         if sources is not None and not sources:
@@ -143,7 +85,11 @@ def _data_and_batch(config: Settings) -> Iterator[Finding]:
         if getattr(data, part) is not None and getattr(data, f"{part}_fraction"):
             yield (
                 (f"data.{part}", f"data.{part}_fraction"),
-                describe(f"data.{part}_fraction", f"{part} rows are given by data.{part} too", todo="keep one of the two"),
+                describe(
+                    f"data.{part}_fraction",
+                    f"{part} rows are given by data.{part} too",
+                    todo="keep one of the two",
+                ),
             )
     if data.validation_fraction + data.test_fraction >= 1:
         yield (
@@ -163,14 +109,31 @@ def _data_and_batch(config: Settings) -> Iterator[Finding]:
     if data.task_column is not None and data.task_column == data.weight_column:
         yield (
             ("data.weight_column", "data.task_column"),
-            describe("data.weight_column", "names data.task_column too", got=data.weight_column, todo="correct one of the two"),
+            describe(
+                "data.weight_column",
+                "names data.task_column too",
+                got=data.weight_column,
+                todo="correct one of the two",
+            ),
         )
+
+
+def _batch(config: Settings) -> Iterator[Finding]:
+    """How much an update and a row hold."""
+    data, batch = config.data, config.batch
     if batch.samples is None and batch.tokens is None:
-        yield ("batch.samples", "batch.tokens"), describe("batch", "has neither samples nor tokens", todo="set batch.samples")
+        yield (
+            ("batch.samples", "batch.tokens"),
+            describe("batch", "has neither samples nor tokens", todo="set batch.samples"),
+        )
     if batch.samples is not None and batch.tokens is not None:
         yield (
             ("batch.samples", "batch.tokens"),
-            describe("batch.tokens", "batch.samples is set too", todo="set batch.samples: null, or drop batch.tokens"),
+            describe(
+                "batch.tokens",
+                "batch.samples is set too",
+                todo="set batch.samples: null, or drop batch.tokens",
+            ),
         )
     if isinstance(batch.bucket_tokens, int) and batch.row_tokens % batch.bucket_tokens:
         yield (
@@ -206,9 +169,11 @@ def _data_and_batch(config: Settings) -> Iterator[Finding]:
 
 
 def _length_of_the_run(config: Settings) -> Iterator[Finding]:
+    """What ends the run, and what must fit in before."""
     budget, optim, stop = config.budget, config.optim, config.stop
     # A mixture's policy ends by itself: compute_budget × its stages.
-    if budget.updates is None and budget.epochs is None and budget.tokens is None and config.mixture.policy is None:
+    limits = (budget.updates, budget.epochs, budget.tokens, config.mixture.policy)
+    if all(limit is None for limit in limits):
         yield (
             ("budget.updates", "budget.epochs", "budget.tokens", "mixture.policy"),
             describe("budget", "has no limit", todo="set budget.epochs, budget.updates or budget.tokens"),
@@ -218,7 +183,11 @@ def _length_of_the_run(config: Settings) -> Iterator[Finding]:
             ("optim.warmup_fraction", "optim.warmup_updates"),
             describe("optim.warmup_updates", "optim.warmup_fraction is set too", todo="keep one of the two"),
         )
-    if optim.warmup_updates is not None and budget.updates is not None and optim.warmup_updates >= budget.updates:
+    if (
+        optim.warmup_updates is not None
+        and budget.updates is not None
+        and optim.warmup_updates >= budget.updates
+    ):
         yield (
             ("optim.warmup_updates", "budget.updates"),
             describe(
@@ -231,8 +200,14 @@ def _length_of_the_run(config: Settings) -> Iterator[Finding]:
     if stop.probe_samples is not None and stop.token_accuracy is None and stop.plateau_epochs is None:
         yield (
             ("stop.probe_samples", "stop.token_accuracy", "stop.plateau_epochs"),
-            describe("stop.probe_samples", "no rule reads the probe", todo="set stop.token_accuracy, or drop it"),
+            describe(
+                "stop.probe_samples", "no rule reads the probe", todo="set stop.token_accuracy, or drop it"
+            ),
         )
+
+
+def _what_is_kept(config: Settings) -> Iterator[Finding]:
+    """What stays of the run: weights, checkpoints, figures."""
     has_validation = config.data.validation is not None or config.data.validation_fraction > 0
     for name, wanted in (
         ("evaluate.keep", config.evaluate.keep == "best"),
@@ -250,7 +225,9 @@ def _length_of_the_run(config: Settings) -> Iterator[Finding]:
     if config.checkpoint.every_updates is not None and config.checkpoint.every_minutes is not None:
         yield (
             ("checkpoint.every_updates", "checkpoint.every_minutes"),
-            describe("checkpoint.every_minutes", "checkpoint.every_updates is set too", todo="keep one of the two"),
+            describe(
+                "checkpoint.every_minutes", "checkpoint.every_updates is set too", todo="keep one of the two"
+            ),
         )
     if len(set(config.log.trackers)) < len(config.log.trackers):
         yield ("log.trackers",), describe("log.trackers", "names a tracker twice", got=config.log.trackers)
@@ -279,24 +256,13 @@ def _own_code(config: Settings) -> Iterator[Finding]:
 
 
 def _mixture(config: Settings) -> Iterator[Finding]:
+    """What a policy needs to decide by."""
     mixture, data = config.mixture, config.data
-    if mixture.weights is not None and mixture.temperature is not None:
-        yield (
-            ("mixture.weights", "mixture.temperature"),
-            describe("mixture.temperature", "mixture.weights is set too", todo="keep one of the two"),
-        )
-    if mixture.weights is not None:
-        if not any(weight > 0 for weight in mixture.weights.values()):
-            yield ("mixture.weights",), describe("mixture.weights", "sum to 0", got=mixture.weights)
-        tasks = _tasks(data.train)
-        for name in sorted(set(mixture.weights) - set(tasks)) if tasks else ():
-            yield (
-                ("mixture.weights", "data.train"),
-                describe(f"mixture.weights.{name}", "is not a task", expected=f"one of {', '.join(sorted(tasks))}"),
-            )
+    yield from _weights(config)
     if mixture.policy is None:
         return
-    if mixture.policy != "ies" and data.task_column is None and not isinstance(data.train, dict):
+    named = data.task_column is not None or isinstance(data.train, dict)
+    if policy_class(mixture.policy).needs_tasks and not named:
         yield (
             ("mixture.policy", "data.train", "data.task_column"),
             describe(
@@ -308,7 +274,9 @@ def _mixture(config: Settings) -> Iterator[Finding]:
     if mixture.metric == "answer" and config.model.path is None and config.tokenizer.path is None:
         yield (
             ("mixture.metric", "model.path", "tokenizer.path"),
-            describe("mixture.metric", "answer reads text, and there is no tokenizer", todo="set tokenizer.path"),
+            describe(
+                "mixture.metric", "answer reads text, and there is no tokenizer", todo="set tokenizer.path"
+            ),
         )
     if data.validation is None and not data.validation_fraction:
         yield (
@@ -334,10 +302,33 @@ def _mixture(config: Settings) -> Iterator[Finding]:
             describe(
                 "mixture.compute_budget",
                 "a stage would end before its first evaluation",
-                expected=f"at least 1 / mixture.evaluations_per_epoch = {1 / mixture.evaluations_per_epoch:g}",
+                expected=(
+                    f"at least 1 / mixture.evaluations_per_epoch = {1 / mixture.evaluations_per_epoch:g}"
+                ),
                 got=mixture.compute_budget,
             ),
         )
+
+
+def _weights(config: Settings) -> Iterator[Finding]:
+    """How often tasks are drawn, with a policy or without."""
+    mixture, data = config.mixture, config.data
+    if mixture.weights is not None and mixture.temperature is not None:
+        yield (
+            ("mixture.weights", "mixture.temperature"),
+            describe("mixture.temperature", "mixture.weights is set too", todo="keep one of the two"),
+        )
+    if mixture.weights is not None:
+        if not any(weight > 0 for weight in mixture.weights.values()):
+            yield ("mixture.weights",), describe("mixture.weights", "sum to 0", got=mixture.weights)
+        tasks = _tasks(data.train)
+        for name in sorted(set(mixture.weights) - set(tasks)) if tasks else ():
+            yield (
+                ("mixture.weights", "data.train"),
+                describe(
+                    f"mixture.weights.{name}", "is not a task", expected=f"one of {', '.join(sorted(tasks))}"
+                ),
+            )
 
 
 def _tasks(sources: Sources) -> list[str]:

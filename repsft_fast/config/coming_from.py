@@ -4,16 +4,19 @@ import re
 
 from repsft_fast.config.foreign import NAMES
 from repsft_fast.config.foreign_values import VALUES
-from repsft_fast.config.loading import setting_names
+from repsft_fast.config.names import setting_names
 
 _ABOUT = """# Coming from another trainer
 
 Names of settings in other trainers, and what is set here. They are never applied: what is no setting of
-[settings.md](settings.md) is refused before anything is read, and the message says what is written here. Spelling and section
+[settings.md](settings.md) is refused before anything is read, and the message says what is written here. \
+Spelling and section
 do not matter: `learningRate`, `training.learning_rate` and `--learning-rate` all lead to `optim.lr`.
 
-Meanings are near, not the same. `batch.samples` is one optimizer step over all GPUs. Samples in a packed row never see each
-other. A run stops when its data is memorised (`stop.token_accuracy: null` turns that off). With `loss.average: sample` every
+Meanings are near, not the same. `batch.samples` is one optimizer step over all GPUs. Samples in a packed \
+row never see each
+other. A run stops when its data is memorised (`stop.token_accuracy: null` turns that off). With \
+`loss.average: sample` every
 sample weighs the same; `token` is what most others do. The default schedule is wsd, not linear or cosine.
 """
 

@@ -1,16 +1,18 @@
-"""Other trainers' names of settings, and what is set here instead. Never applied: the meaning is near, not the same.
+"""Other trainers' names of settings, and what is set here instead. Never applied: the meaning is near, not
+the same.
 
-Names: Hugging Face's TrainingArguments and TRL's SFTConfig (Unsloth takes both), peft, Axolotl, LLaMA-Factory, ms-swift,
-torchtitan, torchtune, Lightning and NeMo. Their words for values are in `foreign_values`;
-docs/coming_from.md is made of both.
+Names: Hugging Face's TrainingArguments and TRL's SFTConfig (Unsloth takes both), peft, Axolotl,
+LLaMA-Factory, ms-swift, torchtitan, torchtune, Lightning and NeMo. Their words for values are in
+`foreign_values`; docs/coming_from.md is made of both.
 """
 
 import re
 
 from repsft_fast.errors import did_you_mean
 
-# What to set here → their names for it. A name with a dot means that name in that section alone. A key that is a setting is
-# asked about ("did you mean …?"), any other is a sentence; every setting it names exists and takes the value written after it.
+# What to set here → their names for it. A name with a dot means that name in that section alone. A key that
+# is a setting is asked about ("did you mean …?"), any other is a sentence; every setting it names exists and
+# takes the value written after it.
 NAMES = {
     # the model
     "model.path":
@@ -310,13 +312,15 @@ _OURS = {name: ours for ours, names in NAMES.items() for name in names.split()}
 
 
 def plain(name: str) -> str:
-    """A name in the one spelling of the tables: learningRate, Learning-Rate and LEARNING_RATE are learning_rate."""
+    """A name in the one spelling of the tables: learningRate, Learning-Rate and LEARNING_RATE are
+    learning_rate."""
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
     return re.sub(r"[-\s]+", "_", split).lower()
 
 
 def ours(name: str) -> str | None:
-    """What to set here instead of another trainer's setting, under its bare name or in any section: a setting or a sentence."""
+    """What to set here instead of another trainer's setting, under its bare name or in any section: a setting
+    or a sentence."""
     steps = plain(name).split(".")
     bare = re.sub(r"^(?:no|use|enable|disable)_", "", steps[-1])
     return next((_OURS[key] for key in (".".join(steps[-2:]), steps[-1], bare) if key in _OURS), None)

@@ -1,8 +1,10 @@
-"""Other trainers' words for values of our settings, and the one setting that is meant where a section is given one value."""
+"""Other trainers' words for values of our settings, and the one setting that is meant where a section is
+given one value."""
 
 from typing import Any
 
-# Values of theirs under our names: setting → {ours: their words}. What stands before a comma is valid there; "-" is nothing.
+# Values of theirs under our names: setting → {ours: their words}. What stands before a comma is valid there;
+# "-" is nothing.
 VALUES: dict[str, dict[str, str]] = {
     "optim.name": {
         "adamw":

@@ -1,28 +1,27 @@
-"""Settings from defaults, a YAML file, the environment and overrides, in that order; every problem reported at once."""
+"""Settings from defaults, a YAML file, the environment and overrides, in that order; every problem reported
+at once."""
 
-import functools
-import re
-import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, Union, get_args, get_origin
+from typing import Any, Self
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from repsft_fast.config import checks, foreign
-from repsft_fast.config.foreign_values import SCALARS, value_of
+from repsft_fast.config.explained import Key, explained
+from repsft_fast.config.foreign_values import SCALARS
+from repsft_fast.config.names import inner_section, setting_names, unknown_setting
 from repsft_fast.config.paths import expand
 from repsft_fast.config.sections import Section, Settings
 from repsft_fast.config.yaml_file import parse_value, read_settings_file, write_settings
 from repsft_fast.errors import ConfigError, describe, did_you_mean, spelled
 
 PREFIX = "REPSFT_"
-NOT_SETTINGS = ("REPSFT_LISTEN", "REPSFT_SECRET")  # of the ranks' meeting (docs/cluster.md): of one host, and in no run.yaml
+# of the ranks' meeting (docs/cluster.md): of one host, and in no run.yaml
+NOT_SETTINGS = ("REPSFT_LISTEN", "REPSFT_SECRET")
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-Key = tuple[str, ...]  # ("optim", "lr")
 
 
 class Config(Settings):
@@ -38,8 +37,9 @@ class Config(Settings):
     ) -> Self:
         """Settings from a nested dict, a YAML file (or the name of a recipe) or another Config.
 
-        `overrides` may be nested (`{"optim": {"lr": 1e-5}}`) or dotted (`{"optim.lr": 1e-5}`) and win over everything;
-        `environment` (pass `os.environ`) stands between the two. Raises ConfigError with every problem found.
+        `overrides` may be nested (`{"optim": {"lr": 1e-5}}`) or dotted (`{"optim.lr": 1e-5}`) and win over
+        everything; `environment` (pass `os.environ`) stands between the two. Raises ConfigError with every
+        problem found.
         """
         layers = [] if source is None else [_source(source)]
         if environment is not None:
@@ -73,13 +73,15 @@ class Config(Settings):
         try:
             config = cls.model_validate(nested)
         except ValidationError as error:
-            for key, problem in _explain(error):
+            for key, problem in explained(error):
                 wrong.add(".".join(key))
                 problems.append(f"{problem}{_at(origin.get(key, ''))}")
             config = cls._without(merged, wrong)
         for read, problem in checks.contradictions(config):
             if not any(
-                name == bad or name.startswith(f"{bad}.") or bad.startswith(f"{name}.") for name in read for bad in wrong
+                name == bad or name.startswith(f"{bad}.") or bad.startswith(f"{name}.")
+                for name in read
+                for bad in wrong
             ):
                 problems.append(problem)
         if problems:
@@ -88,7 +90,8 @@ class Config(Settings):
 
     @classmethod
     def _without(cls, merged: dict[Key, Any], wrong: set[str]) -> Self:
-        """The settings with the wrong ones left at their defaults, so that the rules over several sections still speak."""
+        """The settings with the wrong ones left at their defaults, so that the rules over several sections
+        still speak."""
         kept = {key: value for key, value in merged.items() if ".".join(key) not in wrong}
         if "run.folder" in wrong or ("run", "folder") not in kept:
             kept["run", "folder"] = "unset"
@@ -128,13 +131,16 @@ def file_layer(path: str | Path) -> Layer:
     try:
         file = Path(expand(str(path)))
         missing = not file.exists()
-    except (PydanticCustomError, OSError, ValueError) as error:  # no such user or variable, too long, NUL inside
+    # no such user or variable, too long, NUL inside
+    except (PydanticCustomError, OSError, ValueError) as error:
         raise ConfigError(describe("--config", str(error), got=str(path))) from None
     if missing:
         recipe = RECIPES / f"{path}.yaml"
         if file.name != str(path) or not recipe.is_file():
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise ConfigError(describe(str(path), "no such settings file", todo=f"give a path, or a recipe's name: {known}"))
+            raise ConfigError(
+                describe(str(path), "no such settings file", todo=f"give a path, or a recipe's name: {known}")
+            )
         file = recipe
     values, lines = read_settings_file(file)
     places = {tuple(".".join(key).split(".")): f"{file.name} line {line}" for key, line in lines.items()}
@@ -142,12 +148,15 @@ def file_layer(path: str | Path) -> Layer:
 
 
 def text_layer(name: str, settings: Mapping[str, str | list[str]], places: Mapping[str, str]) -> Layer:
-    """Settings given as text under dotted names, read as YAML values: `1e-5`, `null`, `[a, b]`, `{task: file}`.
+    """Settings given as text under dotted names, read as YAML values: `1e-5`, `null`, `[a, b]`, `{task:
+    file}`.
 
     A list of texts is a flag given several times: their lists are joined, their mappings merged.
     """
     values = {dotted: _value_of(text) for dotted, text in settings.items()}
-    return Layer(name, _undotted(values, name), {tuple(dotted.split(".")): place for dotted, place in places.items()})
+    return Layer(
+        name, _undotted(values, name), {tuple(dotted.split(".")): place for dotted, place in places.items()}
+    )
 
 
 def _value_of(text: str | list[str]) -> Any:
@@ -168,7 +177,11 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
             dotted = name[len(PREFIX) :].lower().replace("__", ".")
             if dotted in settings:
                 raise ConfigError(
-                    describe(f"environment variable {name}", f"{dotted} is set twice", got=f"also by {places[dotted]}")
+                    describe(
+                        f"environment variable {name}",
+                        f"{dotted} is set twice",
+                        got=f"also by {places[dotted]}",
+                    )
                 )
             settings[dotted] = text
             places[dotted] = f"environment variable {name}"
@@ -182,11 +195,16 @@ def _source(source: Mapping[str, Any] | str | Path | Config) -> Layer:
         return file_layer(source)
     if isinstance(source, Mapping):
         return Layer("", _undotted(source, "config"))
-    raise ConfigError(describe("config", "cannot be read", expected="a mapping, a path or a Config", got=type(source).__name__))
+    raise ConfigError(
+        describe(
+            "config", "cannot be read", expected="a mapping, a path or a Config", got=type(source).__name__
+        )
+    )
 
 
 def _undotted(values: Mapping[Any, Any], name: str) -> dict[str, Any]:
-    """Top keys may be dotted (`optim.lr`) beside sections (`optim: {...}`); the same setting twice is an error."""
+    """Top keys may be dotted (`optim.lr`) beside sections (`optim: {...}`); the same setting twice is an
+    error."""
     nested: dict[str, Any] = {}
     for dotted, value in values.items():
         for step in reversed(str(dotted).split(".")):
@@ -206,13 +224,20 @@ def _merge_into(nested: dict[str, Any], values: Mapping[str, Any], above: Key, n
             nested[step] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _flatten(section: type[Section], values: Mapping[Any, Any], above: Key) -> Iterator[tuple[Key, Any, str | None]]:
-    """Every setting in `values` as (key, value, None), every key that is no setting as (key, None, problem)."""
+def _flatten(
+    section: type[Section], values: Mapping[Any, Any], above: Key
+) -> Iterator[tuple[Key, Any, str | None]]:
+    """Every setting in `values` as (key, value, None), every key that is no setting as (key, None,
+    problem)."""
     for name, value in values.items():
         key = (*above, str(name))
         if name not in section.model_fields:
             for whole in _unknown(key, value, section):
-                yield whole, None, unknown_setting(".".join(whole), section=whole == key and isinstance(value, Mapping))
+                yield (
+                    whole,
+                    None,
+                    unknown_setting(".".join(whole), section=whole == key and isinstance(value, Mapping)),
+                )
             continue
         inner, optional = inner_section(section.model_fields[name].annotation)
         if inner is None or (optional and (value is None or (isinstance(value, Mapping) and not value))):
@@ -224,12 +249,14 @@ def _flatten(section: type[Section], values: Mapping[Any, Any], above: Key) -> I
 
 
 def _unknown(key: Key, value: Any, section: type[Section]) -> Iterator[Key]:
-    """A section that is none, setting by setting (`train.epochs` means `budget.epochs`), unless its name says what is meant."""
+    """A section that is none, setting by setting (`train.epochs` means `budget.epochs`), unless its name says
+    what is meant."""
     inside = value if isinstance(value, Mapping) else {}
     meant = foreign.ours(key[-1])
     if foreign.plain(key[-1]) in foreign.SECTIONS or meant in setting_names():
         said = False
-    else:  # a sentence about the whole (deepspeed, quantization_config), or a section of ours with a slip of the pen
+    # a sentence about the whole (deepspeed, quantization_config), or a section of ours with a slip of the pen
+    else:
         said = meant is not None or did_you_mean(key[-1], section.model_fields) is not None
     yield from [key] if said or not inside else [(*key, str(step)) for step in inside]
 
@@ -238,61 +265,10 @@ def _not_settings(section: str, value: Any) -> str:
     """The sentence about a section that holds one value: `model: owner/name`."""
     todo = f"did you mean {SCALARS[section]}?" if section in SCALARS else None
     if isinstance(value, bool):
-        todo = f"write {section}: {{}} for its defaults" + ("" if value or "." not in section else ", or null for none of it")
+        todo = f"write {section}: {{}} for its defaults" + (
+            "" if value or "." not in section else ", or null for none of it"
+        )
     return describe(section, "is a section", expected="settings below it", got=value, todo=todo)
-
-
-def inner_section(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section a field holds (None: it holds a value), and whether it may be null."""
-    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    for member in members:
-        if isinstance(member, type) and issubclass(member, Section):
-            return member, type(None) in members
-    return None, False
-
-
-@functools.cache
-def setting_names() -> tuple[str, ...]:
-    """Every setting's dotted name, in order."""
-
-    def walk(section: type[Section], above: str) -> Iterator[str]:
-        for name, info in section.model_fields.items():
-            inner, _ = inner_section(info.annotation)
-            if inner is None:
-                yield f"{above}{name}"
-            else:
-                yield from walk(inner, f"{above}{name}.")
-
-    return tuple(walk(Settings, ""))
-
-
-def unknown_setting(name: str, *, section: bool = False) -> str:
-    """The sentence for a name that is no setting, with the one probably meant. section: settings were written below it.
-
-    Looked for in turn: the name in another spelling, another trainer's name for it, the same word in another section, a similar
-    word in this one, a name similar to another trainer's, a similar name anywhere.
-    """
-    names = setting_names()
-    known = (*dict.fromkeys(n.rpartition(".")[0] for n in names), *names) if section else names
-    suggestion = _spelled_otherwise(name, known) or foreign.ours(name)
-    if suggestion is None and not section and "." not in name:  # `--modle owner/name`
-        suggestion = SCALARS.get(did_you_mean(foreign.plain(name), SCALARS, cutoff=0.8) or "")
-    if suggestion is None:
-        above, _, last = foreign.plain(name).rpartition(".")
-        elsewhere = [n for n in known if n.rpartition(".")[2] == last]
-        siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == above}
-        near = did_you_mean(last, siblings)
-        suggestion = elsewhere[0] if elsewhere else siblings[near] if near else foreign.nearly(name)
-        suggestion = suggestion or did_you_mean(foreign.plain(name), known)
-    return f"{spelled(name)} is not a setting" + (f"; {foreign.question(suggestion)}" if suggestion else "")
-
-
-def _spelled_otherwise(name: str, known: Collection[str]) -> str | None:
-    """`Optim.LR`, `optim.warmup-fraction`, `optim_lr`, and `optimizer.lr`, whose section is one of ours by another name."""
-    section, _, last = foreign.plain(name).rpartition(".")
-    joined = {setting.replace(".", "_"): setting for setting in known}
-    spellings = (foreign.plain(name), f"{foreign.SECTIONS.get(section, section)}.{last}", joined.get(foreign.plain(name)))
-    return next((spelling for spelling in spellings if spelling != name and spelling in known), None)
 
 
 def _nest(flat: Mapping[Key, Any]) -> dict[str, Any]:
@@ -303,53 +279,6 @@ def _nest(flat: Mapping[Key, Any]) -> dict[str, Any]:
             inner = inner.setdefault(step, {})
         inner[key[-1]] = value
     return nested
-
-
-def _explain(error: ValidationError) -> Iterator[tuple[Key, str]]:
-    """pydantic's errors in the house's wording, one per setting (pydantic gives one for each type a value may have)."""
-    by_key: dict[Key, list[Any]] = {}
-    for item in error.errors(include_url=False):
-        by_key.setdefault(_key_of(item["loc"]), []).append(item)
-    for key, items in by_key.items():
-        where = ".".join(key)
-        if any(item["type"] == "missing" for item in items):
-            yield key, describe(where, "is missing", todo=f"set it in the file or with --{where}")
-            continue
-        if refused := next((item for item in items if item["type"] == "refused"), None):
-            said = {name: refused["ctx"].get(name) for name in ("expected", "todo")}
-            yield key, describe(where, refused["ctx"]["wrong"], **said)
-            continue
-        expected = " or ".join(dict.fromkeys(_expected(item) for item in items))
-        inside = ".".join(str(step) for step in items[0]["loc"][len(key) :]) if len(items) == 1 else ""
-        got = items[0]["input"]
-        meant = value_of(where, got)
-        todo = f"here it is {meant}" if meant else _near_value(got, expected)
-        yield key, describe(where + (f" [{inside}]" if inside else ""), "cannot be used", expected=expected, got=got, todo=todo)
-
-
-def _near_value(value: Any, expected: str) -> str | None:
-    """A slip of the pen in a word of a closed list, which pydantic's sentence names in quotes."""
-    near = did_you_mean(value, re.findall(r"'(\w+)'", expected)) if isinstance(value, str) else None
-    return f"did you mean {near}?" if near else None
-
-
-def _key_of(loc: tuple[int | str, ...]) -> Key:
-    """The setting's own key; below it pydantic names members of unions and items of lists."""
-    section: type[Section] = Settings
-    key: Key = ()
-    for step in loc:
-        key = (*key, str(step))
-        info = section.model_fields.get(str(step))
-        inner, _ = inner_section(info.annotation) if info else (None, False)
-        if inner is None:
-            break
-        section = inner
-    return key
-
-
-def _expected(item: Mapping[str, Any]) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return message.removeprefix("Input should be ").split(", unable to ")[0]
 
 
 def _at(place: str) -> str:

@@ -1,7 +1,8 @@
 """Paths as people write them: `~/x`, `$SCRATCH/x`, a `Path` object. What a Config holds is written out.
 
-A shell fills in `--run.folder ~/x` but not `--run.folder=~/x`, and never a settings file: unread, such a path makes a folder
-that is named `~` or `$SCRATCH`. So `~` is always filled in, and a variable is unless a file of that very name is there.
+A shell fills in `--run.folder ~/x` but not `--run.folder=~/x`, and never a settings file: unread, such a path
+makes a folder that is named `~` or `$SCRATCH`. So `~` is always filled in, and a variable is unless a file of
+that very name is there.
 """
 
 import os
@@ -13,10 +14,13 @@ from pydantic_core import PydanticCustomError
 
 _VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^{}]*)\}|\([^()]*\))")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: `Path` drops the second
-_ON_THE_HUB = re.compile(r"(?:hf:/+|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:datasets/)?([\w.-]+/[\w.-]+)")
+_ON_THE_HUB = re.compile(
+    r"(?:hf:/+|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:datasets/)?([\w.-]+/[\w.-]+)"
+)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _JINJA = ("{{", "{%", "{#", "\n")
-NO_PATHS = ("reasoning-gym:", "package:")  # prefixes of sources and models that are made or installed, and lie in no folder
+# prefixes of sources and models that are made or installed, and lie in no folder
+NO_PATHS = ("reasoning-gym:", "package:")
 
 
 def refused(wrong: str, **more: Any) -> PydanticCustomError:
@@ -42,7 +46,8 @@ def as_folder_or_hub_id(value: Any) -> Any:
 
 
 def as_source(value: Any) -> Any:
-    """One source of rows. Other URLs than a file's are `data.sources`' to tell: it knows data sets of the hub by theirs."""
+    """One source of rows. Other URLs than a file's are `data.sources`' to tell: it knows data sets of the hub
+    by theirs."""
     if not isinstance(value, str | os.PathLike):
         return value
     text = _text(value)
@@ -60,7 +65,8 @@ def as_template(value: Any) -> Any:
 
 
 def expand(path: str) -> str:
-    """The path with `~`, `~user`, `$NAME` and `${NAME}` filled in. Raises PydanticCustomError where that cannot be done.
+    """The path with `~`, `~user`, `$NAME` and `${NAME}` filled in. Raises PydanticCustomError where that
+    cannot be done.
 
     The `$` of a name that is there as it is written belongs to it.
     """
@@ -109,10 +115,18 @@ def _home(path: str) -> str:
     user = path[1:].partition("/")[0]
     filled = os.path.expanduser(path)
     if filled.startswith("~") or not os.path.isabs(filled):
-        wrong = f"names the home folder of {user}, who is not known on this machine" if user else "names an unknown home folder"
-        raise refused(f"{wrong}, got {path}", todo="write the path out" if user else "set HOME, or write the path out")
+        wrong = (
+            f"names the home folder of {user}, who is not known on this machine"
+            if user
+            else "names an unknown home folder"
+        )
+        raise refused(
+            f"{wrong}, got {path}", todo="write the path out" if user else "set HOME, or write the path out"
+        )
     if not user and os.environ.get("HOME") == "":  # Python reads it as /
-        raise refused(f"names the home folder, and HOME is empty, got {path}", todo="set HOME, or write the path out")
+        raise refused(
+            f"names the home folder, and HOME is empty, got {path}", todo="set HOME, or write the path out"
+        )
     return filled
 
 
@@ -123,7 +137,9 @@ def _variable(path: str, found: "re.Match[str]") -> str:
     value = os.environ.get(name)
     if not value:
         said = "empty" if value == "" else "not set"
-        raise refused(f"holds {found[0]}, and the variable is {said}, got {path}", todo="set it, or write the path out")
+        raise refused(
+            f"holds {found[0]}, and the variable is {said}, got {path}", todo="set it, or write the path out"
+        )
     return value
 
 
@@ -131,4 +147,8 @@ def _instead_of(url: str) -> str:
     if url.lower().startswith("file:"):
         return f"write the path: /{url[5:].lstrip('/')}"
     hub = _ON_THE_HUB.match(url)
-    return f"write the hub id: {hub[1]}" if hub else "give a folder of this machine, where it is mounted or fetched to"
+    return (
+        f"write the hub id: {hub[1]}"
+        if hub
+        else "give a folder of this machine, where it is mounted or fetched to"
+    )

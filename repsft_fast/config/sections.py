@@ -1,20 +1,21 @@
 """The typed settings of a run, section by section: names, units, defaults and what each one means.
 
-Every section is frozen and refuses unknown keys. What several sections must agree on is in `checks`.
+The model's are in `model_sections`. Every section is frozen and refuses unknown keys. What several sections
+must agree on is in `checks`.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, create_model, model_validator
+from pydantic import ByteSize, model_validator
 
+from repsft_fast.config.model_sections import Model, Tokenizer
+from repsft_fast.config.section import Section, instead
 from repsft_fast.config.values import (
     AtLeastTwo,
     Bytes,
     Count,
     Folder,
-    FolderOrHubId,
     Fraction,
-    Free,
     Name,
     NotNegative,
     Part,
@@ -22,99 +23,22 @@ from repsft_fast.config.values import (
     Share,
     SomeBytes,
     Sources,
-    Template,
     Text,
     Whole,
 )
-
-
-def _instead(given: Any, chosen: str, default: str) -> Any:
-    """Of two settings that exclude each other, naming one switches the other's default off."""
-    if isinstance(given, dict) and given.get(chosen) is not None and default not in given:
-        return {**given, default: None}
-    return given
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Run(Section):
     """Where the run lives and what makes it repeatable."""
 
     folder: Folder
-    """Output folder: new, or without files that the run would write over; a used one is continued with --resume."""
+    """Output folder: new, or without files that the run would write over; a used one is continued with
+    --resume."""
     seed: Whole = 42
     """Seed of data order, subsets, initial weights and dropout."""
     deterministic: bool = False
-    """Bit-equal reruns and resumes on the same kind of machine; a GPU has them only so, by some slower kernels."""
-
-
-# `from` is a word of Python's own, so this one setting cannot be written in a class's body.
-_FROM: Any = (Folder | None, Field(None, description="Folder of adapters to go on from; model.path is their base model."))
-_LoraFrom: type[Section] = create_model("_LoraFrom", __base__=Section, **{"from": _FROM})
-
-
-class Lora(_LoraFrom):  # type: ignore[valid-type,misc]  # made while running
-    """Low-rank adapters (peft) in place of full fine-tuning."""
-
-    rank: Count = 16
-    """Rank of the adapters."""
-    alpha: Positive = 32.0
-    """Scale: the adapter's output is multiplied by alpha / rank."""
-    dropout: Part = 0.0
-    """Dropout before the adapter."""
-    target_modules: Text | list[Text] = "all-linear"
-    """Ends of names of the layers that get adapters, or all-linear: those of the backbone without routers. Experts kept in one
-    parameter get them where they are named, such as [all-linear, experts.down_proj]."""
-    merge: bool = False
-    """Merge the adapters into the weights of the saved model; they are saved first, in the folder adapter."""
-
-
-class Model(Section):
-    """The model and how it is held and computed."""
-
-    path: FolderOrHubId | None = None
-    """Folder or hub id of the model."""
-    gguf_file: Folder | None = None
-    """GGUF file inside the folder, de-quantised when loaded."""
-    config: Free | None = None
-    """Architecture (with its model_type) for a model with random weights, instead of path."""
-    init: Literal["auto", "pretrained", "random"] = "auto"
-    """Weights to start from; auto: pretrained with a path, random with a config."""
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """How the weights are kept; auto: float32. Plain bfloat16 stalls after many epochs."""
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """How they are computed with; auto: bfloat16 on a GPU, float32 on a CPU."""
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """How they are saved; auto: in the types they were loaded in, random ones as they are kept. Adapters stay float32."""
-    resize_vocabulary: bool = False
-    """Give the model rows for tokens that only its tokenizer has; each begins as the mean of the others."""
-    attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "sdpa"] = "auto"
-    """Attention over packed rows; auto: the fastest one that can be imported."""
-    layer_kernels: Literal["auto", "liger", "none"] = "auto"
-    """Fused norms, rotary embeddings and MLPs; auto: liger on CUDA when installed, unless the layers are compiled."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass to save memory."""
-    compile: bool = False
-    """Compile the backbone's layers with torch.compile."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model or is named in mixture.extractor. Off unless asked for."""
-    lora: Lora | None = None
-    """Low-rank adapters; null: full fine-tuning."""
-
-
-class Tokenizer(Section):
-    """Text to token ids."""
-
-    path: FolderOrHubId | None = None
-    """Folder or hub id; null: the model's own."""
-    chat_template: Template | None = None
-    """Jinja chat template, or the path of a file with one; null: the tokenizer's own."""
-    template_kwargs: Free = {}
-    """Variables for the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go over them."""
-    special_tokens: Literal["text", "parse"] = "text"
-    """Special-token strings in the data, as in rendered chats: text keeps them text, parse makes them the tokens."""
+    """Bit-equal reruns and resumes on the same kind of machine; a GPU has them only so, by some slower
+    kernels."""
 
 
 class Data(Section):
@@ -132,12 +56,16 @@ class Data(Section):
     """Share of the training samples carved off by seed for the test."""
     split: Text = "train"
     """Split of a hub dataset that the sources mean."""
-    format: Literal["auto", "messages", "prompt", "conversations", "alpaca", "query", "segments", "text", "input_ids"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt", "conversations", "alpaca", "query", "segments", "text", "input_ids"
+    ] = "auto"
     """Shape of a row; auto: recognised by its keys."""
     on_bad_row: Literal["raise", "drop"] = "raise"
-    """Rows that cannot be trained on: an error that counts them and names the first five, or drop them, counted and named."""
-    ignore_columns: list[Text] = []
-    """Columns to leave unused though their names look like instructions; messages[].name means a field of the turns."""
+    """Rows that cannot be trained on: an error that counts them and names the first five, or drop them,
+    counted and named."""
+    ignore_columns: list[Text] = []  # noqa: RUF012 (pydantic copies it)
+    """Columns to leave unused though their names look like instructions; messages[].name means a field of the
+    turns."""
     train_on: Literal["all", "last"] = "all"
     """Which assistant turns are trained on."""
     task_column: Text | None = None
@@ -153,11 +81,13 @@ class Data(Section):
     cache_folder: Folder | None = None
     """Where tokenised data is cached; null: the user's cache folder."""
     device_limit_bytes: Bytes | None = None
-    """Tokens lie in device memory up to this size (512MiB, 2GiB …), in pinned host memory past it; null: from free memory."""
+    """Tokens lie in device memory up to this size (512MiB, 2GiB …), in pinned host memory past it; null: from
+    free memory."""
 
 
 class Batch(Section):
-    """Which samples share an update, and the rows they are packed into (packing never changes the gradient)."""
+    """Which samples share an update, and the rows they are packed into (packing never changes the
+    gradient)."""
 
     samples: Count | None = 16
     """Samples per update; null when batch.tokens is set."""
@@ -166,14 +96,15 @@ class Batch(Section):
     row_tokens: AtLeastTwo = 4096
     """Tokens in one packed row = one forward and backward pass; lower it when memory runs out."""
     pack: bool = True
-    """Several samples share a row; false: one sample a row, for architectures that cannot keep them apart (docs/models.md)."""
+    """Several samples share a row; false: one sample a row, for architectures that cannot keep them apart
+    (docs/models.md)."""
     bucket_tokens: Literal["auto"] | Count = "auto"
     """Rows are padded to a multiple of this; auto: 128 on a GPU or with model.compile, else 1."""
 
     @model_validator(mode="before")
     @classmethod
     def _tokens_replace_samples(cls, given: Any) -> Any:
-        return _instead(given, "tokens", "samples")
+        return instead(given, "tokens", "samples")
 
 
 class Loss(Section):
@@ -184,7 +115,8 @@ class Loss(Section):
     skip_below: Part = 0.0
     """Drop tokens whose 1 - p(target) is below this from the gradient; 0: exact."""
     chunk_bytes: SomeBytes | None = None
-    """Memory for one chunk of logits (256MiB …); null: from the shapes and, on a GPU, what is free when the run begins."""
+    """Memory for one chunk of logits (256MiB …); null: from the shapes and, on a GPU, what is free when the
+    run begins."""
 
 
 class Optim(Section):
@@ -210,14 +142,15 @@ class Optim(Section):
     @model_validator(mode="before")
     @classmethod
     def _updates_replace_fraction(cls, given: Any) -> Any:
-        return _instead(given, "warmup_updates", "warmup_fraction")
+        return instead(given, "warmup_updates", "warmup_fraction")
 
 
 class Schedule(Section):
     """The learning rate after the warm-up."""
 
     name: Literal["wsd", "cosine", "constant", "linear"] = "wsd"
-    """wsd: stable, then a decay that saturation or the budget's end starts; cosine and linear fall to 0 over the budget."""
+    """wsd: stable, then a decay that saturation or the budget's end starts; cosine and linear fall to 0 over
+    the budget."""
     decay_fraction: Fraction = 0.1
     """Length of wsd's decay as a share of the updates done when it starts."""
 
@@ -239,7 +172,8 @@ class Stop(Section):
     token_accuracy: Share | None = 0.97
     """Stop when token accuracy on the training data reaches this; null: never."""
     probe_samples: Count | None = None
-    """Measure it on this many fixed training samples; null: over the last whole epoch's training pass, for free."""
+    """Measure it on this many fixed training samples; null: over the last whole epoch's training pass, for
+    free."""
     plateau_epochs: Count | None = None
     """Stop when token accuracy has not risen for this many epochs; null: never."""
     plateau_min_delta: NotNegative = 0.001
@@ -263,13 +197,15 @@ class Numbers(Section):
     """What to do when numbers go wrong."""
 
     on_nonfinite: Literal["stop", "skip", "revert"] = "stop"
-    """NaN or Inf in the loss or a gradient: no update is applied. stop the run; skip that update and count it; or revert to the
-    newest state in memory that was read and finite, and pass the update over."""
+    """NaN or Inf in the loss or a gradient: no update is applied. stop the run; skip that update and count
+    it; or revert to the newest state in memory that was read and finite, and pass the update over."""
     on_spike: Literal["log", "skip", "revert"] = "log"
-    """An update whose loss or gradient norm (before clipping; both as logarithms) lies more than 6 standard deviations above
-    the last 128 updates': log it and apply it; skip it and count it; or revert as above. Judged once 64 are known."""
+    """An update whose loss or gradient norm (before clipping; both as logarithms) lies more than 6 standard
+    deviations above the last 128 updates': log it and apply it; skip it and count it; or revert as above.
+    Judged once 64 are known."""
     on_out_of_memory: Literal["stop", "retry"] = "stop"
-    """Out of memory in an update changes nothing: stop and say what to lower, or retry it in rows half as long (one rank)."""
+    """Out of memory in an update changes nothing: stop and say what to lower, or retry it in rows half as
+    long (one rank)."""
 
 
 class Log(Section):
@@ -277,7 +213,7 @@ class Log(Section):
 
     every_updates: Count = 10
     """Updates between two readings of the device's counters."""
-    trackers: list[Literal["wandb", "trackio", "tensorboard"]] = []
+    trackers: list[Literal["wandb", "trackio", "tensorboard"]] = []  # noqa: RUF012 (pydantic copies it)
     """Experiment trackers, by name."""
     peak_flops: Positive | None = None
     """The device's peak in FLOP/s for MFU; null: known for common GPUs, otherwise no MFU."""
@@ -287,27 +223,30 @@ class Checkpoint(Section):
     """State on disk, to resume from."""
 
     every_updates: Count | None = None
-    """Updates between checkpoints, instead of minutes. One at the end of a run, before its model is saved, there always is."""
+    """Updates between checkpoints, instead of minutes. One at the end of a run, before its model is saved,
+    there always is."""
     every_minutes: Positive | None = 10.0
     """Minutes between checkpoints; null: none on the way, unless every_updates is set."""
     keep_last: Count = 2
     """Whole checkpoints kept."""
     keep_extendable: bool = True
-    """Save and keep the last one from before wsd's decay: --resume with a larger budget goes on from there."""
+    """Save and keep the last one from before wsd's decay: --resume with a larger budget goes on from
+    there."""
     keep_best: bool = False
     """Keep the one with the lowest validation loss too."""
 
     @model_validator(mode="before")
     @classmethod
     def _updates_replace_minutes(cls, given: Any) -> Any:
-        return _instead(given, "every_updates", "every_minutes")
+        return instead(given, "every_updates", "every_minutes")
 
 
 class Distributed(Section):
     """Many GPUs. How many there are says the launcher (torchrun, srun)."""
 
     shard_ranks: Count | None = None
-    """GPUs that share a copy of the weights (HSDP), say those of a node; only gradients travel between copies. null: all."""
+    """GPUs that share a copy of the weights (HSDP), say those of a node; only gradients travel between
+    copies. null: all."""
 
 
 class Mixture(Section):
@@ -330,14 +269,16 @@ class Mixture(Section):
     data: Literal["continue", "rewind"] = "continue"
     """The data order after a roll-back: a fresh one, or the old stage's again."""
     exclude_on: Literal["overfit", "saturation"] = "overfit"
-    """A task leaves when its validation score falls, or when its training data is memorised (stop.token_accuracy)."""
+    """A task leaves when its validation score falls, or when its training data is memorised
+    (stop.token_accuracy)."""
     rehearsal: Part = 0.0
     """Weight that excluded tasks keep; 0: none."""
     metric: Literal["exact_match", "nll", "token_accuracy", "answer"] = "exact_match"
-    """What decides, on the validation rows; answer generates the reply and compares its final answer (for rationales)."""
+    """What decides, on the validation rows; answer generates the reply and compares its final answer (for
+    rationales)."""
     extractor: Text = "final"
-    """metric answer: final, boxed, hashes, last_number, whole, or, with model.trust_remote_code, an own function as
-    package.module:function (text → answer or None)."""
+    """metric answer: final, boxed, hashes, last_number, whole, or, with model.trust_remote_code, an own
+    function as package.module:function (text → answer or None)."""
     answer_tokens: Count = 512
     """metric answer: longest generated reply in tokens."""
     min_delta: NotNegative = 0.0

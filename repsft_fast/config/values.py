@@ -1,4 +1,5 @@
-"""What one setting may hold: numbers, words, paths and free mappings, as YAML and other trainers' users write them."""
+"""What one setting may hold: numbers, words, paths and free mappings, as YAML and other trainers' users write
+them."""
 
 import math
 import re
@@ -26,17 +27,22 @@ def as_whole(value: Any) -> Any:
             number = float(value)
         except ValueError:
             return value
-        return int(number) if math.isfinite(number) and number.is_integer() and "e" in value.lower() else value
+        return (
+            int(number) if math.isfinite(number) and number.is_integer() and "e" in value.lower() else value
+        )
     return value
 
 
 def as_size(value: Any) -> Any:
-    """Sizes in bytes: a whole number, or one with a unit. pydantic alone reads 2026-11-21 as 2026 and 0.5 as 0."""
+    """Sizes in bytes: a whole number, or one with a unit. pydantic alone reads 2026-11-21 as 2026 and 0.5 as
+    0."""
     value = as_whole(value)
     whole = (isinstance(value, int) or (isinstance(value, float) and value.is_integer())) and value >= 0
     text = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not whole and not (text and (text[1] or "b").lower() in ByteSize.byte_sizes):
-        raise ValueError("Input should be a whole number of bytes, or one with a unit, such as 512MiB or 2GiB")
+        raise ValueError(
+            "Input should be a whole number of bytes, or one with a unit, such as 512MiB or 2GiB"
+        )
     return value
 
 
@@ -44,7 +50,8 @@ def as_word(value: Any) -> Any:
     """YAML 1.1 reads `off` and `no` as false; a setting that is a word wants the word."""
     if isinstance(value, bool):
         raise ValueError(
-            f"Input should be text, not {str(value).lower()} (YAML reads bare yes, no, on and off so: quote the word)"
+            f"Input should be text, not {str(value).lower()} (YAML reads bare yes, no, on and off so: quote"
+            " the word)"
         )
     if isinstance(value, bytes | bytearray):
         raise ValueError("Input should be text, not bytes")
@@ -64,7 +71,8 @@ def as_utf8(value: Any) -> Any:
 
 
 def as_plain(value: Any, deep: int = 0) -> Any:
-    """Free settings in the form JSON keeps (lists, text keys), so that the run's own record of them reads back equal."""
+    """Free settings in the form JSON keeps (lists, text keys), so that the run's own record of them reads
+    back equal."""
     if deep > _DEEPEST:
         raise ValueError(f"Input should be nested at most {_DEEPEST} deep")
     if isinstance(value, dict):
@@ -78,7 +86,10 @@ def as_plain(value: Any, deep: int = 0) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"Input should be finite, not {value}")
     if value is not None and type(value) not in (str, bool, int, float):
-        raise ValueError(f"Input should be numbers, text, true, false, null, lists and mappings, not {type(value).__name__}")
+        raise ValueError(
+            "Input should be numbers, text, true, false, null, lists and mappings, not"
+            f" {type(value).__name__}"
+        )
     return as_utf8(value)
 
 
@@ -90,7 +101,9 @@ Text = Annotated[str, BeforeValidator(as_word), Field(min_length=1)]
 Name = Annotated[str, BeforeValidator(as_utf8)]
 # Validators before the type run from right to left.
 Folder = Annotated[str, BeforeValidator(as_word), BeforeValidator(as_folder), Field(min_length=1)]
-FolderOrHubId = Annotated[str, BeforeValidator(as_word), BeforeValidator(as_folder_or_hub_id), Field(min_length=1)]
+FolderOrHubId = Annotated[
+    str, BeforeValidator(as_word), BeforeValidator(as_folder_or_hub_id), Field(min_length=1)
+]
 Template = Annotated[str, BeforeValidator(as_word), BeforeValidator(as_template), Field(min_length=1)]
 Source = Annotated[str, BeforeValidator(as_word), BeforeValidator(as_source), Field(min_length=1)]
 Positive = Annotated[float, BeforeValidator(as_number), Field(gt=0)]

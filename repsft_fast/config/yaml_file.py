@@ -1,7 +1,7 @@
 """Settings files: YAML read by the 1.2 core rules, with line numbers, and bounded against hostile files.
 
-PyYAML follows YAML 1.1, where `1e-5` is text, `off` is false, `010` is 8, `1:30` is 90 and `2026-11-21` is a date.
-Here they are a number, a word, 10, text and text.
+PyYAML follows YAML 1.1, where `1e-5` is text, `off` is false, `010` is 8, `1:30` is 90 and `2026-11-21` is a
+date. Here they are a number, a word, 10, text and text.
 """
 
 import errno
@@ -28,8 +28,13 @@ class _Loader(yaml.SafeLoader):
 
 
 # Dates, sets and binary data are no settings: their tags are refused like any other foreign tag.
-_KNOWN_TAGS = {None, *(f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "int", "float", "str", "seq", "map"))}
-_Loader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _KNOWN_TAGS}
+_KNOWN_TAGS = {
+    None,
+    *(f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "int", "float", "str", "seq", "map")),
+}
+_Loader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _KNOWN_TAGS
+}
 _NOTHING = ("", "~", "null")
 _CORE = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -53,10 +58,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either set of rules would take for something other than text: `1e5` is text to YAML 1.1 and a number here."""
+    """Quotes what either set of rules would take for something other than text: `1e5` is text to YAML 1.1 and
+    a number here."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own table, joined with ours)
-        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
     }
 
@@ -76,9 +85,11 @@ def write_settings(values: dict[str, Any]) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """The value of a flag or an environment variable: `3`, `1e-5`, `null`, `[a, b]`, `{task: file}`, else the text itself.
+    """The value of a flag or an environment variable: `3`, `1e-5`, `null`, `[a, b]`, `{task: file}`, else the
+    text itself.
 
-    Text that is not quoted is as it was typed: YAML would end it at ` #` and fold its lines, a chat template's too.
+    Text that is not quoted is as it was typed: YAML would end it at ` #` and fold its lines, a chat
+    template's too.
     """
     try:
         value = _construct(text, "value")[0]
@@ -99,14 +110,22 @@ def read_settings_file(path: Path) -> tuple[dict[str, Any], Lines]:
                 raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(describe(str(path), f"cannot be read ({error.strerror or error})")) from error
+
+    # Somebody may have given another file by mistake: the data, a model.
     if len(raw) > MAX_BYTES:
-        raise ConfigError(describe(str(path), "is too large for a settings file", expected=f"at most {MAX_BYTES} bytes"))
+        raise ConfigError(
+            describe(str(path), "is too large for a settings file", expected=f"at most {MAX_BYTES} bytes")
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            describe(str(path), "is not UTF-8 text", got=f"byte {raw[error.start]:#x} at offset {error.start}")
+            describe(
+                str(path), "is not UTF-8 text", got=f"byte {raw[error.start]:#x} at offset {error.start}"
+            )
         ) from error
+
+    # An empty file is the defaults; what is no mapping would be none of any setting.
     value, lines = _construct(text, str(path))
     if value is None:
         return {}, {}
@@ -181,7 +200,9 @@ def _check_size(root: yaml.Node, where: str) -> None:
 
     def size(node: yaml.Node) -> int:
         if id(node) in open_nodes:
-            raise ConfigError(describe(f"{where} line {node.start_mark.line + 1}", "an anchor contains itself"))
+            raise ConfigError(
+                describe(f"{where} line {node.start_mark.line + 1}", "an anchor contains itself")
+            )
         if id(node) not in sizes:
             open_nodes.add(id(node))
             sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
@@ -190,7 +211,9 @@ def _check_size(root: yaml.Node, where: str) -> None:
 
     if size(root) > MAX_NODES:
         raise ConfigError(
-            describe(where, "means too many values once its aliases are followed", expected=f"at most {MAX_NODES}")
+            describe(
+                where, "means too many values once its aliases are followed", expected=f"at most {MAX_NODES}"
+            )
         )
 
 
@@ -207,7 +230,11 @@ def _check_keys(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str
             continue
         if key.value in seen:
             name = spelled(".".join((*path, key.value)))
-            raise ConfigError(describe(f"{where} line {line}", f"{name} is set twice", got=f"also on line {seen[key.value]}"))
+            raise ConfigError(
+                describe(
+                    f"{where} line {line}", f"{name} is set twice", got=f"also on line {seen[key.value]}"
+                )
+            )
         seen[key.value] = line
         lines[(*path, key.value)] = line
         _check_keys(value, (*path, key.value), lines, where)

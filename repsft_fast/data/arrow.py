@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.filetypes import check_regular, once
-from repsft_fast.data.folders import choose_split
+from repsft_fast.data.split_names import choose_split
 from repsft_fast.errors import DataError, describe, open_plain
 from repsft_fast.hub import offline, why_not_reached
 
@@ -33,7 +33,11 @@ def open_table(path: Path, name: str, kind: str) -> Any:
         if is_stream:  # as `datasets` writes it
             return datasets.Dataset.from_file(str(path))
         batches = pa.ipc.open_file(pa.memory_map(str(path)))
-        return datasets.Dataset(datasets.table.InMemoryTable(batches.read_all())) if batches.num_record_batches else []
+        return (
+            datasets.Dataset(datasets.table.InMemoryTable(batches.read_all()))
+            if batches.num_record_batches
+            else []
+        )
 
     return _read(read, name, kind.split()[0])
 
@@ -48,7 +52,9 @@ def open_saved(path: Path, name: str, split: str, held_out: bool) -> Any:
         chosen = choose_split(split, splits, held_out)
         if chosen is None:
             expected = " | ".join(splits)
-            raise DataError(describe(name, "has no such split", expected=expected, got=split, todo="set data.split"))
+            raise DataError(
+                describe(name, "has no such split", expected=expected, got=split, todo="set data.split")
+            )
         folder = folder / chosen
     if not (files := _index(folder / "state.json", "_data_files", name)):
         return []  # `datasets` cannot load it
@@ -58,13 +64,18 @@ def open_saved(path: Path, name: str, split: str, held_out: bool) -> Any:
 
 
 def open_hub(name: str, split: str, held_out: bool) -> Any:
-    """A data set of the hub, "owner/name" or "owner/name:subset". The hub is asked within `hub.SECONDS` whether it is there."""
+    """A data set of the hub, "owner/name" or "owner/name:subset". The hub is asked within `hub.SECONDS`
+    whether it is there."""
     import datasets
 
     repository, _, subset = name.partition(":")
     if repository in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
-        wrong = f"is not a file here ({Path(repository).absolute()}), and to `datasets` it is no data set but all files here"
+        wrong = (
+            f"is not a file here ({Path(repository).absolute()}), and to `datasets` it is no data set but all"
+            " files here"
+        )
         raise DataError(describe(name, wrong, todo="name the files or their folder"))
+    # Only what is asked for is fetched; which splits there are is asked where that one is not there.
     unreached = why_not_reached(repository, "dataset")
     try:
         with _quiet(), offline(unreached is not None):
@@ -76,12 +87,20 @@ def open_hub(name: str, split: str, held_out: bool) -> Any:
                 splits = datasets.load_dataset(repository, subset or None)
     except Exception as error:  # no common base class
         cause = unreached or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        wrong = f"is not a file here ({Path(repository).absolute()}) and could not be had from the hub ({cause})"
-        todo = "check the path, the data set's name and the network; HF_HUB_OFFLINE=1 reads the cache without asking"
+        wrong = (
+            f"is not a file here ({Path(repository).absolute()}) and could not be had from the hub ({cause})"
+        )
+        todo = (
+            "check the path, the data set's name and the network; HF_HUB_OFFLINE=1 reads the cache without"
+            " asking"
+        )
         raise DataError(describe(name, wrong, todo=todo)) from error
+    # The same rules for names of splits as in folders.
     chosen = choose_split(split, list(splits), held_out)
     if chosen is None:
-        raise DataError(describe(name, "has no such split", expected=" | ".join(splits), got=split, todo="set data.split"))
+        raise DataError(
+            describe(name, "has no such split", expected=" | ".join(splits), got=split, todo="set data.split")
+        )
     return splits[chosen]
 
 
@@ -90,7 +109,8 @@ def _read(read: Any, name: str, kind: str) -> Any:
         with _quiet():
             return read()
     except Exception as error:
-        # `datasets` has no common base class for what it raises, and a hostile file can raise nearly anything.
+        # `datasets` has no common base class for what it raises, and a hostile file can raise nearly
+        # anything.
         first = error.__cause__ or error  # `datasets` wraps what says more
         cause = f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}"
         todo = "write it again, or its rows as .jsonl"

@@ -1,4 +1,5 @@
-"""Rows that cannot be trained on: counted, the first five kept in words, and one error or one warning at the end."""
+"""Rows that cannot be trained on: counted, the first five kept in words, and one error or one warning at the
+end."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class BadRows:
         self.count += 1
         self._files.setdefault(where.rpartition(":")[0], len(self._files))
         # What is wrong with a row's form is found before what is wrong with its text: they come in no order.
-        self.first = sorted([*self.first, (where, str(error))], key=lambda bad: self._position(bad[0]))[:SHOWN]
+        self.first = sorted([*self.first, (where, str(error))], key=lambda bad: self._position(bad[0]))[
+            :SHOWN
+        ]
         return True
 
     def _position(self, where: str) -> tuple[int, int]:
@@ -34,7 +37,9 @@ class BadRows:
         """What is said when bad rows are not to be dropped; `rows` were looked at."""
         if self.count == 1:
             message = self.first[0][1]
-            return DataError(message if "data.on_bad_row" in message else f"{message} (or set data.on_bad_row: drop)")
+            return DataError(
+                message if "data.on_bad_row" in message else f"{message} (or set data.on_bad_row: drop)"
+            )
         shown = "the first five:" if self.count > SHOWN else "they are:"
         todo = "mend them, or set data.on_bad_row: drop"
         lines = "\n".join(f"  {message}" for _, message in self.first)
@@ -51,4 +56,7 @@ class BadRows:
             return []
         places = ", ".join(place for place, _ in self.first)
         more = ", …" if self.count > SHOWN else ""
-        return [f"{self.count} rows cannot be trained on and were dropped: {places}{more}; the first: {self.first[0][1]}"]
+        return [
+            f"{self.count} rows cannot be trained on and were dropped: {places}{more}; the first:"
+            f" {self.first[0][1]}"
+        ]

@@ -26,8 +26,12 @@ def block_spans(renders: Renders, turns: list[int]) -> dict[int, list[Span]]:
         start, end = blocks[-1]
         blocks = [*blocks[:-1], (start, _block_end(renders, turn, start, end, closers))]
         if turn + 1 in assistants and _is_merged(renders, turn, blocks[-1][1]):
-            wrong = "the chat template merges this turn with the next one and writes no end of turn between them"
-            raise DataError(describe(renders.place(turn), wrong, todo="merge the turns, or set data.on_bad_row: drop"))
+            wrong = (
+                "the chat template merges this turn with the next one and writes no end of turn between them"
+            )
+            raise DataError(
+                describe(renders.place(turn), wrong, todo="merge the turns, or set data.on_bad_row: drop")
+            )
         text = "".join(whole[start:end] for start, end in blocks)
         check_turn(renders.messages[turn], thinking_of(whole[: blocks[0][0]]) + text, renders.place(turn))
         start, end = blocks[0]
@@ -42,9 +46,11 @@ def _is_merged(renders: Renders, turn: int, end: int) -> bool:
 
 
 def _owners(renders: Renders, assistants: list[int]) -> dict[int, list[Span]]:
-    """Which blocks are whose, when there is not one for every assistant turn: those which its prefix has, too.
+    """Which blocks are whose, when there is not one for every assistant turn: those which its prefix has,
+    too.
 
-    A last block of special tokens only, behind a block that ends in one, ends the text and not the turn (Phi 3's eos).
+    A last block of special tokens only, behind a block that ends in one, ends the text and not the turn (Phi
+    3's eos).
     """
     owned: dict[int, list[Span]] = {}
     left = renders.blocks
@@ -55,7 +61,11 @@ def _owners(renders: Renders, assistants: list[int]) -> dict[int, list[Span]]:
             left = owned[turn]
         else:
             text, blocks = renders.render(renders.messages[: turn + 1])
-            owned[turn] = [block for block in left if block in blocks and renders.whole[slice(*block)] == text[slice(*block)]]
+            owned[turn] = [
+                block
+                for block in left
+                if block in blocks and renders.whole[slice(*block)] == text[slice(*block)]
+            ]
         left = left[len(owned[turn]) :]
         while len(owned[turn]) > 1 and _closes_only(renders, *owned[turn][-2:]):
             owned[turn] = owned[turn][:-1]
@@ -63,11 +73,13 @@ def _owners(renders: Renders, assistants: list[int]) -> dict[int, list[Span]]:
 
 
 def _begins(renders: Renders, turn: int) -> int | None:
-    """Where the last turn begins, header included: where the text before it ends, or its generation prompt begins."""
+    """Where the last turn begins, header included: where the text before it ends, or its generation prompt
+    begins."""
     before = renders.prefix(turn)
     if renders.whole.startswith(before):
         return len(before)
-    prompt = renders.prompt(turn)  # a template that ends every chat with another token (Phi 3's eos) has no such prefix
+    # a template that ends every chat with another token (Phi 3's eos) has no such prefix
+    prompt = renders.prompt(turn)
     return len(prompt) - len(renders.opener) if renders.whole.startswith(prompt) else None
 
 
@@ -78,10 +90,11 @@ def _closes_only(renders: Renders, before: Span, block: Span) -> bool:
 
 
 def _given(renders: Renders, turn: int, start: int, begun: dict[str, str | None]) -> int:
-    """How many characters of the block that begins at `start` its generation prompt holds already: they are not trained.
+    """How many characters of the block that begins at `start` its generation prompt holds already: they are
+    not trained.
 
-    begun: for every role that a turn may follow, what the prompt held of the block then; a prompt behind a tool's result may
-    be another than behind a question.
+    begun: for every role that a turn may follow, what the prompt held of the block then; a prompt behind a
+    tool's result may be another than behind a question.
     """
     whole, before = renders.whole, renders.messages[turn - 1]["role"] if turn else ""
     if before not in ("", "user"):
@@ -90,14 +103,17 @@ def _given(renders: Renders, turn: int, start: int, begun: dict[str, str | None]
                 prompt = renders.prompt(turn)
             except MemoryError:
                 raise
-            except Exception:  # a template may raise anything; it does not take the beginning of this chat alone
+            # a template may raise anything; it does not take the beginning of this chat alone
+            except Exception:
                 prompt = None
-            begun[before] = whole[start : len(prompt)] if prompt is not None and whole.startswith(prompt) else None
+            begun[before] = (
+                whole[start : len(prompt)] if prompt is not None and whole.startswith(prompt) else None
+            )
         held = begun[before]
         if held is not None and whole.startswith(held, start):
             return len(held)
-    # Where the turn thinks otherwise than the prompt does (a prompt that begins to think, an answer without thinking), the
-    # header alone is given.
+    # Where the turn thinks otherwise than the prompt does (a prompt that begins to think, an answer without
+    # thinking), the header alone is given.
     for given in (renders.opener, renders.opener.removesuffix(thinking_of(renders.opener))):
         for outside in range(len(given), -1, -1):
             if whole.endswith(given[:outside], 0, start) and whole.startswith(given[outside:], start):
@@ -106,7 +122,8 @@ def _given(renders: Renders, turn: int, start: int, begun: dict[str, str | None]
 
 
 def _block_end(renders: Renders, turn: int, start: int, end: int, closers: dict[str, bool]) -> int:
-    """The block's end, white space off; with the special token behind it when that ends the turn and none is in the block."""
+    """The block's end, white space off; with the special token behind it when that ends the turn and none is
+    in the block."""
     whole, specials = renders.whole, renders.specials
     said = len(whole[:end].rstrip())
     if said > start and whole[start:said].endswith(specials):

@@ -1,8 +1,8 @@
 """Runs untrusted work (chat templates) in a forked child with limits on time, memory and output.
 
-Jinja's sandbox keeps a template from reaching Python, not from looping for ever or filling the memory. The timer is the
-child's own, with the default action, so it also ends a loop inside C code; the parent sees the pipe close. It counts CPU
-time: a busy machine is no fault of the template.
+Jinja's sandbox keeps a template from reaching Python, not from looping for ever or filling the memory. The
+timer is the child's own, with the default action, so it also ends a loop inside C code; the parent sees the
+pipe close. It counts CPU time: a busy machine is no fault of the template.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ Item = TypeVar("Item")
 
 
 def bounded_map(
-    work: Callable[[Item], Any],  # returns JSON; raises DataError for the user, anything else is reported by name
+    # returns JSON; raises DataError for the user, anything else is reported by name
+    work: Callable[[Item], Any],
     items: Sequence[Item],
     where: Callable[[Item], str],  # names an item in errors
     what: str,  # "the chat template", in errors
 ) -> Iterator[Any]:
-    """work(item) for every item, in order, in a child process; a DataError in its place for an item that failed.
+    """work(item) for every item, in order, in a child process; a DataError in its place for an item that
+    failed.
 
-    Raises DataError naming the item that broke a limit: its child is gone, and another would only break the limit again.
+    Raises DataError naming the item that broke a limit: its child is gone, and another would only break the
+    limit again.
     """
     if not items:
         return
@@ -107,18 +110,28 @@ def _unwrap(answer: dict[str, Any], where: str, what: str) -> Any:
         return answer["value"]
     if "data_error" in answer:
         return DataError(answer["data_error"])
-    return DataError(describe(where, f"{what} failed on this row ({answer['error']})", todo="mend the row or the template"))
+    return DataError(
+        describe(where, f"{what} failed on this row ({answer['error']})", todo="mend the row or the template")
+    )
 
 
 def _cause_of_death(status: int, where: str, what: str) -> str:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGPROF:
-        return describe(where, f"{what} took longer than {MAX_SECONDS:g} s of CPU time on this row", todo="mend the template")
+        return describe(
+            where,
+            f"{what} took longer than {MAX_SECONDS:g} s of CPU time on this row",
+            todo="mend the template",
+        )
     if number == signal.SIGALRM:
         seconds = MAX_SECONDS * WALL_FACTOR
-        return describe(where, f"{what} was stuck on this row for {seconds:g} s", todo="is the machine out of memory?")
+        return describe(
+            where, f"{what} was stuck on this row for {seconds:g} s", todo="is the machine out of memory?"
+        )
     cause = signal.Signals(number).name if number else f"exit status {os.waitstatus_to_exitcode(status)}"
-    return describe(where, f"{what} ended its process on this row ({cause}; out of memory?)", todo="mend the template")
+    return describe(
+        where, f"{what} ended its process on this row ({cause}; out of memory?)", todo="mend the template"
+    )
 
 
 def _limit_memory() -> None:

@@ -1,24 +1,24 @@
-"""Tokenised samples on disk: one safetensors file per key, its JSON in the header. No pickle, written atomically.
+"""Tokenised samples on disk: one safetensors file per key, its JSON in the header. No pickle, written
+atomically.
 
-The key covers everything that decides the result; the file carries a hash of its own bytes. A file that does not verify
-is reported and rebuilt, never half used.
+The key covers everything that decides the result; the file carries a hash of its own bytes. A file that does
+not verify is reported and rebuilt, never half used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
 from repsft_fast.data.sample import Loaded, Sample
 from repsft_fast.errors import open_plain
+from repsft_fast.files import replace_file
 
 VERSION = 3  # raise it when the same input would give other samples
 ACCOUNTS = ("columns_used", "columns_unused", "files")
@@ -31,13 +31,16 @@ def cache_key(parts: dict[str, Any]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of everything that decides ids: the backend's own serialisation where there is one, else the vocabulary."""
+    """Hash of everything that decides ids: the backend's own serialisation where there is one, else the
+    vocabulary."""
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    added = {str(number): (str(token), token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+    added = {
+        str(number): (str(token), token.special) for number, token in tokenizer.added_tokens_decoder.items()
+    }
     start = list(tokenizer("")["input_ids"])
     text = json.dumps([type(tokenizer).__name__, body, specials, added, start], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -61,21 +64,21 @@ def write(folder: Path, key: str, loaded: Loaded) -> None:
         "files": np.array([file_numbers[file] for file, _, _ in places], np.int32),
         "rows": np.array([int(row) for _, _, row in places], np.int64),
     }
-    meta = {"key": key, "tasks": tasks, "files": files, "dropped": dict(loaded.dropped), "warnings": loaded.warnings}
-    meta["accounts"] = {name: list(getattr(loaded, name).items()) for name in ACCOUNTS}  # as lists: their order is kept
+    meta = {
+        "key": key,
+        "tasks": tasks,
+        "files": files,
+        "dropped": dict(loaded.dropped),
+        "warnings": loaded.warnings,
+    }
+    # as lists: their order is kept
+    meta["accounts"] = {name: list(getattr(loaded, name).items()) for name in ACCOUNTS}
     text = json.dumps(meta, sort_keys=True)
+    # Under another name until it is whole: a reader sees all of it or nothing.
     data = save(tensors, metadata={"repsft": text, "sha256": _digest(tensors, text)})
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".writing-{uuid4().hex}"
-    try:
-        with open(temporary, "xb") as stream:  # whose mode is the umask's: a cache may be shared
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path_of(folder, key))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    # what a power cut takes is made again
+    replace_file(path_of(folder, key), data, "cache", durable=False)
 
 
 def read(folder: Path, key: str) -> tuple[Loaded | None, str | None]:
@@ -91,6 +94,7 @@ def read(folder: Path, key: str) -> tuple[Loaded | None, str | None]:
         return None, None
     except OSError as error:
         return None, f"{path} cannot be read ({error.strerror})"
+    # A damaged file is read anew, so whatever a library makes of one is no error of the run.
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])["__metadata__"]
@@ -101,7 +105,15 @@ def read(folder: Path, key: str) -> tuple[Loaded | None, str | None]:
         if meta["key"] != key:
             return None, f"{path} holds another data set"
         return _unpack(tensors, meta), None
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         return None, f"{path} is damaged ({type(error).__name__})"
 
 
@@ -120,7 +132,9 @@ def _digest(tensors: dict[str, np.ndarray], text: str) -> str:
 def _unpack(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> Loaded:
     borders = [0, *tensors["ends"].tolist()]
     ids, trained = tensors["ids"], tensors["trained"].astype(bool)
-    columns = zip(pairwise(borders), *(tensors[name].tolist() for name in ("weights", "tasks", "files", "rows")))
+    columns = zip(
+        pairwise(borders), *(tensors[name].tolist() for name in ("weights", "tasks", "files", "rows"))
+    )
     samples = [
         Sample(
             ids[start:end].tolist(),

@@ -1,4 +1,5 @@
-"""README.md of a data set: the `configs` in its head say which files are which split (the hub's manual configuration).
+"""README.md of a data set: the `configs` in its head say which files are which split (the hub's manual
+configuration).
 
 ---
 configs:
@@ -23,15 +24,18 @@ from repsft_fast.errors import DataError, describe, open_plain
 
 MAX_HEAD_BYTES = 2**18  # of the YAML at the top; more is not a head
 HEAD = re.compile(rb"\A(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_USED = {"config_name", "data_files", "data_dir", "default", "description", "version", "drop_labels"}  # or harmless
+# or harmless
+_USED = {"config_name", "data_files", "data_dir", "default", "description", "version", "drop_labels"}
 
 
 @dataclass(frozen=True)
 class Card:
     """What the head says of files."""
 
-    splits: dict[str, set[str]] | None = None  # {split: its files, of those there are}; None: the files' names say it
-    missing: dict[str, list[str]] = field(default_factory=dict)  # {split: patterns that match none of the files}
+    # {split: its files, of those there are}; None: the files' names say it
+    splits: dict[str, set[str]] | None = None
+    # {split: patterns that match none of the files}
+    missing: dict[str, list[str]] = field(default_factory=dict)
     folder: str = ""  # where splits is None: the folder in which all the data lies, with a / at its end
     notes: tuple[str, ...] = ()  # what is to be said
 
@@ -53,17 +57,24 @@ def read_card(folder: Path, name: str, files: list[str]) -> Card:
     try:
         said = yaml.safe_load(head[1])
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        return Card(notes=(f"{where}: its head is no YAML ({str(error).splitlines()[0]}); split by the files' names",))
+        return Card(
+            notes=(f"{where}: its head is no YAML ({str(error).splitlines()[0]}); split by the files' names",)
+        )
     configs = said.get("configs") if isinstance(said, dict) else None
     if configs is None:
         return Card()
+    # Only the files are taken from it: how to read them is decided here, and that is said.
     config = _the_one(configs, where)
     unused = sorted(map(str, config.keys() - _USED))
     notes = (f"{where}: how to read the files is not taken from it: {', '.join(unused)}",) if unused else ()
+    # A pattern that matches nothing is kept apart: the split would be smaller than meant.
     splits: dict[str, set[str]] = {}
     missing: dict[str, list[str]] = {}
     for split, patterns in _patterns(config, where).items():
-        found = {pattern: {file for file in files if matcher(pattern, where).fullmatch(file)} for pattern in patterns}
+        found = {
+            pattern: {file for file in files if matcher(pattern, where).fullmatch(file)}
+            for pattern in patterns
+        }
         splits[split] = set().union(*found.values())
         missing[split] = [pattern for pattern in patterns if not found[pattern]]
     if config.get("data_files") is None:  # a folder alone: what lies in it is split by its names
@@ -72,7 +83,8 @@ def read_card(folder: Path, name: str, files: list[str]) -> Card:
 
 
 def matcher(pattern: str, where: str) -> re.Pattern[str]:
-    """A glob over paths inside a folder: * and ? stay within a name, ** does not, [] is a class, {a,b} a choice."""
+    """A glob over paths inside a folder: * and ? stay within a name, ** does not, [] is a class, {a,b} a
+    choice."""
     parts = []
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\]|\{[^{}]*\}|[^*?]", pattern):
         if piece == "**/":
@@ -94,18 +106,32 @@ def matcher(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile("".join(parts), re.DOTALL)
     except re.error:
-        raise DataError(describe(where, f"{pattern} is no pattern for files", todo="name the files")) from None
+        raise DataError(
+            describe(where, f"{pattern} is no pattern for files", todo="name the files")
+        ) from None
 
 
 def _the_one(configs: Any, where: str) -> dict[str, Any]:
     """The only subset, or the default one."""
-    if not isinstance(configs, list) or not configs or not all(isinstance(config, dict) for config in configs):
-        raise DataError(describe(where, "its configs are no list of subsets", todo="name the files in place of the folder"))
+    if (
+        not isinstance(configs, list)
+        or not configs
+        or not all(isinstance(config, dict) for config in configs)
+    ):
+        raise DataError(
+            describe(
+                where, "its configs are no list of subsets", todo="name the files in place of the folder"
+            )
+        )
     names = [str(config.get("config_name", "default")) for config in configs]
-    chosen = [config for config, name in zip(configs, names) if config.get("default") is True or name == "default"]
+    chosen = [
+        config for config, name in zip(configs, names) if config.get("default") is True or name == "default"
+    ]
     if len(configs) > 1 and len(chosen) != 1:
         todo = "name the files of one in place of the folder"
-        raise DataError(describe(where, "describes several subsets and no default", expected=" | ".join(names), todo=todo))
+        raise DataError(
+            describe(where, "describes several subsets and no default", expected=" | ".join(names), todo=todo)
+        )
     return chosen[0] if len(configs) > 1 else configs[0]
 
 
@@ -117,19 +143,30 @@ def _patterns(config: dict[str, Any], where: str) -> dict[str, list[str]]:
     if isinstance(files, dict):
         entries = [{"split": split, "path": path} for split, path in files.items()]
     splits: dict[str, list[str]] = {}
+    # A pattern may name only what lies in the folder: anything else is not the data set.
     for entry in entries:
         entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
         split, paths = entry.get("split", "train"), entry.get("path")
         paths = paths if isinstance(paths, list) else [paths]
-        if not isinstance(split, str) or not isinstance(base, str) or not all(isinstance(path, str) and path for path in paths):
-            raise DataError(describe(where, "its data_files are no paths", todo="name the files in place of the folder"))
+        if (
+            not isinstance(split, str)
+            or not isinstance(base, str)
+            or not all(isinstance(path, str) and path for path in paths)
+        ):
+            raise DataError(
+                describe(where, "its data_files are no paths", todo="name the files in place of the folder")
+            )
         for path in paths:
             pattern = "/".join(part for part in f"{base}/{path}".split("/") if part not in ("", "."))
             if ".." in pattern.split("/") or "://" in path or path.startswith("/"):
                 raise DataError(
-                    describe(where, f"{path} leads out of the folder", todo="name the files in place of the folder")
+                    describe(
+                        where, f"{path} leads out of the folder", todo="name the files in place of the folder"
+                    )
                 )
             splits.setdefault(split, []).append(pattern)
     if not splits:
-        raise DataError(describe(where, "its data_files name none", todo="name the files in place of the folder"))
+        raise DataError(
+            describe(where, "its data_files name none", todo="name the files in place of the folder")
+        )
     return splits

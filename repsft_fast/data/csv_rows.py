@@ -12,7 +12,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 def csv_rows(lines: Iterator[str], name: str, kind: str, limit: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """({column: text or null}, "file:line") for every row; limit: of characters in a cell. DataError names the line.
+    """({column: text or null}, "file:line") for every row; limit: of characters in a cell. DataError names
+    the line.
 
     A column without a name, as data frames write their index, is called "Unnamed: N".
     """
@@ -28,22 +29,30 @@ def csv_rows(lines: Iterator[str], name: str, kind: str, limit: int) -> Iterator
         except csv.Error as error:
             todo = "repair the quotes, or write the rows as .jsonl"
             raise DataError(describe(where, f"is not {kind} ({error})", todo=todo)) from None
+        # Blank lines are no rows, and the first line that is none names the columns.
         if not cells:
             continue
         if header is None:
             header = _header(cells, where, kind)
         elif len(cells) != len(header):
             todo = f"quote cells that hold {DELIMITERS[kind]!r}, or write the rows as .jsonl"
-            raise DataError(describe(where, "has not a cell for each column", expected=len(header), got=len(cells), todo=todo))
+            raise DataError(
+                describe(
+                    where, "has not a cell for each column", expected=len(header), got=len(cells), todo=todo
+                )
+            )
         else:
             yield {column: cell or None for column, cell in zip(header, cells)}, where
 
 
 def _header(cells: list[str], where: str, kind: str) -> list[str]:
     for cell in cells[1:]:
-        if cell.strip() and cell[0].isspace():  # then cells begin with it too, or with a quote that quotes nothing
+        # then cells begin with it too, or with a quote that quotes nothing
+        if cell.strip() and cell[0].isspace():
             todo = f"remove the white space behind each {DELIMITERS[kind]!r}, or write the rows as .jsonl"
-            raise DataError(describe(where, f"has white space in front of column {cell.strip()!r}", todo=todo))
+            raise DataError(
+                describe(where, f"has white space in front of column {cell.strip()!r}", todo=todo)
+            )
     names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -51,5 +60,7 @@ def _header(cells: list[str], where: str, kind: str) -> list[str]:
     for other in ";\t|,":
         if len(cells) == 1 and other in cells[0] and other != DELIMITERS[kind]:
             todo = "write it with commas (.csv) or tabs (.tsv)"
-            raise DataError(describe(where, "holds one column", expected=repr(DELIMITERS[kind]), got=cells[0], todo=todo))
+            raise DataError(
+                describe(where, "holds one column", expected=repr(DELIMITERS[kind]), got=cells[0], todo=todo)
+            )
     return names

@@ -1,7 +1,9 @@
-"""Which token ends a trained turn: a model that has learned it must be stopped by it, and one that has not never stops.
+"""Which token ends a trained turn: a model that has learned it must be stopped by it, and one that has not
+never stops.
 
-A base model that is trained with a chat template learns to end its turns with that template's token (<|im_end|>), while its
-folder still names the token that ended its documents (<|endoftext|>). So the ends are found in the samples themselves.
+A base model that is trained with a chat template learns to end its turns with that template's token
+(<|im_end|>), while its folder still names the token that ended its documents (<|endoftext|>). So the ends are
+found in the samples themselves.
 """
 
 from __future__ import annotations
@@ -9,13 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repsft_fast.data.placeholders import special_strings
 from repsft_fast.data.sample import Sample
-
-if TYPE_CHECKING:
-    from repsft_fast.data.load import DataSettings
+from repsft_fast.data.settings import DataSettings
 
 LOOKED_AT = 1000  # samples that are searched for ends which stand inside trained text as well
 SURE = 0.99  # of a token's trained places, at the least so many must be ends
@@ -26,8 +26,10 @@ class Ends:
     """What ends the trained runs of some samples. Only special tokens of the tokenizer are ends."""
 
     samples: int = 0
-    tokens: dict[int, int] = field(default_factory=dict)  # id → trained runs that it ends, the most frequent first
-    doubtful: dict[int, int] = field(default_factory=dict)  # the same, of those that stand inside trained runs as well
+    # id → trained runs that it ends, the most frequent first
+    tokens: dict[int, int] = field(default_factory=dict)
+    # the same, of those that stand inside trained runs as well
+    doubtful: dict[int, int] = field(default_factory=dict)
     endless: int = 0  # samples whose last trained token is no end, though they were not cut for their length
     known: bool = True  # False: no tokenizer says which tokens are special
 
@@ -35,8 +37,8 @@ class Ends:
 def find_ends(samples: Sequence[Sample], tokenizer: Any, *, cut_at: int | None = None) -> Ends:
     """Look at the last token of every trained run; white space behind an end belongs to it.
 
-    cut_at: the length in positions at which samples were cut (overlong: truncate): the last run of one so long ends anywhere.
-    Costs one pass over the flags: 10,000 samples of 1,000 tokens take about 0.1 s.
+    cut_at: the length in positions at which samples were cut (overlong: truncate): the last run of one so
+    long ends anywhere. Costs one pass over the flags: 10,000 samples of 1,000 tokens take about 0.1 s.
     """
     if tokenizer is None:
         return Ends(len(samples), known=False)
@@ -96,7 +98,10 @@ def ends_in_words(ends: Ends, tokenizer: Any) -> list[str]:
 def problems(ends: Ends, tokenizer: Any) -> list[str]:
     """Why a model trained on these samples may not stop."""
     if not ends.known:
-        return ["which tokens end a turn cannot be known without a tokenizer: the model's own eos_token_id stays as it is"]
+        return [
+            "which tokens end a turn cannot be known without a tokenizer: the model's own eos_token_id stays"
+            " as it is"
+        ]
     words = [
         f"{name_of(token, tokenizer)} ends {n} trained turns and stands inside others as well:"
         " it does not join the saved model's eos_token_id"
@@ -105,9 +110,11 @@ def problems(ends: Ends, tokenizer: Any) -> list[str]:
     if ends.endless:
         some = bool(ends.tokens or ends.doubtful)
         words.append(
-            f"{ends.endless} of {ends.samples} samples end without an end-of-turn token: the model will not learn to stop"
+            f"{ends.endless} of {ends.samples} samples end without an end-of-turn token: the model will not"
+            " learn to stop"
             + (" there" if some else "")
-            + "; use a chat template that writes one behind the assistant's turns, or a tokenizer with an eos_token"
+            + "; use a chat template that writes one behind the assistant's turns, or a tokenizer with an"
+            " eos_token"
         )
     return words
 
@@ -125,7 +132,9 @@ class _Blank:
 
     def __call__(self, token: int) -> bool:
         if token not in self._known:
-            text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = self._tokenizer.decode(
+                [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
             spelled = self._tokenizer.convert_ids_to_tokens(token) or ""  # a lone ▁ may be decoded to nothing
             self._known[token] = not text.strip() and not spelled.strip("▁ĠĊĉ \n\t\r")
         return self._known[token]
@@ -139,8 +148,11 @@ def _end_of(ids: list[int], start: int, stop: int, special: frozenset[int], blan
     return ids[last] if ids[last] in special else None
 
 
-def _inside(samples: Sequence[Sample], found: Counter[int], special: frozenset[int], blank: _Blank) -> set[int]:
-    """Ends that stand in the middle of trained runs too often to stop at: harmony's <|end|> behind a train of thought."""
+def _inside(
+    samples: Sequence[Sample], found: Counter[int], special: frozenset[int], blank: _Blank
+) -> set[int]:
+    """Ends that stand in the middle of trained runs too often to stop at: harmony's <|end|> behind a train of
+    thought."""
     if not found or not samples:
         return set()
     step = -(-len(samples) // LOOKED_AT)

@@ -65,7 +65,8 @@ _MAGIC = {
 
 
 def kind_of(path: Path) -> str | None:
-    """jsonl | json | csv | tsv | parquet | arrow file, or None for a name that says nothing we read. Case does not matter."""
+    """jsonl | json | csv | tsv | parquet | arrow file, or None for a name that says nothing we read. Case
+    does not matter."""
     name = path.name.lower()
     packed = next((end for end in COMPRESSED if name.endswith(end)), "")
     kind = KINDS.get(Path(name.removesuffix(packed)).suffix)
@@ -81,7 +82,8 @@ def stem_of(path: Path) -> str:
 
 
 def holds_data(path: Path) -> bool:
-    """True for rows in a form that we do not read, such as .jsonl.zst: they must not be passed over without a word."""
+    """True for rows in a form that we do not read, such as .jsonl.zst: they must not be passed over without a
+    word."""
     name = path.name.lower()
     packed = next((end for end in _PACKED_ELSEWHERE if name.endswith(end)), None)
     return kind_of(path) is None and packed is not None and Path(name.removesuffix(packed)).suffix in KINDS
@@ -103,7 +105,9 @@ def refusal(path: Path, name: str) -> DataError:
         todo = f"unpack it, or pack rows as {' '.join(f'.jsonl{end}' for end in COMPRESSED)}"
     else:
         todo = _OTHERS.get(suffix, "write its rows as .jsonl, one JSON object per line")
-    return DataError(describe(name, "is a kind of file we do not read", expected=" ".join(SUFFIXES), got=suffix, todo=todo))
+    return DataError(
+        describe(name, "is a kind of file we do not read", expected=" ".join(SUFFIXES), got=suffix, todo=todo)
+    )
 
 
 def check_regular(path: Path, name: str) -> os.stat_result:
@@ -114,7 +118,8 @@ def check_regular(path: Path, name: str) -> os.stat_result:
         wrong = "is a broken link" if path.is_symlink() else "cannot be read"
         raise DataError(describe(name, f"{wrong} ({error.strerror})", todo="repair or remove it")) from None
     if not stat.S_ISREG(found.st_mode):
-        wrong, todo = f"is {kind_of_file(found.st_mode)}", "save it to a file first: it is read more than once"
+        wrong = f"is {kind_of_file(found.st_mode)}"
+        todo = "save it to a file first: it is read more than once"
         raise DataError(describe(name, wrong, expected="a file", todo=todo))
     return found
 
@@ -144,7 +149,11 @@ def torn(where: str, path: Path, error: Exception) -> DataError:
     cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if path.suffix.lower() in COMPRESSED:
         return DataError(
-            describe(where, f"is not whole {path.suffix[1:].lower()} ({cause})", todo="fetch or pack the file again")
+            describe(
+                where,
+                f"is not whole {path.suffix[1:].lower()} ({cause})",
+                todo="fetch or pack the file again",
+            )
         )
     return DataError(describe(where, f"cannot be read ({cause})", todo="check the file and its permissions"))
 
@@ -158,7 +167,8 @@ class Twice(ValueError):
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook: json itself would take the last of two values in silence. Raises Twice."""
+    """For json's object_pairs_hook: json itself would take the last of two values in silence. Raises
+    Twice."""
     made: dict[str, Any] = dict(pairs)
     if len(made) < len(pairs):
         first: dict[str, Any] = {}

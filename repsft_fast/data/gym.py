@@ -1,7 +1,8 @@
 """Procedurally generated reasoning tasks as a data source: `reasoning-gym:gsm_symbolic?size=24&seed=7`.
 
-The package `reasoning-gym` generates question, answer and, for some tasks, a worked solution. A source named this way is
-written once as an ordinary jsonl file of `messages`, so that everything behind it is the path real data takes.
+The package `reasoning-gym` generates question, answer and, for some tasks, a worked solution. A source named
+this way is written once as an ordinary jsonl file of `messages`, so that everything behind it is the path
+real data takes.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from repsft_fast.errors import DataError, describe, did_you_mean
+from repsft_fast.files import replace_file
 
 SCHEME = "reasoning-gym:"
 
@@ -21,10 +23,12 @@ def is_gym_source(source: str) -> bool:
 
 
 def gym_rows(source: str) -> list[dict[str, Any]]:
-    """Rows of one source: `reasoning-gym:TASK?size=N&seed=S&KEY=VALUE…`; further keys are the task's own settings.
+    """Rows of one source: `reasoning-gym:TASK?size=N&seed=S&KEY=VALUE…`; further keys are the task's own
+    settings.
 
-    Each row: {"messages": [user question, assistant solution], "task": TASK, "answer": str}. A task with a worked
-    solution gives it as the reply, its last line `#### answer` turned into `The answer is \\boxed{answer}.`.
+    Each row: {"messages": [user question, assistant solution], "task": TASK, "answer": str}. A task with a
+    worked solution gives it as the reply, its last line `#### answer` turned into `The answer is
+    \\boxed{answer}.`.
     """
     task, settings = _parse(source)
     size, seed = int(settings.pop("size", 100)), int(settings.pop("seed", 42))
@@ -35,22 +39,26 @@ def gym_rows(source: str) -> list[dict[str, Any]]:
         near = did_you_mean(task, DATASETS)
         hint = f"did you mean {near}?" if near else "see reasoning_gym.factory.DATASETS for the names"
         raise DataError(describe(source, f"reasoning-gym has no task {task!r}", todo=hint))
+    # Whatever a task makes of settings it does not know is the name's fault, not the package's.
     try:
         items = list(gym.create_dataset(task, size=size, seed=seed, **settings))
     except (TypeError, AssertionError, ValueError) as error:
-        raise DataError(describe(source, f"reasoning-gym refuses these settings: {error}", got=settings)) from error
+        raise DataError(
+            describe(source, f"reasoning-gym refuses these settings: {error}", got=settings)
+        ) from error
     return [_row(task, item) for item in items]
 
 
 def write_gym_source(source: str, folder: Path) -> Path:
-    """Write the rows as jsonl under `folder` and return the file. The name is the source, so it is written once."""
+    """Write the rows as jsonl under `folder` and return the file. The name is the source, so it is written
+    once."""
     name = "".join(c if c.isalnum() or c in "-_=" else "_" for c in source.removeprefix(SCHEME))
     path = folder / f"{name}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in gym_rows(source)), encoding="utf-8")
-        part.replace(path)
+        # Whole or not there: a run that is killed here would else train on the half of it.
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in gym_rows(source))
+        replace_file(path, text.encode(), "gym", durable=False)
     return path
 
 
@@ -62,7 +70,10 @@ def _row(task: str, item: dict[str, Any]) -> dict[str, Any]:
         reply = f"{steps}\nThe answer is \\boxed{{{answer}}}."
     else:
         reply = answer
-    messages = [{"role": "user", "content": item["question"].strip()}, {"role": "assistant", "content": reply}]
+    messages = [
+        {"role": "user", "content": item["question"].strip()},
+        {"role": "assistant", "content": reply},
+    ]
     return {"messages": messages, "task": task, "answer": answer}
 
 
@@ -70,16 +81,22 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(source)
     settings: dict[str, Any] = {}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        # Settings of tasks are numbers or words, and a name has only text.
         number = value.lstrip("-")
         settings[key] = int(value) if number.isdigit() else value
     for key in ("size", "seed"):
         if not isinstance(settings.get(key, 0), int) or settings.get(key, 1) < (1 if key == "size" else 0):
-            raise DataError(describe(source, f"{key} is not usable", expected="a positive whole number", got=settings[key]))
+            raise DataError(
+                describe(
+                    source, f"{key} is not usable", expected="a positive whole number", got=settings[key]
+                )
+            )
     return parts.path, settings
 
 
 def _import() -> types.ModuleType:
-    """reasoning_gym imports a SAT solver that has no wheel and that one task of a hundred needs: do without if absent."""
+    """reasoning_gym imports a SAT solver that has no wheel and that one task of a hundred needs: do without
+    if absent."""
     try:
         import pycosat  # noqa: F401
     except ImportError:
@@ -90,6 +107,10 @@ def _import() -> types.ModuleType:
         import reasoning_gym
     except ImportError as error:
         raise DataError(
-            describe(SCHEME, f"the package reasoning-gym cannot be imported ({error})", todo="pip install reasoning-gym")
+            describe(
+                SCHEME,
+                f"the package reasoning-gym cannot be imported ({error})",
+                todo="pip install reasoning-gym",
+            )
         ) from error
     return reasoning_gym

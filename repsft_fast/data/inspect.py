@@ -1,4 +1,5 @@
-"""What `repsft inspect` shows, as data: a sample as the model sees it, lengths, and what was dropped. Prints nothing."""
+"""What `repsft inspect` shows, as data: a sample as the model sees it, lengths, and what was dropped. Prints
+nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ MOST_TOGETHER = 16  # tokens tried together; a character has at most four bytes,
 @dataclass(frozen=True)
 class TokenView:
     id: int
-    text: str  # what it adds to the text; of tokens that make one character together the first holds it, the others nothing
+    # what it adds to the text; of tokens that make one character together the first holds it, the others
+    # nothing
+    text: str
     trained: bool
 
 
@@ -61,39 +64,53 @@ def summarise(loaded: Loaded, bins: int = 12) -> Summary:
     tasks: dict[str, TaskSummary] = {}
     for name in dict.fromkeys(sample.task for sample in loaded.samples):
         members = [sample for sample in loaded.samples if sample.task == name]
-        tasks[name] = TaskSummary(len(members), sum(s.positions for s in members), sum(s.num_trained for s in members))
+        tasks[name] = TaskSummary(
+            len(members), sum(s.positions for s in members), sum(s.num_trained for s in members)
+        )
     lengths = [sample.positions for sample in loaded.samples]
     return Summary(
         tasks=tasks,
         positions=_figures(lengths),
         trained=_figures([sample.num_trained for sample in loaded.samples]),
         histogram=histogram(lengths, bins),
-        duplicates=sum(count - 1 for count in Counter(tuple(sample.ids) for sample in loaded.samples).values()),
+        duplicates=sum(
+            count - 1 for count in Counter(tuple(sample.ids) for sample in loaded.samples).values()
+        ),
         dropped=dict(loaded.dropped),
         warnings=list(loaded.warnings),
     )
 
 
 def histogram(lengths: Sequence[int], bins: int = 12) -> list[tuple[int, int, int]]:
-    """(first, last, count) of at most `bins` equally wide ranges that cover every length; counts sum to len(lengths)."""
+    """(first, last, count) of at most `bins` equally wide ranges that cover every length; counts sum to
+    len(lengths)."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // bins)
     counts = Counter((length - low) // width for length in lengths)
-    return [(low + n * width, min(low + (n + 1) * width - 1, high), counts[n]) for n in range((high - low) // width + 1)]
+    return [
+        (low + n * width, min(low + (n + 1) * width - 1, high), counts[n])
+        for n in range((high - low) // width + 1)
+    ]
 
 
 def _figures(values: Sequence[int]) -> dict[str, int]:
     if not values:
         return dict.fromkeys(("min", "median", "p95", "max", "total"), 0)
     ordered = np.sort(np.asarray(values, np.int64))
-    at = {"min": 0, "median": len(ordered) // 2, "p95": min(len(ordered) - 1, int(0.95 * len(ordered))), "max": -1}
+    at = {
+        "min": 0,
+        "median": len(ordered) // 2,
+        "p95": min(len(ordered) - 1, int(0.95 * len(ordered))),
+        "max": -1,
+    }
     return {name: int(ordered[number]) for name, number in at.items()} | {"total": int(ordered.sum())}
 
 
 def _texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[str]:
-    """What every token adds to the text of those before it. Where that is no text, the vocabulary's own spelling."""
+    """What every token adds to the text of those before it. Where that is no text, the vocabulary's own
+    spelling."""
     if tokenizer is None:
         return [f"<{token}>" for token in ids]
 
@@ -102,7 +119,8 @@ def _texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[
         return str(text)
 
     texts: list[str] = []
-    before: Sequence[int] = []  # the tokens in front: some decoders leave out the space before the first word they see
+    # the tokens in front: some decoders leave out the space before the first word they see
+    before: Sequence[int] = []
     while (start := len(texts)) < len(ids):
         head = decode(before) if before else ""
         for stop in range(start + 1, min(start + MOST_TOGETHER, len(ids)) + 1):

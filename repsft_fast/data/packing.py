@@ -1,13 +1,16 @@
-"""Packing: which samples share a row. It never changes what an update means, only how many slots are computed for it.
+"""Packing: which samples share a row. It never changes what an update means, only how many slots are computed
+for it.
 
-Best-fit decreasing: the samples go longest first, each into the fullest row that still has room. The rows with c free
-slots are found by one bit mask of all free capacities, `mask & -mask` after a shift being the tightest fit, so a sample
-costs a few integer operations (Johnson 1973 bounds the rows by 11/9 of the optimum + 4).
+Best-fit decreasing: the samples go longest first, each into the fullest row that still has room. The rows
+with c free slots are found by one bit mask of all free capacities, `mask & -mask` after a shift being the
+tightest fit, so a sample costs a few integer operations (Johnson 1973 bounds the rows by 11/9 of the optimum
++ 4).
 
-An update of few samples leaves best-fit few choices, and what a row lacks to its bucket is computed for nothing. There each row
-is filled as full as any subset of the remaining samples can make it (minimum bin slack, Gupta and Ho 1999): the sums that
-can be reached are the bits of one integer, so a sample costs a shift. At T = 1,024 with median 256, buckets of 128 and
-updates of 8·T tokens 98.3 % of the slots are real instead of 97.5 %.
+An update of few samples leaves best-fit few choices, and what a row lacks to its bucket is computed for
+nothing. There each row is filled as full as any subset of the remaining samples can make it (minimum bin
+slack, Gupta and Ho 1999): the sums that can be reached are the bits of one integer, so a sample costs a
+shift. At T = 1,024 with median 256, buckets of 128 and updates of 8·T tokens 98.3 % of the slots are real
+instead of 97.5 %.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ import numpy as np
 
 from repsft_fast.errors import ConfigError, DataError, describe
 
-# A token's attention costs as much as everything else at about 12 · H tokens of context (causal, forward and backward);
-# 16,384 stands for H ≈ 1,400. It only ranks rows against each other, so its exact value matters little.
+# A token's attention costs as much as everything else at about 12 · H tokens of context (causal, forward and
+# backward); 16,384 stands for H ≈ 1,400. It only ranks rows against each other, so its exact value matters
+# little.
 TOKENS_AT_EQUAL_ATTENTION = 16_384.0
 
-# Its work grows with the square of the samples: at 48 it still plans 200,000 samples a second, and best-fit is good by then.
+# Its work grows with the square of the samples: at 48 it still plans 200,000 samples a second, and best-fit
+# is good by then.
 FEW_SAMPLES = 48
 
 EMPTY = np.empty(0, dtype=np.int64)
@@ -32,8 +37,9 @@ EMPTY = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Apart:
-    """Samples that may not share a row: those on different sides of a length at which the model computes something else, and
-    those longer than `alone_above`, each of which gets a row of its own. Default: all may."""
+    """Samples that may not share a row: those on different sides of a length at which the model computes
+    something else, and those longer than `alone_above`, each of which gets a row of its own. Default: all
+    may."""
 
     lengths: tuple[int, ...] = ()  # a sample of n positions and one of more than n never meet
     alone_above: int | None = None  # 0: one sample a row
@@ -72,21 +78,26 @@ def pack(
 
     apart: which samples may not share a row, because of the model.
 
-    Every rank gets the same number of rows, so no rank waits for a microbatch that never comes. Where the rows do not
-    divide, the costliest are split in two (a short row wastes less than a padding-only one); empty rows come only when
-    there are fewer samples than places. The n-th rows of all ranks run at the same time, so neighbours in cost are dealt
-    together, the costliest of them to the rank with the least so far. Deterministic: ties go by index.
+    Every rank gets the same number of rows, so no rank waits for a microbatch that never comes. Where the
+    rows do not divide, the costliest are split in two (a short row wastes less than a padding-only one);
+    empty rows come only when there are fewer samples than places. The n-th rows of all ranks run at the same
+    time, so neighbours in cost are dealt together, the costliest of them to the rank with the least so far.
+    Deterministic: ties go by index.
 
-    Raises DataError naming the sample that is longer than `capacity` (or not positive), ConfigError for impossible arguments.
+    Raises DataError naming the sample that is longer than `capacity` (or not positive), ConfigError for
+    impossible arguments.
     """
     for name, value in (("batch.row_tokens", capacity), ("batch.bucket_tokens", bucket), ("ranks", ranks)):
         if value < 1:
-            raise ConfigError(describe(name, "is too small", expected="at least 1", got=value, todo="raise it"))
+            raise ConfigError(
+                describe(name, "is too small", expected="at least 1", got=value, todo="raise it")
+            )
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
         return [[] for _ in range(ranks)]
     sizes: list[int] = lengths.tolist()
-    # Python's sort beats numpy's calls on the few samples of an update; both are stable, so both give the same order.
+    # Python's sort beats numpy's calls on the few samples of an update; both are stable, so both give the
+    # same order.
     if len(sizes) <= 512:
         order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     else:
@@ -96,7 +107,8 @@ def pack(
     if len(sizes) == 1:  # one sample per update has nothing to weigh; this is its whole planning cost
         return [[np.zeros(1, dtype=np.int64)]] + [[EMPTY] for _ in range(ranks - 1)]
     rows: list[list[int]] = []
-    needed = min(capacity, sum(sizes))  # a row that takes them all is long enough, and the masks have a bit for every slot
+    # a row that takes them all is long enough, and the masks have a bit for every slot
+    needed = min(capacity, sum(sizes))
     for group in apart.groups(order, sizes):
         few = bucket > 1 and len(group) <= FEW_SAMPLES
         rows += _fullest_rows(group, sizes, needed) if few else _best_fit_decreasing(group, sizes, needed)
@@ -106,7 +118,8 @@ def pack(
 
 
 def padded_length(real: int, capacity: int, bucket: int) -> int:
-    """Slots computed for a row of `real` positions: up to the next bucket, never past the capacity, never none."""
+    """Slots computed for a row of `real` positions: up to the next bucket, never past the capacity, never
+    none."""
     return min(max(-(-real // bucket), 1) * bucket, capacity)
 
 
@@ -115,19 +128,29 @@ def check_lengths(lengths: np.ndarray, capacity: int) -> None:
     if len(lengths) == 0:
         return
     if not np.issubdtype(lengths.dtype, np.integer):
-        raise DataError(describe("lengths", "are not whole numbers", expected="an integer array", got=str(lengths.dtype)))
+        raise DataError(
+            describe("lengths", "are not whole numbers", expected="an integer array", got=str(lengths.dtype))
+        )
     if int(lengths.max()) > capacity:
         i = int(np.argmax(lengths > capacity))
         todo = "raise the row length, or let over-long samples be dropped or truncated when they are loaded"
         wrong = "is longer than a row"
         raise DataError(
-            describe(f"sample {i}", wrong, expected=f"at most {capacity} positions", got=int(lengths[i]), todo=todo)
+            describe(
+                f"sample {i}", wrong, expected=f"at most {capacity} positions", got=int(lengths[i]), todo=todo
+            )
         )
     if int(lengths.min()) < 1:
         i = int(np.argmax(lengths < 1))
         todo = "drop samples of fewer than two tokens"
         raise DataError(
-            describe(f"sample {i}", "has no position to train", expected="at least 1", got=int(lengths[i]), todo=todo)
+            describe(
+                f"sample {i}",
+                "has no position to train",
+                expected="at least 1",
+                got=int(lengths[i]),
+                todo=todo,
+            )
         )
 
 
@@ -161,7 +184,8 @@ def _best_fit_decreasing(order: list[int], sizes: list[int], capacity: int) -> l
 
 
 def _fullest_rows(order: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Rows of indices, each started by the longest sample left and filled up by the subset of others that fits best."""
+    """Rows of indices, each started by the longest sample left and filled up by the subset of others that
+    fits best."""
     rows: list[list[int]] = []
     while order:
         first, *others = order
@@ -184,7 +208,8 @@ def _fullest_rows(order: list[int], sizes: list[int], capacity: int) -> list[lis
 
 
 def _split_until_divisible(rows: list[list[int]], sizes: list[int], ranks: int) -> list[list[int]]:
-    """Halve the longest row that has two samples until the rows divide by the ranks, or none can be halved."""
+    """Halve the longest row that has two samples until the rows divide by the ranks, or none can be
+    halved."""
     missing = -len(rows) % ranks
     if missing == 0:
         return rows
@@ -224,7 +249,9 @@ def _cost(row: list[int], sizes: list[int], capacity: int, bucket: int) -> float
     return padded + sum(length * length for length in lengths) / TOKENS_AT_EQUAL_ATTENTION
 
 
-def _deal(rows: list[list[int]], sizes: list[int], capacity: int, bucket: int, ranks: int) -> list[list[np.ndarray]]:
+def _deal(
+    rows: list[list[int]], sizes: list[int], capacity: int, bucket: int, ranks: int
+) -> list[list[np.ndarray]]:
     """Longest processing time first, in rounds of one row per rank."""
     costs = [_cost(row, sizes, capacity, bucket) for row in rows]
     by_cost = sorted(range(len(rows)), key=lambda n: (-costs[n], rows[n]))

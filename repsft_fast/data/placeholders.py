@@ -1,10 +1,11 @@
 """Text that looks like a special token stays text.
 
-Before a chat template sees a row, every special-token string inside its messages and tools is replaced by a placeholder of
-Unicode noncharacters. Afterwards the text between the template's own special tokens that holds a placeholder gets its
-string back as a `raw` piece, which the tokenizer encodes with its special tokens off. Text can thus neither end a turn nor
-open one. (Added tokens that are not special, such as Qwen3's <think>, stay tokens; and so do the marks of reasoning in an
-assistant's own text where a tokenizer calls them special, since the template looks for them there.)
+Before a chat template sees a row, every special-token string inside its messages and tools is replaced by a
+placeholder of Unicode noncharacters. Afterwards the text between the template's own special tokens that holds
+a placeholder gets its string back as a `raw` piece, which the tokenizer encodes with its special tokens off.
+Text can thus neither end a turn nor open one. (Added tokens that are not special, such as Qwen3's <think>,
+stay tokens; and so do the marks of reasoning in an assistant's own text where a tokenizer calls them special,
+since the template looks for them there.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 from repsft_fast.errors import DataError, describe
 
-# Pairs of noncharacters: valid in UTF-8, never assigned, never in sane text. The first pair absent from a row is used.
+# Pairs of noncharacters: valid in UTF-8, never assigned, never in sane text. The first pair absent from a row
+# is used.
 _MARKS = [(chr(0xFDD0 + 2 * number), chr(0xFDD1 + 2 * number)) for number in range(16)]
 _THINKING = re.compile(r"[<\[]/?\|?think(ing)?\|?[>\]]", re.IGNORECASE)
 
@@ -34,7 +36,9 @@ class Piece:
 def special_strings(tokenizer: Any) -> tuple[str, ...]:
     """The strings the tokenizer turns into one special token wherever they stand, longest first."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    strings = {str(token) for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
+    strings = {str(token) for token in added if token.special} | {
+        str(token) for token in tokenizer.all_special_tokens
+    }
     return tuple(sorted((text for text in strings if text), key=lambda text: (-len(text), text)))
 
 
@@ -49,7 +53,8 @@ def pattern_of(strings: Iterable[str]) -> re.Pattern[str] | None:
 
 
 class Placeholders:
-    """Hides special-token strings of a row and cuts the rendered text into pieces with the strings put back."""
+    """Hides special-token strings of a row and cuts the rendered text into pieces with the strings put
+    back."""
 
     def __init__(self, specials: tuple[str, ...]):
         self.specials = specials
@@ -60,20 +65,25 @@ class Placeholders:
     def hide(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
     ) -> tuple[list[dict[str, Any]], list[Any] | None, Marks | None]:
-        """(messages, tools, the pair of marks), or the row as it is and None where it holds no such string."""
+        """(messages, tools, the pair of marks), or the row as it is and None where it holds no such
+        string."""
         pattern = self.pattern
         if pattern is None or not any(pattern.search(text) for text in _strings([messages, tools])):
             return messages, tools, None
+        # Marks that stand in no text of the row, or a text of its own could be taken for one.
         everything = set().union(*_strings([messages, tools]))
         marks = next((pair for pair in _MARKS if not everything & set(pair)), None)
         if marks is None:
-            raise DataError(describe(where, "holds every Unicode noncharacter U+FDD0 to U+FDEF", todo="remove the row"))
+            raise DataError(
+                describe(where, "holds every Unicode noncharacter U+FDD0 to U+FDEF", todo="remove the row")
+            )
         hidden = [self._hidden_message(message, marks) for message in messages]
         return hidden, self._hidden(tools, pattern, marks), marks
 
     def _hidden_message(self, message: dict[str, Any], marks: Marks) -> dict[str, Any]:
         assert self.pattern is not None
         hidden: dict[str, Any] = self._hidden(message, self.pattern, marks)
+        # A template looks for thinking in the answer, so there its marks stay.
         if message["role"] == "assistant":
             hidden["content"] = self._hidden(message["content"], self.outside_thinking, marks)
         return hidden
@@ -84,23 +94,31 @@ class Placeholders:
         if isinstance(value, str):
             return pattern.sub(lambda match: f"{marks[0]}{self.numbers[match[0]]}{marks[1]}", value)
         if isinstance(value, Mapping):
-            return {self._hidden(key, pattern, marks): self._hidden(item, pattern, marks) for key, item in value.items()}
+            return {
+                self._hidden(key, pattern, marks): self._hidden(item, pattern, marks)
+                for key, item in value.items()
+            }
         return [self._hidden(item, pattern, marks) for item in value] if isinstance(value, list) else value
 
     def _shown(self, text: str, marks: Marks, where: str) -> str:
         shown = re.sub(f"{marks[0]}([0-9]+){marks[1]}", lambda match: self.specials[int(match[1])], text)
         if marks[0] in shown or marks[1] in shown:
             todo = "remove special-token strings from the row"
-            raise DataError(describe(where, "the chat template cuts a text that holds a special token", todo=todo))
+            raise DataError(
+                describe(where, "the chat template cuts a text that holds a special token", todo=todo)
+            )
         return shown
 
-    def pieces(self, text: str, spans: Iterable[tuple[int, int]], marks: Marks | None, where: str) -> list[Piece]:
+    def pieces(
+        self, text: str, spans: Iterable[tuple[int, int]], marks: Marks | None, where: str
+    ) -> list[Piece]:
         """The whole text in pieces, those inside `spans` trained, the hidden strings shown again."""
         starts = dict(spans)
         if marks is None:
             return _plain_pieces(text, sorted(starts.items()))
         pieces: list[Piece] = []
         borders = sorted({0, len(text), *starts, *starts.values()})
+        # Spans may lie in each other; a piece is trained where any of them covers it.
         last_end = -1
         for start, end in pairwise(borders):
             last_end = max(last_end, starts.get(start, -1))

@@ -1,15 +1,14 @@
 """The plan: which samples make which update. A pure function of (seed, stage, epoch, active, weights, skip).
 
-There is no iterator to save: an epoch's order is computed from its key, so the cursor is three integers, and a resumed,
-reverted or repeated run asks the same question and gets the same answer, in any process and on any number of ranks.
+There is no iterator to save: an epoch's order is computed from its key, so the cursor is three integers, and
+a resumed, reverted or repeated run asks the same question and gets the same answer, in any process and on any
+number of ranks.
 
-Random numbers are Philox4x64 (Salmon et al. 2011) keyed by blake2b of what names them, read as raw 64-bit words: numpy
-promises that stream for ever, its `permutation` and `choice` it does not. A permutation is the stable order of M words.
+Random numbers are `seeded`, keyed by what names them: the run's seed, a stage, an epoch, a task.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,58 +18,18 @@ from typing import overload
 
 import numpy as np
 
+from repsft_fast import seeded
+from repsft_fast.data.draws import draw_tasks
 from repsft_fast.data.packing import TOGETHER, Apart, check_lengths, pack, padded_length
+from repsft_fast.data.planned import Cursor, PlannedRow, SampleIndex, Update
 from repsft_fast.errors import ConfigError, DataError, describe
 
-AVERAGES = ("sample", "token")
+__all__ = [
+    "AVERAGES", "Cursor", "EpochPlan", "Plan", "PlanSummary", "PlannedRow", "Prefetcher", "SampleIndex",
+    "Update", "denominator", "summary",
+]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """What the plan needs to know of the data. Host memory."""
-
-    lengths: np.ndarray  # [M] int64 positions
-    trained: np.ndarray  # [M] int64 trained positions
-    tasks: np.ndarray  # [M] int32
-    weights: np.ndarray  # [M] float64, of the loss; finite, not negative
-    task_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-
-@dataclass(frozen=True, order=True)
-class Cursor:
-    """Where a run is: the next update to do."""
-
-    stage: int
-    epoch: int
-    update: int
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """One row to compute. No samples: padding only, so that every rank has the same number of rows."""
-
-    samples: np.ndarray  # [S] int64 sample ids
-    real_tokens: int
-    padded_tokens: int  # slots computed
-
-
-@dataclass(frozen=True)
-class Update:
-    cursor: Cursor
-    samples: np.ndarray  # [B] int64 sample ids; this, not the rows, is the update
-    denominator: float  # of the weighted loss sum, over all ranks; 0.0 when nothing in it is trained
-    ranks: tuple[tuple[PlannedRow, ...], ...]
-
-    @property
-    def real_tokens(self) -> int:
-        return sum(row.real_tokens for rows in self.ranks for row in rows)
-
-    @property
-    def padded_tokens(self) -> int:
-        return sum(row.padded_tokens for rows in self.ranks for row in rows)
+AVERAGES = ("sample", "token")  # what an update's loss is the mean of
 
 
 class Plan:
@@ -89,10 +48,12 @@ class Plan:
         average: str = "sample",
         apart: Apart = TOGETHER,
     ):
-        """`batch_tokens`, when given, replaces `batch_samples`: an update is then as many samples, in the epoch's order,
-        as have at most that many positions together (always at least one). apart: samples that share no row.
+        """`batch_tokens`, when given, replaces `batch_samples`: an update is then as many samples, in the
+        epoch's order, as have at most that many positions together (always at least one). apart: samples that
+        share no row.
 
-        Raises ConfigError with every impossible setting, DataError for samples that no row holds or weights no loss can have.
+        Raises ConfigError with every impossible setting, DataError for samples that no row holds or weights
+        no loss can have.
         """
         if batch_tokens is not None:
             batch_samples = None
@@ -117,29 +78,39 @@ class Plan:
         """One pass over the active data.
 
         active: task ids, None = all. An epoch shrinks as tasks leave; the samples that stay keep their order.
-        task_weights: None = every active sample exactly once. Otherwise `draws` samples (None = as many as are active): the
-            task with probability in proportion to its weight, within a task every sample once before any comes again.
-        skip: sample ids left out of this epoch (mastered ones). An epoch of which nothing is left has no updates.
-        Raises ConfigError naming the argument.  Cost: about 0.3 µs per sample of the index; packing comes later, by update.
+        task_weights: None = every active sample exactly once. Otherwise `draws` samples (None = as many as
+        are active): the task with probability in proportion to its weight, within a task every sample once
+        before any comes again.
+        skip: sample ids left out of this epoch (mastered ones). An epoch of which nothing is left has no
+        updates.
+        Raises ConfigError naming the argument. Cost: about 0.3 µs per sample of the index; packing comes
+        later, by update.
         """
         tasks = self._active_tasks(active)
-        order = _permutation(len(self.index), self.seed, stage, epoch)
+        # One order of all the data, thinned: so what stays keeps its order when a task leaves.
+        order = seeded.permutation(seeded.key_of(self.seed, stage, epoch), len(self.index))
         keep = np.isin(self.index.tasks, tasks)
         if len(skip):
             keep[self._sample_ids(skip)] = False
         order = order[keep[order]]
+        # Draws repeat samples and leave others out, which an even pass never does.
         if task_weights is not None:
             shares = self._shares(task_weights, tasks, order)
-            order = _draw(order, self.index.tasks, shares, (self.seed, stage, epoch), len(order) if draws is None else draws)
+            count = len(order) if draws is None else draws
+            order = draw_tasks(order, self.index.tasks, shares, (self.seed, stage, epoch), count)
         return EpochPlan(self, stage, epoch, order)
 
     def _problems(self) -> Iterator[str]:
+        """All at once: who mends one setting should not find the next one after another start."""
         sizes: dict[str, int | None] = {
             "batch.row_tokens": self.row_tokens,
             "batch.bucket_tokens": self.bucket_tokens,
             "ranks": self.ranks,
         }
-        sizes |= {"batch.samples": self.batch_samples} if self.batch_tokens is None else {"batch.tokens": self.batch_tokens}
+        if self.batch_tokens is None:
+            sizes["batch.samples"] = self.batch_samples
+        else:
+            sizes["batch.tokens"] = self.batch_tokens
         for name, value in sizes.items():
             if value is None:
                 todo = "set batch.samples or batch.tokens"
@@ -149,26 +120,36 @@ class Plan:
         if self.average not in AVERAGES:
             yield describe("loss.average", "is not known", expected=" or ".join(AVERAGES), got=self.average)
         if len(self.index) == 0:
-            yield describe("data", "has no samples to plan", expected="at least 1", got=0, todo="check the sources")
+            yield describe(
+                "data", "has no samples to plan", expected="at least 1", got=0, todo="check the sources"
+            )
         elif self.ranks > 1:
-            per_update, name = len(self.index), "data.samples"
-            if self.batch_samples is not None:
-                per_update, name = min((self.batch_samples, "batch.samples"), (per_update, name))
-            elif self.batch_tokens is not None:
-                mean_fit = max(int(self.batch_tokens / self.index.lengths.mean()), 1)
-                per_update, name = min((mean_fit, "batch.tokens"), (per_update, name))
-            if per_update < self.ranks:
-                wrong = "gives fewer samples per update than there are ranks, some would compute nothing"
-                todo = f"raise {name} or use fewer ranks"
-                yield describe(name, wrong, expected=f"at least {self.ranks} samples", got=per_update, todo=todo)
+            yield from self._idle_ranks()
+
+    def _idle_ranks(self) -> Iterator[str]:
+        """A rank without a sample in an update would cost its share of the hardware and compute padding."""
+        per_update, name = len(self.index), "data.samples"
+        if self.batch_samples is not None:
+            per_update, name = min((self.batch_samples, "batch.samples"), (per_update, name))
+        elif self.batch_tokens is not None:
+            mean_fit = max(int(self.batch_tokens / self.index.lengths.mean()), 1)
+            per_update, name = min((mean_fit, "batch.tokens"), (per_update, name))
+        if per_update < self.ranks:
+            wrong = "gives fewer samples per update than there are ranks, some would compute nothing"
+            todo = f"raise {name} or use fewer ranks"
+            yield describe(name, wrong, expected=f"at least {self.ranks} samples", got=per_update, todo=todo)
 
     def _active_tasks(self, active: Collection[int] | None) -> np.ndarray:
         known = len(self.index.task_names)
         tasks = sorted(range(known) if active is None else {int(task) for task in active})
         if not tasks:
-            raise ConfigError(describe("active", "names no task", expected="at least one task id", got="none"))
+            raise ConfigError(
+                describe("active", "names no task", expected="at least one task id", got="none")
+            )
         if tasks[0] < 0 or tasks[-1] >= known:
-            raise ConfigError(describe("active", "names a task that is not there", expected=f"0 … {known - 1}", got=tasks))
+            raise ConfigError(
+                describe("active", "names a task that is not there", expected=f"0 … {known - 1}", got=tasks)
+            )
         return np.array(tasks)
 
     def _sample_ids(self, skip: Collection[int]) -> np.ndarray:
@@ -176,7 +157,9 @@ class Plan:
         if ids.min() < 0 or ids.max() >= len(self.index):
             bad = ids[(ids < 0) | (ids >= len(self.index))][0]
             raise ConfigError(
-                describe("skip", "names a sample that is not there", expected=f"0 … {len(self.index) - 1}", got=bad)
+                describe(
+                    "skip", "names a sample that is not there", expected=f"0 … {len(self.index) - 1}", got=bad
+                )
             )
         return ids
 
@@ -187,23 +170,30 @@ class Plan:
         here = set(np.unique(self.index.tasks[order]).tolist())
         for task in tasks.tolist():
             if task not in weights:
-                wrong, todo = "is active and has no weight", "give every active task a weight, 0 to leave it out"
+                wrong = "is active and has no weight"
+                todo = "give every active task a weight, 0 to leave it out"
                 raise ConfigError(describe(f"task_weights[{names[task]}]", wrong, todo=todo))
             weight = float(weights[task])
             if not math.isfinite(weight) or weight < 0:
                 where = f"task_weights[{names[task]}]"
-                raise ConfigError(describe(where, "is not a weight", expected="a finite number, at least 0", got=weight))
+                raise ConfigError(
+                    describe(where, "is not a weight", expected="a finite number, at least 0", got=weight)
+                )
             shares[task] = weight if task in here else 0.0
+        # Scaled by the largest: weights near the largest float must not sum to infinity.
         largest = shares.max()
         if len(order) and largest == 0.0:
             wrong, todo = "sum to 0 over the active tasks that have samples", "raise one of them"
-            raise ConfigError(describe("task_weights", wrong, expected="a sum above 0", got=dict(weights), todo=todo))
+            raise ConfigError(
+                describe("task_weights", wrong, expected="a sum above 0", got=dict(weights), todo=todo)
+            )
         relative = shares / (largest or 1.0)  # at most 1 each, so their sum cannot overflow
         return relative / (math.fsum(relative) or 1.0)
 
 
 class EpochPlan(Sequence[Update]):
-    """The updates of one epoch. Their borders are known at once; each is packed when it is asked for, and not kept."""
+    """The updates of one epoch. Their borders are known at once; each is packed when it is asked for, and not
+    kept."""
 
     def __init__(self, plan: Plan, stage: int, epoch: int, order: np.ndarray):
         self.plan, self.stage, self.epoch = plan, stage, epoch
@@ -236,10 +226,13 @@ class EpochPlan(Sequence[Update]):
         plan = self.plan
         span = slice(self._borders[i], self._borders[i + 1])
         samples, lengths = self.order[span], self._lengths[span]
-        if len(samples) == 1 and plan.ranks == 1:  # nothing to weigh, and as many updates as samples: keep it cheap
+        # nothing to weigh, and as many updates as samples: keep it cheap
+        if len(samples) == 1 and plan.ranks == 1:
             ranks: tuple[tuple[PlannedRow, ...], ...] = ((self._row(samples, lengths),),)
         else:
-            dealt = pack(lengths, plan.row_tokens, bucket=plan.bucket_tokens, ranks=plan.ranks, apart=plan.apart)
+            dealt = pack(
+                lengths, plan.row_tokens, bucket=plan.bucket_tokens, ranks=plan.ranks, apart=plan.apart
+            )
             ranks = tuple(tuple(self._row(samples[row], lengths[row]) for row in rows) for rows in dealt)
         cursor = Cursor(self.stage, self.epoch, i)
         return Update(cursor, samples, math.fsum(self._divisors[span]), ranks)
@@ -257,12 +250,13 @@ class EpochPlan(Sequence[Update]):
         return PlannedRow(samples, real, padded_length(real, self.plan.row_tokens, self.plan.bucket_tokens))
 
 
-class Ahead:
-    """Iterates the updates of an epoch from `start` on, packing up to `depth` of them ahead in one background thread.
+class Prefetcher:
+    """Iterates the updates of an epoch from `start` on, packing up to `depth` of them ahead in one background
+    thread.
 
-    It holds no state worth saving: a resumed run makes a new one at its cursor. The next epoch's `Plan.epoch` costs a
-    sort, milliseconds at 10⁴ samples; it depends on what the policies decide at this epoch's end, so it is not guessed.
-    Leaving the loop early (break, error) stops the thread.
+    It holds no state worth saving: a resumed run makes a new one at its cursor. The next epoch's `Plan.epoch`
+    costs a sort, milliseconds at 10⁴ samples; it depends on what the policies decide at this epoch's end, so
+    it is not guessed. Leaving the loop early (break, error) stops the thread.
     """
 
     def __init__(self, updates: EpochPlan, start: int = 0, depth: int = 8):
@@ -285,7 +279,8 @@ class Ahead:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a run would do. Counted over one epoch and multiplied: samples are exact, the rest as near as epochs are alike."""
+    """What a run would do. Counted over one epoch and multiplied: samples are exact, the rest as near as
+    epochs are alike."""
 
     samples: int  # seen per epoch
     epochs: int
@@ -302,7 +297,8 @@ class PlanSummary:
 
 
 def summary(plan: Plan, epochs: int, *, first: EpochPlan | None = None) -> PlanSummary:
-    """The plan in figures, for `--dry-run`. Packs one epoch: `first`, or epoch 0 of stage 0 with all tasks."""
+    """The plan in figures, for `--dry-run`. Packs one epoch: `first`, or epoch 0 of stage 0 with all
+    tasks."""
     first = plan.epoch(0, 0) if first is None else first
     rows = real = computed = 0
     for update in first:
@@ -317,7 +313,9 @@ def summary(plan: Plan, epochs: int, *, first: EpochPlan | None = None) -> PlanS
             "a smaller bucket or more samples per update computes less padding"
         )
     if plan.batch_samples is not None and 0 < first.num_samples < plan.batch_samples:
-        notes.append(f"an update of {plan.batch_samples} samples was asked for, an epoch has {first.num_samples}")
+        notes.append(
+            f"an update of {plan.batch_samples} samples was asked for, an epoch has {first.num_samples}"
+        )
     return PlanSummary(
         samples=first.num_samples,
         epochs=epochs,
@@ -351,7 +349,9 @@ def _check_index(index: SampleIndex, row_tokens: int) -> None:
     if bad.any():
         i = int(np.argmax(bad))
         expected = "a finite number, at least 0"
-        raise DataError(describe(f"sample {i}", "has no usable weight", expected=expected, got=float(index.weights[i])))
+        raise DataError(
+            describe(f"sample {i}", "has no usable weight", expected=expected, got=float(index.weights[i]))
+        )
 
 
 def _borders(plan: Plan, order: np.ndarray) -> list[int]:
@@ -360,6 +360,7 @@ def _borders(plan: Plan, order: np.ndarray) -> list[int]:
     if plan.batch_samples is not None:
         return [*range(0, n, plan.batch_samples), n]
     assert plan.batch_tokens is not None
+    # At least one sample each, however long: a bound cannot leave data out.
     ends = np.cumsum(plan.index.lengths[order])
     borders, before = [0], 0
     while borders[-1] < n:
@@ -367,34 +368,3 @@ def _borders(plan: Plan, order: np.ndarray) -> list[int]:
         borders.append(max(fit, borders[-1] + 1))
         before = int(ends[borders[-1] - 1])
     return borders
-
-
-def _words(count: int, *key: int | str) -> np.ndarray:
-    """[count] uint64, a pure function of the key."""
-    named = tuple(part if isinstance(part, str) else int(part) for part in key)  # numpy integers are spelled otherwise
-    digest = hashlib.blake2b(repr(named).encode(), digest_size=16, person=b"repsft plan").digest()
-    generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
-    return np.asarray(generator.random_raw(count), dtype=np.uint64)
-
-
-def _permutation(count: int, *key: int | str) -> np.ndarray:
-    return np.argsort(_words(count, *key), kind="stable")
-
-
-def _draw(order: np.ndarray, tasks: np.ndarray, shares: np.ndarray, key: tuple[int, ...], draws: int) -> np.ndarray:
-    """[draws] sample ids: tasks drawn by their shares, a task's samples in rounds of fresh permutations."""
-    if len(order) == 0:
-        return order
-    uniform = (_words(draws, *key, "task") >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    # Only tasks that can be drawn take part, so a rounded total below 1 cannot give a task of share 0.
-    drawable = np.flatnonzero(shares)
-    steps = np.minimum(np.searchsorted(np.cumsum(shares[drawable]), uniform, side="right"), len(drawable) - 1)
-    drawn = drawable[steps]
-    out = np.empty(draws, dtype=np.int64)
-    for task in drawable.tolist():
-        places = np.flatnonzero(drawn == task)
-        members = np.sort(order[tasks[order] == task])
-        rounds = -(-len(places) // len(members))
-        words = _words(rounds * len(members), *key, "within", task).reshape(rounds, len(members))
-        out[places] = members[np.argsort(words, axis=1, kind="stable").reshape(-1)[: len(places)]]
-    return out

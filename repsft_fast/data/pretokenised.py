@@ -2,13 +2,14 @@
 
 input_ids                    one sample, or several packed into one row
 labels                       unshifted; -100 is not trained, anything else is the token itself
-completion_mask, …           (MASKS) 1 is trained; several masks and labels hold together: trained is what all of them train
+completion_mask, …           (MASKS) 1 is trained; several masks and labels hold together: trained is what all
+                             of them train
 attention_mask               0 is padding and goes
 seq_lengths, cu_seqlens, position_ids
                              where the samples of a packed row begin; several of them must agree
 
-The first token of a sample has nothing that predicts it, so it matters where samples begin: a packed row read as one would
-train every sample's first token on the end of another.
+The first token of a sample has nothing that predicts it, so it matters where samples begin: a packed row read
+as one would train every sample's first token on the end of another.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def read_pretokenised(row: Mapping[str, Any], where: str) -> list[Pretokenised]:
         todo = "tokenise the row again"
         place = f"{where}, field 'input_ids[{number}]'"
         raise DataError(describe(place, "is negative", expected="a token id", got=ids[number], todo=todo))
+    # All that speaks of training has to allow a token: a mask beside labels narrows them.
     trained = _labels(row, ids, where)
     for name in MASKS:
         if row.get(name) is not None:
             trained = [a and b for a, b in zip(trained, _mask(row, name, len(ids), where))]
+    # What attention_mask hides is padding, which no sample has.
     lengths = _lengths(row, len(ids), where)
     if row.get("attention_mask") is None:
         shown = [True] * len(ids)
@@ -49,12 +52,15 @@ def read_pretokenised(row: Mapping[str, Any], where: str) -> list[Pretokenised]:
         if row.get("labels") is not None and any(flag and not seen for flag, seen in zip(trained, shown)):
             place, todo = f"{where}, field 'labels'", "mend one of the two"
             raise DataError(describe(place, "trains positions that attention_mask hides", todo=todo))
+    # Borders of packed samples, said in up to three ways, which have to agree.
     positions = _positions(row, ids, shown, where)
     if lengths is None and positions is None:
         return [_sample(ids, trained, shown, range(len(ids)))]
     if lengths is not None and positions is not None and [n for n in lengths if n] != positions:
         place, todo = f"{where}, field 'position_ids'", "keep the one that is right"
-        raise DataError(describe(place, "begins samples elsewhere than the row's lengths", got=positions, todo=todo))
+        raise DataError(
+            describe(place, "begins samples elsewhere than the row's lengths", got=positions, todo=todo)
+        )
     if lengths is None:  # position_ids speak of what is shown
         order, lengths = [number for number, seen in enumerate(shown) if seen], positions or []
     else:
@@ -90,7 +96,9 @@ def _mask(row: Mapping[str, Any], name: str, length: int, where: str) -> list[bo
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             what = "document" if name == "attention_mask" and isinstance(value, int) and value > 1 else None
             todo = "write seq_lengths for packed rows" if what else "round it, or leave the token out"
-            raise DataError(describe(f"{place}[{number}]", "is no mask", expected="0 or 1", got=repr(value), todo=todo))
+            raise DataError(
+                describe(f"{place}[{number}]", "is no mask", expected="0 or 1", got=repr(value), todo=todo)
+            )
     return [bool(value) for value in values]
 
 
@@ -106,10 +114,16 @@ def _lengths(row: Mapping[str, Any], length: int, where: str) -> list[int] | Non
         if sum(lengths) != length or min(lengths, default=0) < 0:
             todo = "they count every token of input_ids, padding too: mend them"
             place = f"{where}, field {name!r}"
-            raise DataError(describe(place, "does not divide input_ids", expected=f"a sum of {length}", got=lengths, todo=todo))
+            raise DataError(
+                describe(
+                    place, "does not divide input_ids", expected=f"a sum of {length}", got=lengths, todo=todo
+                )
+            )
     if len(found) == 2 and found["seq_lengths"] != found["cu_seqlens"]:
         todo = "keep the one that is right"
-        raise DataError(describe(f"{where}, fields 'seq_lengths' and 'cu_seqlens'", "do not agree", todo=todo))
+        raise DataError(
+            describe(f"{where}, fields 'seq_lengths' and 'cu_seqlens'", "do not agree", todo=todo)
+        )
     return next(iter(found.values()), None)
 
 
@@ -122,14 +136,20 @@ def _positions(row: Mapping[str, Any], ids: list[int], shown: list[bool], where:
     _same_length(values, len(ids), "position_ids", where)
     starts: list[int] = []
     expected = 0
+    # Padding has positions of its own that mean nothing.
     kept = [(number, value) for number, (value, seen) in enumerate(zip(values, shown)) if seen]
     for order, (number, value) in enumerate(kept):
         if value == 0:
             starts.append(order)
         elif value != expected or order == 0:
             want = "0" if order == 0 else f"0 or {expected}"
-            todo = "positions count from 0 within every sample: mend them, or data.ignore_columns: [position_ids]"
-            raise DataError(describe(f"{place}[{number}]", "is out of order", expected=want, got=value, todo=todo))
+            todo = (
+                "positions count from 0 within every sample: mend them, or data.ignore_columns:"
+                " [position_ids]"
+            )
+            raise DataError(
+                describe(f"{place}[{number}]", "is out of order", expected=want, got=value, todo=todo)
+            )
         expected = value + 1
     return [end - start for start, end in pairwise([*starts, len(kept)])]
 
@@ -137,7 +157,9 @@ def _positions(row: Mapping[str, Any], ids: list[int], shown: list[bool], where:
 def _same_length(values: list[Any], length: int, name: str, where: str) -> None:
     if len(values) != length:
         place, todo = f"{where}, field {name!r}", "write it again"
-        raise DataError(describe(place, "has another length than input_ids", expected=length, got=len(values), todo=todo))
+        raise DataError(
+            describe(place, "has another length than input_ids", expected=length, got=len(values), todo=todo)
+        )
 
 
 def _list(values: object, where: str) -> list[Any]:
@@ -156,8 +178,14 @@ def _integers(values: object, where: str) -> list[int]:
     for number, value in enumerate(found):
         if isinstance(value, list | tuple):
             todo = "write every sample as a row of its own"
-            raise DataError(describe(f"{where}[{number}]", "is a list in a list", expected="an integer", todo=todo))
+            raise DataError(
+                describe(f"{where}[{number}]", "is a list in a list", expected="an integer", todo=todo)
+            )
         if type(value) is not int or not -(2**31) <= value < 2**31:
             expected, todo = "a 32-bit integer", "tokenise the row again"
-            raise DataError(describe(f"{where}[{number}]", "is not a token id", expected=expected, got=repr(value), todo=todo))
+            raise DataError(
+                describe(
+                    f"{where}[{number}]", "is not a token id", expected=expected, got=repr(value), todo=todo
+                )
+            )
     return found

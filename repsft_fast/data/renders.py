@@ -1,4 +1,5 @@
-"""One conversation and its prefixes under a chat template, each rendered once; and how texts of templates end."""
+"""One conversation and its prefixes under a chat template, each rendered once; and how texts of templates
+end."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Span = tuple[int, int]  # first character of the trained text, and the one behin
 
 ANYBODY = {"role": "user", "content": "Anybody there?"}  # a turn that could follow, or come first
 
-# Thinking that the generation prompt has begun, or begun and ended: "<think>\n", "[THINK]", "<think>\n\n</think>\n\n".
+# Thinking that the generation prompt has begun, or begun and ended: "<think>\n", "[THINK]",
+# "<think>\n\n</think>\n\n".
 _THINKING = re.compile(r"(?:[<\[◁]\|?/?[\w:]*think\w*\|?[>\]▷]\s*)+$", re.IGNORECASE)
 
 
@@ -27,7 +29,8 @@ class Question(NamedTuple):
 
     opener: str = ""  # what the generation prompt adds
     opening: frozenset[str] = frozenset()  # the special tokens in front of the user's text
-    always: tuple[str, ...] = ()  # those that the chat ends in without a prompt, last first, if one of them opens a turn
+    # those that the chat ends in without a prompt, last first, if one of them opens a turn
+    always: tuple[str, ...] = ()
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Renders:
     messages: list[dict[str, Any]]
     specials: tuple[str, ...]
     place: Callable[[int], str]  # a turn's number → its name in errors
-    questions: dict[str, Question] = field(default_factory=dict)  # of one template, kept between its conversations
+    # of one template, kept between its conversations
+    questions: dict[str, Question] = field(default_factory=dict)
     about: str = ""  # what they depend on besides the template
     notes: set[str] = field(default_factory=set)
     _prefixes: dict[tuple[int, bool], str] = field(default_factory=dict)
@@ -67,7 +71,8 @@ class Renders:
         return self._prefixes[count, prompt]
 
     def prompt(self, turn: int) -> str:
-        """P_turn. Many templates cannot render nothing: for a chat that begins with the assistant it is put together."""
+        """P_turn. Many templates cannot render nothing: for a chat that begins with the assistant it is put
+        together."""
         if turn:
             return self.prefix(turn, prompt=True)
         opener = self.opener

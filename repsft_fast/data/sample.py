@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training example, cut after its last trained token (what follows cannot matter: attention is causal)."""
+    """One training example, cut after its last trained token (what follows cannot matter: attention is
+    causal)."""
 
     ids: list[int]  # token ids
     trained: list[bool]  # same length; trained[0] is always False, nothing predicts the first token
@@ -33,6 +34,7 @@ class Loaded:
     samples: list[Sample]
     dropped: dict[str, int] = field(default_factory=Counter)  # reason → rows
     warnings: list[str] = field(default_factory=list)
-    columns_used: dict[str, int] = field(default_factory=Counter)  # column → rows that had it (null is absent)
+    # column → rows that had it (null is absent)
+    columns_used: dict[str, int] = field(default_factory=Counter)
     columns_unused: dict[str, int] = field(default_factory=Counter)  # the same of columns that decide nothing
     files: dict[str, int] = field(default_factory=dict)  # what was read, in order → its rows

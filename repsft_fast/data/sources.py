@@ -1,96 +1,99 @@
 """Where rows come from: files, folders, globs, hub ids. Yields (row, "file:row") and never trusts a byte.
 
-JSON and CSV are read here, line by line and bounded; parquet, arrow and the hub go through `datasets` (`arrow`). Which files
-of a folder are meant is `folders`' business, and nothing that looks like a path is asked of the hub (`hub`).
+JSON and CSV are read by ourselves (`text_rows`); parquet, arrow and the hub go through `datasets` (`arrow`).
+Which files of a folder are meant is `folders`' business, and nothing that looks like a path is asked of the
+hub (`hub`).
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.arrow import open_hub, open_saved, open_table
 from repsft_fast.data.card import matcher
-from repsft_fast.data.csv_rows import csv_rows
 from repsft_fast.data.filetypes import (
     SUFFIXES,
-    TORN,
-    Twice,
     check_beginning,
     check_regular,
     kind_of,
     known_unread,
-    once,
-    open_bytes,
     refusal,
-    torn,
 )
-from repsft_fast.data.folders import beside_saved, choose_files, files_below, rows_of_object
+from repsft_fast.data.folder_walk import files_below
+from repsft_fast.data.folders import beside_saved, choose_files
+from repsft_fast.data.source import Source
+from repsft_fast.data.text_rows import text_rows
 from repsft_fast.errors import DataError, describe, open_plain
 from repsft_fast.hub import near_path, why_local
 
-MAX_LINE_BYTES = 64 * 2**20  # a longer JSONL line is a mistake (64 MiB of text is ~16M tokens), and must not fill the memory
-MAX_JSON_BYTES = 2 * 2**30  # .json is read whole
-SPLIT_NAME = re.compile(r"[\w.-]+")  # without slices (train[:10%]) and sums (train+test), which only the hub's library cuts
+# without slices (train[:10%]) and sums (train+test), which only the hub's library cuts
+SPLIT_NAME = re.compile(r"[\w.-]+")
 
 SourceSpec = str | Path | Sequence[str | Path] | Mapping[str, "str | Path | Sequence[str | Path]"]
 
 
-@dataclass(frozen=True)
-class Source:
-    name: str  # as the user wrote it, in errors and in the list of what was read
-    kind: str  # jsonl | json | csv | tsv | parquet | arrow file | arrow (a folder of save_to_disk) | hub
-    path: Path | None  # None for the hub
-    task: str | None  # the key of {task: path}
-    held_out: bool = False  # validation and test: a single split is the one, whatever it is called
-    notes: tuple[str, ...] = ()  # what was not read beside it, to be said once
-
-    @property
-    def merged(self) -> bool:
-        """True when rows come through one schema for all, so that a key that a row lacks appears as a null."""
-        return self.kind not in ("jsonl", "json")
-
-
-def list_sources(sources: SourceSpec, split: str = "train", beside: Sequence[Source] | None = None) -> list[Source]:
+def list_sources(
+    sources: SourceSpec, split: str = "train", beside: Sequence[Source] | None = None
+) -> list[Source]:
     """Every file, arrow folder or hub id named, in order; of a folder the files of `split`.
 
-    beside: the training sources, when these are held out of training: no file may be one of them, and a source with a
-        single split is read whatever that is called, unless it is a source of training too.
+    beside: the training sources, when these are held out of training: no file may be one of them, and a
+    source with a single split is read whatever that is called, unless it is a source of training too.
     Raises DataError for one that is not there, is there twice, or where it cannot be known what is meant.
     """
-    named: list[tuple[str | None, str | Path]] = []
-    pairs = sources.items() if isinstance(sources, Mapping) else [(None, sources)]
-    for task, value in pairs:
-        values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-        if task is not None and not (str(task).strip() and values):
-            raise DataError(
-                describe("data", f"task {task!r} has no {'source' if str(task).strip() else 'name'}", todo="write one")
-            )
-        named += [(task, item) for item in values]
+    named = _named(sources)
     if not named:
-        raise DataError(describe("data", "names no source", expected="a path, a list of paths, {task: path} or a hub id"))
+        raise DataError(
+            describe("data", "names no source", expected="a path, a list of paths, {task: path} or a hub id")
+        )
     held_out = beside is not None
-    listed = [replace(s, task=task, held_out=held_out) for task, value in named for s in _expand(value, split, held_out)]
+    listed = [
+        replace(source, task=task, held_out=held_out)
+        for task, value in named
+        for source in _expand(value, split, held_out)
+    ]
     return _apart_from(_without_doubles(listed), beside or ())
 
 
+def _named(sources: SourceSpec) -> list[tuple[str | None, Any]]:
+    """(task or None, what was written as one source), in order. DataError for a task without a name or
+    source."""
+    named: list[tuple[str | None, Any]] = []
+    pairs = sources.items() if isinstance(sources, Mapping) else [(None, sources)]
+    for task, value in pairs:
+        # A mapping's values may be lists too, and text is a sequence.
+        values: list[Any] = [value]
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            values = list(value)
+        if task is not None and not (str(task).strip() and values):
+            lacks = "source" if str(task).strip() else "name"
+            raise DataError(describe("data", f"task {task!r} has no {lacks}", todo="write one"))
+        named += [(task, item) for item in values]
+    return named
+
+
 def _apart_from(sources: list[Source], training: Sequence[Source]) -> list[Source]:
-    """Held-out sources share no rows with those of training; where both are one data set, only the split tells them apart."""
+    """Held-out sources share no rows with those of training; where both are one data set, only the split
+    tells them apart."""
+    # By what the names lead to: a link or another spelling is the same file.
     known = {_identity(source): source for source in training}
     apart = []
     for source in sources:
         if (first := known.get(_identity(source))) is not None:
-            splits = source.path is None or (source.kind == "arrow" and (source.path / "dataset_dict.json").is_file())
+            splits = source.path is None or (
+                source.kind == "arrow" and (source.path / "dataset_dict.json").is_file()
+            )
             if not splits:
                 todo = "name other rows, or carve some off: data.validation_fraction, data.test_fraction"
-                raise DataError(describe(source.name, f"is held out and read for training too ({first.name})", todo=todo))
+                raise DataError(
+                    describe(source.name, f"is held out and read for training too ({first.name})", todo=todo)
+                )
             source = replace(source, held_out=False)
         apart.append(source)
     return apart
@@ -107,13 +110,12 @@ def _expand(value: object, split: str, held_out: bool) -> list[Source]:
         if os.path.islink(path):
             check_regular(path, name)
         return _not_there(name, path, split, held_out)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # name too long, NUL inside, a loop of links, no such user, no permission
+    # Name too long, NUL inside, a loop of links, no such user, no permission.
+    except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OSError) and (os.path.islink(path) or isinstance(error, PermissionError)):
-            raise DataError(describe(name, f"cannot be read ({error.strerror})", todo="check the path")) from None
+            raise DataError(
+                describe(name, f"cannot be read ({error.strerror})", todo="check the path")
+            ) from None
         return _not_there(name, Path(name), split, held_out)
     if path.is_dir():
         return _folder(path, name, split, held_out)
@@ -142,6 +144,7 @@ def _check_split_name(split: str, name: str) -> None:
 
 def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
     """A glob, a hub id, or a slip of the pen."""
+    # What people write for a source that is none, each with what would be one.
     if "://" in name:
         hub = re.match(r"(?:hf://|https?://(?:www\.)?huggingface\.co/)datasets/([\w.-]+/[\w.-]+)", name)
         todo = f"name the hub id: {hub[1]}" if hub else "download it and name the file, or name a hub id"
@@ -152,9 +155,11 @@ def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source
     repository, _, subset = name.partition(":")
     # A hub id without an owner has no dot in it: rows.jsonll is a slip of the pen.
     dotted = "it looks like a file's name" if "/" not in repository and "." in repository else None
-    why = why_local(repository, SUFFIXES) or dotted or (None if re.fullmatch(r"[\w.-]*", subset) else "it is no hub id")
+    no_subset = None if re.fullmatch(r"[\w.-]*", subset) else "it is no hub id"
+    why = why_local(repository, SUFFIXES) or dotted or no_subset
     if why is None:
         return [Source(name, "hub", None, None)]
+    # Asking the hub for a slip would take seconds and say nothing of the slip.
     near = near_path(path)
     todo = f"did you mean {near}?" if near else f"check the path ({why}: the hub is not asked)"
     if "$" in name:
@@ -164,6 +169,7 @@ def _not_there(name: str, path: Path, split: str, held_out: bool) -> list[Source
 
 def _glob(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
     """The files that match, in the order of their names, whatever split they are of: the user named them."""
+    # Errors and notes name files as the user wrote the folder: ~ and .. as they are.
     parts = path.parts
     first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, pattern = Path(*parts[:first]), "/".join(parts[first:])
@@ -171,32 +177,49 @@ def _glob(name: str, path: Path, split: str, held_out: bool) -> list[Source]:
     prefix = f"{shown}/".replace("//", "/") if shown else ""
     if not base.is_dir():
         raise DataError(describe(name, "matches no file", todo=f"there is no folder {base}"))
-    try:
-        matches = matcher(pattern, name).fullmatch
-        matched: list[tuple[Path, str]] = []
-        if "**" in pattern:
-            matched = [(file.path, file.inside) for file in files_below(base, str(base)) if matches(file.inside)]
-        else:
-            matched = [(file, file.relative_to(base).as_posix()) for file in sorted(base.glob(pattern))]
-    except (OSError, ValueError) as error:
-        raise DataError(describe(name, f"cannot be looked up ({error})", todo="name the files")) from None
+    matched = _matched(base, pattern, name)
     files = [(file, inside) for file, inside in matched if not file.is_dir() and kind_of(file) is not None]
     files = [(file, inside) for file, inside in files if not file.name.startswith((".", "_"))]
-    others = [file for file, _ in matched if not file.is_dir() and kind_of(file) is None and known_unread(file)]
-    if not files and (folders := [(file, inside) for file, inside in matched if file.is_dir()]):
-        return [source for file, inside in folders for source in _folder(file, prefix + inside, split, held_out)]
+    others = [
+        file for file, _ in matched if not file.is_dir() and kind_of(file) is None and known_unread(file)
+    ]
+
+    # Folders are meant only where no file is: beside files they are what the files lie among.
+    folders = [(folder, inside) for folder, inside in matched if folder.is_dir()]
+    if not files and folders:
+        return [
+            source
+            for folder, inside in folders
+            for source in _folder(folder, prefix + inside, split, held_out)
+        ]
     if not files and others:
         raise refusal(others[0], name)
     if not files:
-        near = "[ and ] are part of the pattern, a [ in a name is written [[]" if "[" in name else "check the pattern"
-        raise DataError(describe(name, "matches no file", expected=" ".join(SUFFIXES), todo=near))
+        bracket = "[ and ] are part of the pattern, a [ in a name is written [[]"
+        todo = bracket if "[" in name else "check the pattern"
+        raise DataError(describe(name, "matches no file", expected=" ".join(SUFFIXES), todo=todo))
+
+    # What may have been meant and is not read is said, once.
     for file, inside in files:
         check_regular(file, prefix + inside)
     listed = [Source(prefix + inside, kind_of(file) or "", file, None) for file, inside in files]
     if others:
-        note = f"{name}: not read: {', '.join(other.name for other in others[:5])}{' …' if len(others) > 5 else ''}"
+        more = " …" if len(others) > 5 else ""
+        note = f"{name}: not read: {', '.join(other.name for other in others[:5])}{more}"
         listed[0] = replace(listed[0], notes=(note,))
     return listed
+
+
+def _matched(base: Path, pattern: str, name: str) -> list[tuple[Path, str]]:
+    """(file or folder, its place in `base`) of all that match, in order."""
+    try:
+        matches = matcher(pattern, name).fullmatch
+        if "**" in pattern:
+            found = [(file.path, file.inside) for file in files_below(base, str(base))]
+            return [(path, inside) for path, inside in found if matches(inside)]
+        return [(path, path.relative_to(base).as_posix()) for path in sorted(base.glob(pattern))]
+    except (OSError, ValueError) as error:
+        raise DataError(describe(name, f"cannot be looked up ({error})", todo="name the files")) from None
 
 
 def _identity(source: Source) -> object:
@@ -218,12 +241,15 @@ def _without_doubles(listed: list[Source]) -> list[Source]:
             wrong = f"is named twice, as {first.name} too" if first.name != source.name else "is named twice"
             todo = "name it once; data.weight_column or mixture.weights make rows count more"
             raise DataError(describe(source.name, wrong, todo=todo))
-        listed[number] = replace(source, notes=(*source.notes, f"{source.name} is in task {first.task} and in {source.task}"))
+        listed[number] = replace(
+            source, notes=(*source.notes, f"{source.name} is in task {first.task} and in {source.task}")
+        )
     return listed
 
 
 def without_copies(opened: Sequence[tuple[Source, Any, str]]) -> None:
-    """Files of one task with the same bytes are one file twice, as `_without_doubles` has it. opened: (source, …, hash)."""
+    """Files of one task with the same bytes are one file twice, as `_without_doubles` has it. opened:
+    (source, …, hash)."""
     seen: dict[tuple[str | None, str], Source] = {}
     for source, _, digest in opened:
         first = seen.setdefault((source.task, digest), source)
@@ -233,7 +259,8 @@ def without_copies(opened: Sequence[tuple[Source, Any, str]]) -> None:
 
 
 def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], str]:
-    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are lines.
+    """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are
+    lines.
 
     A row may be a BadRow, which says what is wrong with it.
     """
@@ -243,7 +270,7 @@ def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], st
     else:
         digest = _hash_files(source.path)
         if source.kind in ("jsonl", "json", "csv", "tsv"):
-            return _read(source, split), digest
+            return text_rows(source, split), digest
         if source.kind == "arrow":
             dataset = open_saved(source.path, source.name, split, source.held_out)
         else:
@@ -271,118 +298,3 @@ def _check_table(source: Source) -> None:
         beginning = stream.read(32)
     if beginning.startswith(b"version https://git-lfs"):
         check_beginning(beginning, source.name)
-
-
-def _read(source: Source, split: str) -> Iterator[tuple[Any, str]]:
-    assert source.path is not None
-    place = [f"{source.name}"]
-    try:
-        if source.kind == "json":
-            yield from _json_rows(source, split, place)
-        elif source.kind == "jsonl":
-            yield from _json_lines(source, place)
-        else:
-            lines = (_text(line, where) for line, where in _lines(source, place))
-            yield from csv_rows(lines, source.name, source.kind, MAX_LINE_BYTES)
-    except TORN as error:
-        raise torn(place[0], source.path, error) from error
-
-
-def _lines(source: Source, place: list[str]) -> Iterator[tuple[bytes, str]]:
-    """Every line, with its place, which `place` holds while the next one is read. Bounded, packed or not."""
-    assert source.path is not None
-    with open_bytes(source.path) as stream:
-        number = blank = 0
-        place[0] = f"{source.name}:1"
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = place[0]
-            if number == 1:
-                check_beginning(line, where)
-                line = _without_mark(line, where)
-            if len(line) > MAX_LINE_BYTES:
-                todo = "write one row a line"
-                raise DataError(describe(where, "is too long a line", expected=f"at most {MAX_LINE_BYTES} bytes", todo=todo))
-            blank = blank + len(line) if not line.strip(b" \t\r\n") else 0
-            if blank > MAX_LINE_BYTES:
-                wrong, todo = f"is the end of {blank} bytes of blank lines", "write the file again without them"
-                raise DataError(describe(where, wrong, todo=todo))
-            yield line, where
-            place[0] = f"{source.name}:{number + 1}"
-
-
-def _json_lines(source: Source, place: list[str]) -> Iterator[tuple[Any, str]]:
-    for line, where in _lines(source, place):
-        if line.strip(b" \t\r\n"):
-            try:
-                row = _decode(line, where, torn=not line.endswith(b"\n"))
-            except BadRow as error:
-                row = error
-            yield row, where
-
-
-def _without_mark(data: bytes, where: str) -> bytes:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(describe(where, "is UTF-16", expected="UTF-8", todo="convert the file"))
-    return data.removeprefix(codecs.BOM_UTF8)
-
-
-def _text(data: bytes, where: str) -> str:
-    if b"\0" in data:
-        todo = "the file was torn by a crash or is not text; remove the line"
-        raise DataError(describe(where, f"holds a NUL byte at byte {data.index(0)}", todo=todo))
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"0x{data[error.start]:02x} at byte {error.start}"
-        raise DataError(describe(where, "is not UTF-8", expected="UTF-8", got=got, todo="convert the file")) from None
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=once)
-
-
-class BadRow(DataError):
-    """A row that is JSON and cannot be meant. It stands in the row's place, where data.on_bad_row looks at it."""
-
-
-def _decode(data: bytes, where: str, torn: bool = False) -> Any:
-    text = _text(data, where)
-    try:
-        return _JSON.decode(text)
-    except Twice as error:
-        wrong, got = f"names {error.name[:80]!r} twice, with two values", " and ".join(repr(v)[:80] for v in error.values[:2])
-        raise BadRow(describe(where, wrong, got=got, todo="keep the one that is meant")) from None
-    except RecursionError:
-        todo = "write what is nested as text"
-        raise DataError(describe(where, "is nested too deeply", expected="a row of text fields", todo=todo)) from None
-    except ValueError as error:
-        wrong = f"is torn: the file ends in the middle of a row ({error})" if torn else f"is not JSON ({error})"
-        raise DataError(describe(where, wrong, todo="repair or remove the line")) from None
-
-
-def _json_rows(source: Source, split: str, place: list[str]) -> Iterator[tuple[Any, str]]:
-    """A .json file: an array of rows, an object that holds one such array, or JSON lines under another name."""
-    assert source.path is not None
-    with open_bytes(source.path) as stream:
-        data = stream.read(min(MAX_JSON_BYTES, 2**20) + 1)
-        check_beginning(data, source.name)
-        if len(data) <= MAX_JSON_BYTES:
-            data += stream.read(MAX_JSON_BYTES + 1 - len(data))
-    if len(data) > MAX_JSON_BYTES:
-        todo = "write it as .jsonl, which is read line by line"
-        raise DataError(describe(source.name, "is too large", expected=f"at most {MAX_JSON_BYTES} bytes", todo=todo))
-    data = _without_mark(data, source.name)
-    if not data.strip():
-        return
-    first, _, rest = data.strip().partition(b"\n")
-    if first.rstrip().endswith(b"}") and rest.lstrip().startswith(b"{"):
-        yield from _json_lines(source, place)
-        return
-    value = _decode(data, source.name)
-    if isinstance(value, dict):
-        value = rows_of_object(value, source.name, split, source.held_out)
-    if not isinstance(value, list):
-        todo = "write an array of rows, or one row a line as .jsonl"
-        wrong = "holds no rows"
-        raise DataError(describe(source.name, wrong, expected="an array of objects", got=type(value).__name__, todo=todo))
-    yield from ((row, f"{source.name}:{number}") for number, row in enumerate(value, 1))

@@ -1,9 +1,9 @@
 """The resident token store: every sample's tokens in one flat array, and the assembly of rows from it.
 
-Tokens never change during a run, so they are laid out once. A row is then put together in one staging buffer by a few
-numpy calls (no work per sample in Python), moved by one copy, and cut into views. With the tokens in device memory the
-buffer carries where to gather from; with the tokens in host memory it carries the tokens themselves. Nothing is asked of
-the device, so a row costs no host sync.
+Tokens never change during a run, so they are laid out once. A row is then put together in one staging buffer
+by a few numpy calls (no work per sample in Python), moved by one copy, and cut into views. With the tokens in
+device memory the buffer carries where to gather from; with the tokens in host memory it carries the tokens
+themselves. Nothing is asked of the device, so a row costs no host sync.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from repsft_fast.data.sample import Sample
 from repsft_fast.errors import DataError, describe
 from repsft_fast.row import IGNORE_INDEX, Row
 
-ALIGNMENT = 128  # bytes; views of the buffer keep the alignment of fresh tensors, so kernels are not specialised twice
+# bytes; views of the buffer keep the alignment of fresh tensors, so kernels are not specialised twice
+ALIGNMENT = 128
 CU_SEQLENS_STEP = 8
 SHORTEST_BOUND = 128
 TOKEN_SECTIONS = {True: ("source",), False: ("tokens", "targets")}  # by whether the device gathers
@@ -28,10 +29,12 @@ NUMPY_DTYPES = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.
 
 
 class TokenStore:
-    """Tokens of all samples, in device memory, or in host memory where they would exceed `device_limit_bytes`.
+    """Tokens of all samples, in device memory, or in host memory where they would exceed
+    `device_limit_bytes`.
 
-    What a row needs of the host travels from pinned memory; where pinning is refused, from plain memory (`notes` says so).
-    On the CPU there is one memory and nothing to pin. Never written after construction, so threads may share it.
+    What a row needs of the host travels from pinned memory; where pinning is refused, from plain memory
+    (`notes` says so). On the CPU there is one memory and nothing to pin. Never written after construction, so
+    threads may share it.
     """
 
     def __init__(
@@ -42,11 +45,11 @@ class TokenStore:
         *,
         task_names: Sequence[str] | None = None,
     ):
-        """device_limit_bytes: None = no limit. task_names: every task at its id, so that several stores agree;
-        None = numbered as they first appear.
+        """device_limit_bytes: None = no limit. task_names: every task at its id, so that several stores
+        agree; None = numbered as they first appear.
 
-        Raises DataError naming the sample's source: no position, unequal lengths, ids outside int32, unusable weight,
-        unknown task.
+        Raises DataError naming the sample's source: no position, unequal lengths, ids outside int32, unusable
+        weight, unknown task.
         """
         self.device = torch.device(device)
         self.notes: list[str] = []
@@ -61,7 +64,8 @@ class TokenStore:
         trained = trained[is_target]
 
         self._tokens = ids[is_input]  # [N] int32
-        self._targets = np.where(trained, ids[is_target], np.int32(IGNORE_INDEX))  # [N] int32, cast on assembly
+        # [N] int32, cast on assembly
+        self._targets = np.where(trained, ids[is_target], np.int32(IGNORE_INDEX))
         lengths = counts - 1
         self._offsets = np.cumsum(lengths) - lengths  # [M] int64, where a sample begins in them
         positions = np.arange(len(self._tokens)) - np.repeat(self._offsets, lengths)
@@ -84,10 +88,12 @@ class TokenStore:
 
     @property
     def padding_token(self) -> int:
-        """What fills a row behind its samples: the first token of the first sample, a token the model is trained on anyway.
+        """What fills a row behind its samples: the first token of the first sample, a token the model is
+        trained on anyway.
 
-        Never the tokenizer's own padding token or 0: `nn.Embedding(padding_idx=...)` makes that embedding zero, and a norm
-        without epsilon then has no finite gradient (Gemma 3n), which a weight of zero turns into NaN and not into zero.
+        Never the tokenizer's own padding token or 0: `nn.Embedding(padding_idx=...)` makes that embedding
+        zero, and a norm without epsilon then has no finite gradient (Gemma 3n), which a weight of zero turns
+        into NaN and not into zero.
         """
         return int(self._tokens[0])
 
@@ -105,7 +111,10 @@ class TokenStore:
                 at = int(np.argmax(flat >= vocab_size))
                 sample = int(np.searchsorted(self._offsets, at, side="right")) - 1
                 where = self.sources[sample] or f"sample {sample}"
-                todo = "use the tokenizer of this model, or give it rows for new tokens with model.resize_vocabulary: true"
+                todo = (
+                    "use the tokenizer of this model, or give it rows for new tokens with"
+                    " model.resize_vocabulary: true"
+                )
                 raise DataError(
                     describe(
                         where,
@@ -117,7 +126,8 @@ class TokenStore:
                 )
 
     def last_reply(self, sample: int) -> tuple[list[int], list[int]]:
-        """(prompt, reply) as token ids: the last unbroken stretch of trained tokens and everything before it."""
+        """(prompt, reply) as token ids: the last unbroken stretch of trained tokens and everything before
+        it."""
         start, length = int(self._offsets[sample]), int(self.index.lengths[sample])
         tokens, targets = self._tokens[start : start + length], self._targets[start : start + length]
         trained = np.flatnonzero(targets != IGNORE_INDEX)
@@ -126,10 +136,14 @@ class TokenStore:
         first = int(trained[breaks[-1] + 1]) if len(breaks) else int(trained[0])
         return tokens[: first + 1].tolist(), targets[first : end + 1].tolist()
 
-    def token_weights(self, samples: np.ndarray, *, denominator: float, average: str, scale: float = 1.0) -> np.ndarray:
-        """[S] float64, the weight of each trained token of each sample: scale · weight / denominator [/ trained positions].
+    def token_weights(
+        self, samples: np.ndarray, *, denominator: float, average: str, scale: float = 1.0
+    ) -> np.ndarray:
+        """[S] float64, the weight of each trained token of each sample: scale · weight / denominator [/
+        trained positions].
 
-        It knows nothing of rows or ranks, so no split of an update changes it (law 2). Zero when nothing is trained.
+        It knows nothing of rows or ranks, so no split of an update changes it (law 2). Zero when nothing is
+        trained.
         """
         if average not in AVERAGES:
             raise ValueError(describe("average", "is not known", expected=" or ".join(AVERAGES), got=average))
@@ -139,54 +153,31 @@ class TokenStore:
         return weights / np.maximum(self.index.trained[samples], 1) if average == "sample" else weights
 
     def row(self, planned: PlannedRow, *, denominator: float, average: str, scale: float = 1.0) -> Row:
-        """The planned row on the device: one host-to-device copy, and two gathers where the tokens are resident.
+        """The planned row on the device: one host-to-device copy, and two gathers where the tokens are
+        resident.
 
-        No host sync from pinned memory. Where pinning is refused the copy may wait for what is queued on the device.
+        No host sync from pinned memory. Where pinning is refused the copy may wait for what is queued on the
+        device.
 
-        denominator: of the whole update (`Update.denominator`). scale: factor on every weight, e.g. the world size where
-        gradients are averaged over ranks. A row without samples is padding only: no trained rows, exactly zero contribution.
+        denominator: of the whole update (`Update.denominator`). scale: factor on every weight, e.g. the world
+        size where gradients are averaged over ranks. A row without samples is padding only: no trained rows,
+        exactly zero contribution.
         """
-        index, ids = self.index, planned.samples
+        ids, lengths = planned.samples, self.index.lengths[planned.samples]
         real, slots = planned.real_tokens, planned.padded_tokens
-        lengths, trained = index.lengths[ids], index.trained[ids]
-        starts = np.cumsum(lengths) - lengths
-        num_trained = int(trained.sum())
+        num_trained = int(self.index.trained[ids].sum())
         longest = max(int(lengths.max(initial=0)), slots - real)
+        # Few different lengths of cu_seqlens: kernels are specialised on it.
         borders = len(ids) + (1 if slots > real else 0)  # without the leading 0
+        num_borders = 1 + -(-borders // CU_SEQLENS_STEP) * CU_SEQLENS_STEP
 
-        on_device = self._resident is not None
-        section = _Sections(slots, num_trained, 1 + -(-borders // CU_SEQLENS_STEP) * CU_SEQLENS_STEP, gather=on_device)
+        # One buffer, so that the whole row travels in one copy.
+        section = _Sections(slots, num_trained, num_borders, gather=self._resident is not None)
         buffer = torch.empty(section.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
         host = section.arrays(buffer.numpy())
-
-        within = np.arange(real) - np.repeat(starts, lengths)
-        source = within + np.repeat(self._offsets[ids], lengths)
-        if on_device:
-            host["source"][:real] = source
-            host["source"][real:] = len(self._tokens)  # padding stands behind the last token
-        else:
-            host["tokens"][:real] = self._tokens[source]
-            host["tokens"][real:] = self.padding_token
-            host["targets"][:real] = self._targets[source]
-            host["targets"][real:] = IGNORE_INDEX
-        host["positions"][:real] = within
-        # Not 0, 1, 2 …: padding longer than every sample would run past the positions a model has embeddings for, and choose
-        # the frequencies of a RoPE that follows the largest position of its row.
-        host["positions"][real:] = 0
-
-        segments = np.repeat(np.arange(len(ids)), trained)
-        first = np.cumsum(trained) - trained
-        nth = np.arange(num_trained) - first[segments]
-        trained_rows = self._trained_positions[self._trained_offsets[ids][segments] + nth] + starts[segments]
-        host["trained_rows"][:] = trained_rows
-        host["row_segments"][:] = segments
-        host["row_tasks"][:] = index.tasks[ids][segments]
+        self._write_tokens(host, planned)
         weights = self.token_weights(ids, denominator=denominator, average=average, scale=scale)
-        host["weights"][:] = 0.0
-        host["weights"][trained_rows] = weights[segments]
-        host["cu_seqlens"][: len(ids)] = starts
-        host["cu_seqlens"][len(ids)] = real
-        host["cu_seqlens"][len(ids) + 1 :] = slots
+        self._write_trained(host, planned, weights)
 
         moved = buffer if self.device.type == "cpu" else buffer.to(self.device, non_blocking=True)
         parts = section.tensors(moved)
@@ -199,9 +190,9 @@ class TokenStore:
             positions=parts["positions"].unsqueeze(0),
             targets=targets,
             weights=parts["weights"],
-            trained_rows=parts["trained_rows"],
-            row_tasks=parts["row_tasks"],
-            row_segments=parts["row_segments"],
+            trained_positions=parts["trained_positions"],
+            position_tasks=parts["position_tasks"],
+            position_segments=parts["position_segments"],
             cu_seqlens=parts["cu_seqlens"],
             segment_lengths=(*lengths.tolist(), slots - real) if slots > real else tuple(lengths.tolist()),
             max_seqlen=max(1 << (longest - 1).bit_length(), SHORTEST_BOUND),
@@ -209,9 +200,54 @@ class TokenStore:
             real_tokens=real,
         )
 
+    def _write_tokens(self, host: dict[str, np.ndarray], planned: PlannedRow) -> None:
+        """The row's tokens and targets (or where the device gathers them from), positions and borders."""
+        ids, lengths = planned.samples, self.index.lengths[planned.samples]
+        real, slots = planned.real_tokens, planned.padded_tokens
+        starts = np.cumsum(lengths) - lengths
+        within = np.arange(real) - np.repeat(starts, lengths)
+        source = within + np.repeat(self._offsets[ids], lengths)
+        if self._resident is not None:
+            host["source"][:real] = source
+            host["source"][real:] = len(self._tokens)  # padding stands behind the last token
+        else:
+            host["tokens"][:real] = self._tokens[source]
+            host["tokens"][real:] = self.padding_token
+            host["targets"][:real] = self._targets[source]
+            host["targets"][real:] = IGNORE_INDEX
+        host["positions"][:real] = within
+        # Not 0, 1, 2 …: padding longer than every sample would run past the positions a model has embeddings
+        # for, and choose the frequencies of a RoPE that follows the largest position of its row.
+        host["positions"][real:] = 0
+        # Borders past the last are empty segments.
+        host["cu_seqlens"][: len(ids)] = starts
+        host["cu_seqlens"][len(ids)] = real
+        host["cu_seqlens"][len(ids) + 1 :] = slots
+
+    def _write_trained(self, host: dict[str, np.ndarray], planned: PlannedRow, weights: np.ndarray) -> None:
+        """Which positions are trained, whose they are, and their weights (given per sample)."""
+        ids, lengths = planned.samples, self.index.lengths[planned.samples]
+        starts = np.cumsum(lengths) - lengths
+        trained = self.index.trained[ids]
+        num_trained = int(trained.sum())
+        segments = np.repeat(np.arange(len(ids)), trained)
+        first = np.cumsum(trained) - trained
+        nth = np.arange(num_trained) - first[segments]
+        trained_positions = (
+            self._trained_positions[self._trained_offsets[ids][segments] + nth] + starts[segments]
+        )
+        host["trained_positions"][:] = trained_positions
+        host["position_segments"][:] = segments
+        host["position_tasks"][:] = self.index.tasks[ids][segments]
+        host["weights"][:] = 0.0
+        host["weights"][trained_positions] = weights[segments]
+
     def _upload(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets on the device, [N+1] int32 each, the padding slot behind the last."""
-        padded = (np.append(self._tokens, np.int32(self.padding_token)), np.append(self._targets, np.int32(IGNORE_INDEX)))
+        padded = (
+            np.append(self._tokens, np.int32(self.padding_token)),
+            np.append(self._targets, np.int32(IGNORE_INDEX)),
+        )
         tokens, targets = (torch.from_numpy(flat).to(self.device) for flat in padded)
         return tokens, targets
 
@@ -234,13 +270,15 @@ class _Sections:
     """Layout of the staging buffer of one row: the row's arrays one after the other, each aligned."""
 
     def __init__(self, slots: int, num_trained: int, num_borders: int, *, gather: bool):
-        sizes: dict[str, tuple[int, torch.dtype]] = {name: (slots, torch.int64) for name in TOKEN_SECTIONS[gather]}
+        sizes: dict[str, tuple[int, torch.dtype]] = {
+            name: (slots, torch.int64) for name in TOKEN_SECTIONS[gather]
+        }
         sizes |= {
             "positions": (slots, torch.int64),
             "weights": (slots, torch.float32),
-            "trained_rows": (num_trained, torch.int64),
-            "row_tasks": (num_trained, torch.int64),
-            "row_segments": (num_trained, torch.int64),
+            "trained_positions": (num_trained, torch.int64),
+            "position_tasks": (num_trained, torch.int64),
+            "position_segments": (num_trained, torch.int64),
             "cu_seqlens": (num_borders, torch.int32),
         }
         self.nbytes = 0
@@ -263,28 +301,53 @@ def _flatten(lists: list[list], dtype: type) -> np.ndarray:
 
 def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
-        raise DataError(describe("data", "has no samples", expected="at least 1", got=0, todo="check the sources"))
+        raise DataError(
+            describe("data", "has no samples", expected="at least 1", got=0, todo="check the sources")
+        )
     for i, sample in enumerate(samples):
         where = sample.source or f"sample {i}"
         n = len(sample.ids)
         if n < 2:
-            raise DataError(describe(where, "has no position to train", expected="at least 2 tokens", got=n, todo="drop it"))
+            raise DataError(
+                describe(
+                    where, "has no position to train", expected="at least 2 tokens", got=n, todo="drop it"
+                )
+            )
         if len(sample.trained) != n:
-            raise DataError(describe(where, "has unequal ids and trained", expected=f"{n} flags", got=len(sample.trained)))
+            raise DataError(
+                describe(where, "has unequal ids and trained", expected=f"{n} flags", got=len(sample.trained))
+            )
         if sample.trained[0]:
-            raise DataError(describe(where, "trains its first token, which nothing predicts", expected="False", got=True))
+            raise DataError(
+                describe(where, "trains its first token, which nothing predicts", expected="False", got=True)
+            )
+        # int32 halves the memory of the store, and no vocabulary is larger.
         low, high = min(sample.ids), max(sample.ids)
         if low < 0 or high > np.iinfo(np.int32).max:
-            raise DataError(describe(where, "has an impossible token id", expected="0 … 2³¹-1", got=low if low < 0 else high))
+            raise DataError(
+                describe(
+                    where, "has an impossible token id", expected="0 … 2³¹-1", got=low if low < 0 else high
+                )
+            )
         if not 0 <= sample.weight < float("inf"):
-            raise DataError(describe(where, "has no usable weight", expected="a finite number, at least 0", got=sample.weight))
+            raise DataError(
+                describe(
+                    where, "has no usable weight", expected="a finite number, at least 0", got=sample.weight
+                )
+            )
 
 
-def _number_tasks(samples: Sequence[Sample], task_names: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
-    names = tuple(dict.fromkeys(sample.task for sample in samples)) if task_names is None else tuple(task_names)
+def _number_tasks(
+    samples: Sequence[Sample], task_names: Sequence[str] | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    names = (
+        tuple(dict.fromkeys(sample.task for sample in samples)) if task_names is None else tuple(task_names)
+    )
     number = {name: i for i, name in enumerate(names)}
     for i, sample in enumerate(samples):
         if sample.task not in number:
             where = sample.source or f"sample {i}"
-            raise DataError(describe(where, "has an unknown task", expected=", ".join(names), got=sample.task))
+            raise DataError(
+                describe(where, "has an unknown task", expected=", ".join(names), got=sample.task)
+            )
     return names, np.array([number[sample.task] for sample in samples], dtype=np.int32)

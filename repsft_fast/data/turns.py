@@ -1,13 +1,16 @@
-"""One list of turns as rows hold it → messages in the one form that chat templates read, and which of them may be trained.
+"""One list of turns as rows hold it → messages in the one form that chat templates read, and which of them
+may be trained.
 
-role       system | user | assistant | tool      many names, two keys (role, from); the order is the template's to judge
+role       system | user | assistant | tool      many names, two keys (role, from); the order is the
+           template's to judge
 content    a string                              also a list of text parts; "" where a turn only calls tools
 reasoning_content                                one field, many names
 tool_calls                                       see tool_calls.py
 weight, train, loss_mask, …                      1 = trained, 0 = not trained; only assistant turns can be
 
-Every field of a turn is used, or refused, or named to the caller as unused. Fields that look as if they said something
-about the text or its training are never passed over: a row that is trained otherwise than it says is the worst outcome.
+Every field of a turn is used, or refused, or named to the caller as unused. Fields that look as if they said
+something about the text or its training are never passed over: a row that is trained otherwise than it says
+is the worst outcome.
 """
 
 from __future__ import annotations
@@ -15,66 +18,36 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from repsft_fast.data.tool_calls import (
-    is_empty,
-    json_of,
-    read_id,
-    read_tool_calls,
-    shown,
-    text_of,
+from repsft_fast.data.tool_calls import is_empty, json_of, read_id, read_tool_calls, shown, text_of
+from repsft_fast.data.turn_names import (
+    CALL_ROLES,
+    CALLING,
+    CONTENT_KEYS,
+    KNOWN,
+    MARKING,
+    MARKS,
+    REASONING_KEYS,
+    ROLE_KEYS,
+    ROLES,
+    TEXT_PARTS,
+    THINKING,
+    THINKING_PARTS,
+    UNCLEAR_MARKS,
+    Names,
+    agreed,
+    note_unused,
+    refuse_role,
 )
 from repsft_fast.errors import DataError, describe
-
-CALL_ROLES = ("function_call", "function_calls", "tool_call", "tool_calls")  # the assistant's turns whose content is calls
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
-    **dict.fromkeys(CALL_ROLES, "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
-    **dict.fromkeys(("tool_response", "tool_result", "tool_results", "tool_output", "tool_outputs"), "tool"),
-    **dict.fromkeys(("function_response", "function_result", "function_output"), "tool"),
-}
-ROLE_KEYS = ("role", "from")
-CONTENT_KEYS = ("content", "value")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_text")
-# Mark → what 1 (or true) means: is the turn trained?
-MARKS = {
-    **dict.fromkeys(("weight", "loss_weight", "loss_mask", "loss", "learn"), True),
-    **dict.fromkeys(("train", "training", "trainable", "trained", "train_on"), True),
-    "masked": False,
-}
-UNCLEAR_MARKS = ("mask", "ignore")  # trainers use each for both meanings
-TEXT_PARTS = ("text", "input_text", "output_text")
-THINKING_PARTS = ("thinking", "reasoning")
-# Names of unused fields that may say what is trained, or how the turn is to be rendered; and names that may hold its text.
-STEERING = re.compile(
-    "weight|train|loss|learn|mask|label|target|ignore|supervis|kwargs|enable|eos|end_of|think|thought|reason|rationale"
-    "|skip|exclude|include|discard|backprop|gradient|scratchpad|^cot$|_cot$|^cot_",
-    re.IGNORECASE,
-)
-DENYING = re.compile("(is_)?(end_?turn|eot|sft|keep|use|used|selected)", re.IGNORECASE)  # … where they say no
-HOLDING = re.compile(
-    "tool|function|call|param|argument|image|audio|video|file|document|context|attach|channel|recipient|prefix|suffix|partial"
-    "|continue|text|value|content|message|prompt|instruct|query|input|output|result|response|answer|completion|solution|refus"
-    "|role|system|prefill|frozen|observation|^(parts|code|body)$",
-    re.IGNORECASE,
-)
-# … unless they only count or point, or tell how a generation ended.
-POINTING = re.compile(r"_(ids?|index|time|date|at|hash|counts?|tokens|length|lang|language|score)$", re.IGNORECASE)
-SILENT = frozenset(("finish_reason", "stop_reason"))
-_CALLING = frozenset(("tool_calls", "function_call"))
-_THINKING = frozenset(REASONING_KEYS)
-_MARKING = frozenset((*MARKS, *UNCLEAR_MARKS))
-_KNOWN = _CALLING | _THINKING | _MARKING | {"tool_call_id", "name"}
 
 
 @dataclass(frozen=True)
 class Turns:
     messages: list[dict[str, Any]]
-    trainable: tuple[int, ...] | None = None  # assistant turns that may be trained; None: no turn is marked, all may
+    # assistant turns that may be trained; None: no turn is marked, all may
+    trainable: tuple[int, ...] | None = None
     unknown: tuple[str, ...] = ()  # fields that were not used, such as "timestamp" or "content[].id"
 
 
@@ -90,22 +63,31 @@ def read_turns(
 ) -> Turns:
     """The turns of `field` of the row at `where`.
 
-    role_key, content_key: names read beside role and from, content and value. merged: the rows went through a merged
-    schema (arrow), so nulls inside calls are no values. ignored: fields of a turn, as `unknown` spells them, that the
-    user lets be passed over. Raises DataError naming row, turn and field.
+    role_key, content_key: names read beside role and from, content and value. merged: the rows went through a
+    merged schema (arrow), so nulls inside calls are no values. ignored: fields of a turn, as `unknown` spells
+    them, that the user lets be passed over. Raises DataError naming row, turn and field.
     """
     if not isinstance(turns, list | tuple):
         got, todo = type(turns).__name__, "write the turns as a list"
-        raise DataError(describe(f"{where}, field {field!r}", "is not a list", expected="turns", got=got, todo=todo))
+        raise DataError(
+            describe(f"{where}, field {field!r}", "is not a list", expected="turns", got=got, todo=todo)
+        )
     if not turns:
-        raise DataError(describe(f"{where}, field {field!r}", "is empty", expected="at least one turn", todo="remove the row"))
+        raise DataError(
+            describe(
+                f"{where}, field {field!r}", "is empty", expected="at least one turn", todo="remove the row"
+            )
+        )
+    # The names of this kind of row go before those of others, so that errors name what the user wrote.
     role_keys, content_keys = (role_key, *ROLE_KEYS), (content_key, *CONTENT_KEYS)
-    names = _Names(field, tuple(dict.fromkeys(role_keys)), tuple(dict.fromkeys(content_keys)), ignored)
+    names = Names(field, tuple(dict.fromkeys(role_keys)), tuple(dict.fromkeys(content_keys)), ignored)
     messages: list[dict[str, Any]] = []
     marks: list[bool | None] = []
     unknown: dict[str, None] = {}
     for number, turn in enumerate(turns):
-        if type(turn) is dict and len(turn) == 2 and not ignored and (plain := _plain(turn, role_key, content_key)) is not None:
+        # Nearly every turn of nearly every row: reading it with care would cost ten times as much.
+        plain = _plain(turn, role_key, content_key) if type(turn) is dict and len(turn) == 2 else None
+        if plain is not None and not ignored:
             messages.append(plain)
             marks.append(None)
             continue
@@ -116,53 +98,61 @@ def read_turns(
         message, mark = _message(turn, place, names, merged, unknown)
         messages.append(message)
         marks.append(mark)
+    # One mark is enough: turns without one are then trained as all are, unless theirs says no.
     trainable = None
     if any(mark is not None for mark in marks):
-        trainable = tuple(n for n, mark in enumerate(marks) if messages[n]["role"] == "assistant" and mark is not False)
+        trainable = tuple(
+            n for n, mark in enumerate(marks) if messages[n]["role"] == "assistant" and mark is not False
+        )
     return Turns(messages, trainable, tuple(unknown))
 
 
 def _plain(turn: dict[Any, Any], role_key: str, content_key: str) -> dict[str, Any] | None:
     """Nearly every turn: a known role, and ASCII text. Anything else is read with care."""
     name, said = turn.get(role_key), turn.get(content_key)
-    if type(name) is str and name in ROLES and name not in CALL_ROLES and type(said) is str and said.isascii():
+    if (
+        type(name) is str
+        and name in ROLES
+        and name not in CALL_ROLES
+        and type(said) is str
+        and said.isascii()
+    ):
         return {"role": ROLES[name], "content": said}
     return None
 
 
-@dataclass(frozen=True)
-class _Names:
-    field: str
-    role: tuple[str, ...]
-    content: tuple[str, ...]
-    ignored: frozenset[str]
-
-
 def _message(
-    turn: Mapping[Any, Any], place: str, names: _Names, merged: bool, unknown: dict[str, None]
+    turn: Mapping[Any, Any], place: str, names: Names, merged: bool, unknown: dict[str, None]
 ) -> tuple[dict[str, Any], bool | None]:
     """(the message, its mark or None)."""
-    written, turn = turn, {key: value for key, value in turn.items() if value is not None and key not in names.ignored}
+    written = turn
+    turn = {key: value for key, value in turn.items() if value is not None and key not in names.ignored}
     role, is_call = _role(turn, names.role, place)
     # Most turns hold a role and a content alone: what is not there is not looked for.
     calls: list[dict[str, Any]] = []
-    if is_call or not _CALLING.isdisjoint(turn):
+    if is_call or not CALLING.isdisjoint(turn):
         calls = _calls(turn, names.content if is_call else (), role, place, merged)
     content, thoughts = (None, {}) if is_call else _content(turn, names, place, unknown)
-    reasoning = _reasoning(turn, thoughts, role, place) if thoughts or not _THINKING.isdisjoint(turn) else None
+    reasoning = None
+    if thoughts or not THINKING.isdisjoint(turn):
+        reasoning = _reasoning(turn, thoughts, role, place)
     if reasoning and content:
         content, reasoning = _said_once(content, reasoning, place)
-    mark = None if _MARKING.isdisjoint(turn) else _mark(turn, role, place)
+    mark = None if MARKING.isdisjoint(turn) else _mark(turn, role, place)
+    # What nothing has read so far is noted or refused, never passed over.
     for key, value in turn.items():
-        if key not in _KNOWN and key not in names.role and key not in names.content:
-            _unused(key, value, "", place, names, unknown)
+        if key not in KNOWN and key not in names.role and key not in names.content:
+            note_unused(key, value, "", place, names, unknown)
     if content is None:
         if not calls and not reasoning:
             key = next((key for key in names.content if key in written), names.content[0])
             wrong = "is empty" if key in turn else "is null or missing"
             todo = "write it, or remove the turn"
-            raise DataError(describe(f"{place}.{key}'", wrong, expected="text (or a call of a tool)", todo=todo))
+            raise DataError(
+                describe(f"{place}.{key}'", wrong, expected="text (or a call of a tool)", todo=todo)
+            )
         content = ""  # a turn that only calls a tool or only thinks says nothing
+    # Only what says something: templates ask whether a field is there.
     message: dict[str, Any] = {"role": role, "content": content}
     if reasoning:
         message["reasoning_content"] = reasoning
@@ -175,15 +165,6 @@ def _message(
     return message, mark
 
 
-def _agreed(values: Mapping[str, Any], place: str) -> Any:
-    """The one value that several names of one field have; None where there is none."""
-    found = list(values.values())
-    if len(found) > 1 and any(value != found[0] for value in found):
-        todo = "keep the one that is meant"
-        raise DataError(describe(f"{place}'", f"says two things in {' and '.join(values)}", todo=todo))
-    return found[0] if found else None
-
-
 def _role(turn: Mapping[str, Any], keys: tuple[str, ...], place: str) -> tuple[str, bool]:
     """(the role, whether the turn's content is the calls of tools)."""
     roles: dict[str, str] = {}
@@ -193,13 +174,17 @@ def _role(turn: Mapping[str, Any], keys: tuple[str, ...], place: str) -> tuple[s
         name = re.sub(r"[\s-]+", "_", value.strip().lower()) if isinstance(value, str) else ""
         if name not in ROLES:
             expected, todo = " | ".join(ROLES), "rename it, or remove the turn"
-            raise DataError(describe(f"{place}.{key}'", "is not a role", expected=expected, got=shown(value), todo=todo))
+            raise DataError(
+                describe(f"{place}.{key}'", "is not a role", expected=expected, got=shown(value), todo=todo)
+            )
         roles[key] = ROLES[name]
         is_call = is_call or name in CALL_ROLES
-    return _agreed(roles, place), is_call
+    return agreed(roles, place), is_call
 
 
-def _content(turn: Mapping[str, Any], names: _Names, place: str, unknown: dict[str, None]) -> tuple[str | None, dict[str, str]]:
+def _content(
+    turn: Mapping[str, Any], names: Names, place: str, unknown: dict[str, None]
+) -> tuple[str | None, dict[str, str]]:
     """(the text, or None where there is none; the thoughts among its parts, by the name of their field)."""
     texts: dict[str, str] = {}
     thoughts: dict[str, str] = {}
@@ -212,10 +197,12 @@ def _content(turn: Mapping[str, Any], names: _Names, place: str, unknown: dict[s
                     thoughts[f"{key}[]"] = thought
         elif key in turn:
             texts[key] = text_of(value, f"{place}.{key}'")
-    return _agreed(texts, place), thoughts
+    return agreed(texts, place), thoughts
 
 
-def _parts(parts: list[Any] | tuple[Any, ...], place: str, names: _Names, unknown: dict[str, None]) -> tuple[str, str]:
+def _parts(
+    parts: list[Any] | tuple[Any, ...], place: str, names: Names, unknown: dict[str, None]
+) -> tuple[str, str]:
     """(text, thoughts) of a list of parts, each joined as they stand."""
     text, thought = "", ""
     for number, part in enumerate(parts):
@@ -225,7 +212,10 @@ def _parts(parts: list[Any] | tuple[Any, ...], place: str, names: _Names, unknow
             continue
         if not isinstance(part, Mapping):
             got, todo = type(part).__name__, 'write {"type": "text", "text": …}'
-            raise DataError(describe(where, "is not a part of a content", expected="text", got=got, todo=todo))
+            raise DataError(
+                describe(where, "is not a part of a content", expected="text", got=got, todo=todo)
+            )
+        # Parts of any other type hold what no model of text is trained on.
         kind = "text" if part.get("type") is None else part["type"]
         keys: tuple[str, ...] = ("type", "text")
         if kind in THINKING_PARTS:
@@ -233,36 +223,53 @@ def _parts(parts: list[Any] | tuple[Any, ...], place: str, names: _Names, unknow
                 todo = "put it first, or in a turn of its own"
                 raise DataError(describe(where, f"is {kind} behind the text of the turn", todo=todo))
             keys = (*keys, *THINKING_PARTS, "closed")
-            said = {key: _thought(part[key], where) for key in ("text", *THINKING_PARTS) if not is_empty(part.get(key))}
-            found = _agreed(said, f"{place}[{number}]")
-            if found is None or part.get("closed") is False:
-                wrong = "is not closed" if found else "holds no text"
-                raise DataError(describe(where, f"is {kind} that {wrong}", todo="write it as text, or remove it"))
-            thought += found
+            thought += _thought_part(part, kind, f"{place}[{number}]")
         elif kind in TEXT_PARTS:
             text += text_of(part.get("text"), where)
         else:
-            todo = "write it as text (a call in tool_calls, a tool's result as the tool's turn), or remove the row"
-            raise DataError(describe(where, f"is of the type {shown(kind)}", expected=" | ".join(TEXT_PARTS), todo=todo))
+            todo = (
+                "write it as text (a call in tool_calls, a tool's result as the tool's turn), or remove"
+                " the row"
+            )
+            raise DataError(
+                describe(where, f"is of the type {shown(kind)}", expected=" | ".join(TEXT_PARTS), todo=todo)
+            )
         for key, value in part.items():
             if value is not None and key not in keys:
-                _unused(key, value, "content[].", f"{place}[{number}]", names, unknown)
+                note_unused(key, value, "content[].", f"{place}[{number}]", names, unknown)
     return text, thought
+
+
+def _thought_part(part: Mapping[Any, Any], kind: str, place: str) -> str:
+    """The text of a part of thoughts. DataError for one cut short: it would be trained as a whole one."""
+    where = f"{place}'"
+    said = {
+        key: _thought(part[key], where) for key in ("text", *THINKING_PARTS) if not is_empty(part.get(key))
+    }
+    found = agreed(said, place)
+    if found is None or part.get("closed") is False:
+        wrong = "is not closed" if found else "holds no text"
+        raise DataError(describe(where, f"is {kind} that {wrong}", todo="write it as text, or remove it"))
+    return found
 
 
 def _thought(value: object, where: str) -> str:
     """Thoughts as text, or as a list of text parts."""
     if isinstance(value, list | tuple):
-        return "".join(text_of(item.get("text") if isinstance(item, Mapping) else item, where) for item in value)
+        return "".join(
+            text_of(item.get("text") if isinstance(item, Mapping) else item, where) for item in value
+        )
     return text_of(value, where)
 
 
 def _reasoning(turn: Mapping[str, Any], thoughts: dict[str, str], role: str, place: str) -> str | None:
-    found = {key: text_of(turn[key], f"{place}.{key}'") for key in REASONING_KEYS if not is_empty(turn.get(key))}
-    reasoning = _agreed({**found, **thoughts}, place)
+    found = {
+        key: text_of(turn[key], f"{place}.{key}'") for key in REASONING_KEYS if not is_empty(turn.get(key))
+    }
+    reasoning = agreed({**found, **thoughts}, place)
     if reasoning and role != "assistant":
         key = next(iter({**found, **thoughts}))
-        _only_assistants(f"{place}.{key}'", "is reasoning", role)
+        refuse_role(f"{place}.{key}'", "is reasoning", role)
     return reasoning
 
 
@@ -275,9 +282,11 @@ _THOUGHT = re.compile(
 
 
 def _said_once(content: str, reasoning: str, place: str) -> tuple[str, str | None]:
-    """(text, reasoning), one of them without the thinking that both say: as they are, it would be trained twice.
+    """(text, reasoning), one of them without the thinking that both say: as they are, it would be trained
+    twice.
 
-    <think> in the text can be handed to every template, whether it has a field or not; other marks to those that have one.
+    <think> in the text can be handed to every template, whether it has a field or not; other marks to those
+    that have one.
     """
     found = _THOUGHT.match(content)
     if found is None:
@@ -287,13 +296,18 @@ def _said_once(content: str, reasoning: str, place: str) -> tuple[str, str | Non
     if found["opened"]:
         wrong = "thinks one thing in the text and another in its field"
         todo = "keep the one that is meant"
-        raise DataError(describe(f"{place}'", wrong, expected=shown(reasoning[:60]), got=shown(content[:60]), todo=todo))
+        raise DataError(
+            describe(f"{place}'", wrong, expected=shown(reasoning[:60]), got=shown(content[:60]), todo=todo)
+        )
     return content, reasoning
 
 
-def _calls(turn: Mapping[str, Any], values: tuple[str, ...], role: str, place: str, merged: bool) -> list[dict[str, Any]]:
-    """The turn's calls, from whichever fields hold them: tool_calls, OpenAI's older function_call (one call, no list), and
-    the `values` of ShareGPT's turns from function_call (one call or several, mostly as JSON text)."""
+def _calls(
+    turn: Mapping[str, Any], values: tuple[str, ...], role: str, place: str, merged: bool
+) -> list[dict[str, Any]]:
+    """The turn's calls, from whichever fields hold them: tool_calls, OpenAI's older function_call (one call,
+    no list), and the `values` of ShareGPT's turns from function_call (one call or several, mostly as JSON
+    text)."""
     found: dict[str, list[dict[str, Any]]] = {}
     for key in ("tool_calls", "function_call", *values):
         value, where, nulls = turn.get(key), f"{place}.{key}'", merged
@@ -304,9 +318,9 @@ def _calls(turn: Mapping[str, Any], values: tuple[str, ...], role: str, place: s
         if calls := read_tool_calls(value, where, merged=nulls):
             found[key] = calls
     # The same calls twice is one thing said twice; only some of the forms have ids.
-    _agreed({key: [call["function"] for call in calls] for key, calls in found.items()}, place)
+    agreed({key: [call["function"] for call in calls] for key, calls in found.items()}, place)
     if found and role != "assistant":
-        _only_assistants(f"{place}.{next(iter(found))}'", "calls a tool", role)
+        refuse_role(f"{place}.{next(iter(found))}'", "calls a tool", role)
     return next(iter(found.values()), [])
 
 
@@ -321,32 +335,17 @@ def _mark(turn: Mapping[str, Any], role: str, place: str) -> bool | None:
         if key in turn:
             value = turn[key]
             if not isinstance(value, bool | int | float) or value not in (0, 1):
-                expected = f"1 ({'' if trained else 'not '}trained) or 0 ({'not ' if trained else ''}trained)"
-                todo = "a turn is trained wholly or not at all: round it (a row's weight goes into a column of its own)"
-                raise DataError(describe(f"{place}.{key}'", "is no mark", expected=expected, got=shown(value), todo=todo))
+                one, zero = ("trained", "not trained") if trained else ("not trained", "trained")
+                expected = f"1 ({one}) or 0 ({zero})"
+                todo = (
+                    "a turn is trained wholly or not at all: round it (a row's weight goes into a column of"
+                    " its own)"
+                )
+                raise DataError(
+                    describe(f"{place}.{key}'", "is no mark", expected=expected, got=shown(value), todo=todo)
+                )
             marks[key] = bool(value) == trained
-    mark = _agreed(marks, place)
+    mark = agreed(marks, place)
     if mark and role != "assistant":
-        _only_assistants(f"{place}.{next(iter(marks))}'", "lets the turn be trained", role)
+        refuse_role(f"{place}.{next(iter(marks))}'", "lets the turn be trained", role)
     return mark
-
-
-def _only_assistants(where: str, wrong: str, role: str) -> NoReturn:
-    todo = "remove it, or correct the role"
-    raise DataError(describe(where, f"{wrong}, but the turn's role is {role}", expected="assistant", todo=todo))
-
-
-def _unused(key: object, value: object, path: str, place: str, names: _Names, unknown: dict[str, None]) -> None:
-    """Notes a field that nothing reads, or refuses it where its name says that something should."""
-    key = text_of(key, f"{place}'")
-    name = f"{path}{key}"
-    if name in names.ignored:
-        return
-    denies = value in (False, 0) and DENYING.fullmatch(key) if isinstance(value, bool | int) else None
-    steers = denies or (STEERING.search(key) and key not in SILENT)
-    holds = HOLDING.search(key) and not POINTING.search(key) and value is not False
-    if (steers or holds) and not is_empty(value):
-        wrong = "may say what the text is or what is trained, and is not a field we read"
-        todo = f'rename it, remove it, or pass it over by data.ignore_columns: ["{names.field}[].{name}"]'
-        raise DataError(describe(f"{place}.{key}'", wrong, got=shown(value), todo=todo))
-    unknown[name] = None

@@ -1,77 +1,81 @@
-"""Ranks: which one this is (launch), how they meet (listening, handshake, meeting), who is gone (watch), what they tell each
-other (ranks), the model over them (sharding)."""
+"""Ranks: which one this is (launch, world), how they meet and part (lifecycle; listening, handshake,
+meeting), who is gone (watch, hub; lost), what they tell each other (collectives), the model over them
+(sharding, reset)."""
 
-from repsft_fast.distributed.interfaces import of_the_wire
-from repsft_fast.distributed.launch import LaunchError, place
-from repsft_fast.distributed.ranks import (
+from repsft_fast.distributed.collectives import (
     DEFAULT_TIMEOUT_S,
-    World,
     all_max,
     all_sum,
-    any_rank,
-    at_ease,
     barrier,
-    largest,
-    last_words,
-    lost_error,
-    lost_rank,
-    refuse,
+    broadcast_from_main,
+    max_over_hosts,
+    min_over_hosts,
+    raise_together,
     same_everywhere,
-    start,
-    stop,
-    together,
-    when_dead,
+)
+from repsft_fast.distributed.interfaces import of_the_wire
+from repsft_fast.distributed.launch import LaunchError, rank_from_environment
+from repsft_fast.distributed.lifecycle import abort_launch, alone, lifecycle
+from repsft_fast.distributed.lost import (
+    LostRank,
+    before_exit,
+    disarm,
+    error_naming,
+    lost_rank,
+    on_rank_death,
 )
 from repsft_fast.distributed.reset import unfinished
 from repsft_fast.distributed.sharding import (
+    abort_pass,
+    begin_row,
     check_groups,
     copies,
     decoder_layers,
     full_state,
     full_tensor,
-    give_up,
     grad_norm,
     local,
     mesh_of,
-    next_row,
     reshard,
     shard,
 )
-from repsft_fast.distributed.watch import Loss
+from repsft_fast.distributed.world import Links, World
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
     "LaunchError",
-    "Loss",
+    "Links",
+    "LostRank",
     "World",
+    "abort_launch",
+    "abort_pass",
     "all_max",
     "all_sum",
-    "any_rank",
-    "at_ease",
+    "alone",
     "barrier",
+    "before_exit",
+    "begin_row",
+    "broadcast_from_main",
     "check_groups",
     "copies",
     "decoder_layers",
+    "disarm",
+    "error_naming",
     "full_state",
     "full_tensor",
-    "give_up",
     "grad_norm",
-    "largest",
-    "last_words",
+    "lifecycle",
     "local",
-    "lost_error",
     "lost_rank",
+    "max_over_hosts",
     "mesh_of",
-    "next_row",
+    "min_over_hosts",
     "of_the_wire",
-    "place",
-    "refuse",
+    "on_rank_death",
+    "raise_together",
+    "rank_from_environment",
     "reshard",
     "same_everywhere",
     "shard",
-    "start",
-    "stop",
-    "together",
     "unfinished",
-    "when_dead",
 ]

@@ -1,7 +1,9 @@
-"""How a rank shows rank 0 that it is of this launch: it answers a question with a keyed digest (HMAC-SHA256, RFC 2104).
+"""How a rank shows rank 0 that it is of this launch: it answers a question with a keyed digest (HMAC-SHA256,
+RFC 2104).
 
-The key is rank 0's token, which travels through the store, and REPSFT_SECRET where the environment has one, which travels
-nowhere. The store asks nobody for a password: without a secret, who can read it can come as a rank (docs/cluster.md).
+The key is rank 0's token, which travels through the store, and REPSFT_SECRET where the environment has one,
+which travels nowhere. The store asks nobody for a password: without a secret, who can read it can come as a
+rank (docs/cluster.md).
 """
 
 from __future__ import annotations
@@ -35,11 +37,14 @@ def proves(token: str, asked: str, message: dict[str, Any]) -> bool:
     said, rank, size = (message.get(name) for name in ("proof", "rank", "size"))
     if not isinstance(said, str) or not said.isascii() or type(rank) is not int or type(size) is not int:
         return False
-    return isinstance(message.get("facts"), dict) and hmac.compare_digest(said, proof(token, asked, rank, size))
+    return isinstance(message.get("facts"), dict) and hmac.compare_digest(
+        said, proof(token, asked, rank, size)
+    )
 
 
 def introduce(connection: socket.socket, token: str, rank: int, size: int, facts: dict[str, Any]) -> None:
-    """A rank's side, until rank 0 has said that it is welcome. LaunchError in rank 0's words; OSError: try again."""
+    """A rank's side, until rank 0 has said that it is welcome. LaunchError in rank 0's words; OSError: try
+    again."""
     connection.settimeout(HELLO_S)
     asked = str(_line(connection).get("question"))
     hello = {"rank": rank, "size": size, "proof": proof(token, asked, rank, size), "facts": facts}

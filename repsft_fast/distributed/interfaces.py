@@ -1,8 +1,9 @@
-"""The network interface that gloo and NCCL talk through, on a machine that has none but its loopback, or not even that.
+"""The network interface that gloo and NCCL talk through, on a machine that has none but its loopback, or not
+even that.
 
-A group of one rank sends nothing and still listens somewhere. Left to themselves both look for the machine's name and for
-other interfaces first, and take the loopback last; where nothing else is up it is named to them. That is right for
-several ranks too: a machine that reaches no other holds them all.
+A group of one rank sends nothing and still listens somewhere. Left to themselves both look for the machine's
+name and for other interfaces first, and take the loopback last; where nothing else is up it is named to them.
+That is right for several ranks too: a machine that reaches no other holds them all.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ def talking() -> Iterator[None]:
         if found is None or found:
             raise
         todo = (
-            "bring the loopback up (ip link set lo up, where the machine or container is set up), or hold the weights in the "
-            "type that is computed in (model.param_dtype, model.compute_dtype), which needs no group on one device"
+            "bring the loopback up (ip link set lo up, where the machine or container is set up), or hold the"
+            " weights in the type that is computed in (model.param_dtype, model.compute_dtype), which needs"
+            " no group on one device"
         )
-        raise ConfigError(describe("network", "no interface is up, not even the loopback", expected="lo", todo=todo)) from error
+        raise ConfigError(
+            describe("network", "no interface is up, not even the loopback", expected="lo", todo=todo)
+        ) from error
 
 
 def name_loopback(found: Mapping[str, bool] | None, environment: MutableMapping[str, str]) -> None:
-    """Set both variables to the loopback where it is all there is (`found`, of `up`) and the user has set neither."""
+    """Set both variables to the loopback where it is all there is (`found`, of `up`) and the user has set
+    neither."""
     if found and all(found.values()) and not any(environment.get(name) for name in VARIABLES):
         environment.update(dict.fromkeys(VARIABLES, next(iter(found))))
 
 
 def up() -> dict[str, bool] | None:
-    """Interfaces that are up and have an address, each with whether it is a loopback; None where that cannot be asked.
+    """Interfaces that are up and have an address, each with whether it is a loopback; None where that cannot
+    be asked.
 
     Asked of the kernel for this process's own network namespace; /sys may show another's.
     """
@@ -85,8 +91,11 @@ def _with_ipv6() -> set[str]:
 
 
 def of_the_wire(error: BaseException) -> bool:
-    """Whether an error is of messages between ranks: a rank that is gone or silent, not something this one did."""
+    """Whether an error is of messages between ranks: a rank that is gone or silent, not something this one
+    did."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     text = str(error).partition("\n")[0].lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection", "nccl", "timed out"))
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "connection", "nccl", "timed out")
+    )

@@ -1,8 +1,9 @@
 """Where rank 0 listens: on the one interface that MASTER_ADDR names, not on all that the machine has.
 
-What listens there is the store and the meeting. gloo and NCCL listen on interfaces of their own choice (`interfaces`), and
-torchrun's agent keeps its store on all. A name that is the loopback on its own host (a line `127.0.1.1 node001` in /etc/hosts
-is common) is another address to the other hosts, which no one here can know: then all interfaces, and it is said.
+What listens there is the store and the meeting. gloo and NCCL listen on interfaces of their own choice
+(`interfaces`), and torchrun's agent keeps its store on all. A name that is the loopback on its own host (a
+line `127.0.1.1 node001` in /etc/hosts is common) is another address to the other hosts, which no one here can
+know: then all interfaces, and it is said.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ class NotKnownYet(Exception):
 
 
 def of_the_store(host: str, port: int) -> tuple[socket.socket, str]:
-    """(a listening socket at MASTER_ADDR, the address that leads there from here). Rank 0's, which keeps the store.
+    """(a listening socket at MASTER_ADDR, the address that leads there from here). Rank 0's, which keeps the
+    store.
 
-    LaunchError for an address that is not this host's; NotKnownYet for a name; OSError EADDRINUSE for a port that is taken.
+    LaunchError for an address that is not this host's; NotKnownYet for a name; OSError EADDRINUSE for a port
+    that is taken.
     """
     asked = os.environ.get(LISTEN) or host
     found = addresses(asked)
     if not os.environ.get(LISTEN) and _hidden_behind_loopback(host, found):
         say(
-            f"rank 0 listens on all interfaces: {host} is {found[0]} on its own host, where no other reaches it; to listen on "
-            f"one, give MASTER_ADDR, or {LISTEN} here, as the number that others reach"
+            f"rank 0 listens on all interfaces: {host} is {found[0]} on its own host, where no other reaches"
+            f" it; to listen on one, give MASTER_ADDR, or {LISTEN} here, as the number that others reach"
         )
         return _all(port), host
     for address in found:
@@ -53,7 +56,10 @@ def _not_ours(asked: str, found: list[str]) -> LaunchError:
     name = LISTEN if os.environ.get(LISTEN) else "MASTER_ADDR"
     wrong = f"is no address of this host ({socket.gethostname()}), where rank 0 runs"
     got = asked if asked in found else f"{asked} ({', '.join(found)})"
-    todo = f"name rank 0's host; where it is reached by an address it does not have itself, export {LISTEN}=0.0.0.0 on it"
+    todo = (
+        "name rank 0's host; where it is reached by an address it does not have itself, export"
+        f" {LISTEN}=0.0.0.0 on it"
+    )
     return LaunchError(describe(name, wrong, got=got, todo=todo))
 
 
@@ -107,7 +113,9 @@ def _bound(address: str, port: int) -> socket.socket:
 def _all(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:  # a kernel may know IPv6 and a container forbid it
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise

@@ -1,7 +1,9 @@
-"""How ranks find each other: a store at MASTER_ADDR:MASTER_PORT says where rank 0 listens, and every rank goes there.
+"""How ranks find each other: a store at MASTER_ADDR:MASTER_PORT says where rank 0 listens, and every rank
+goes there.
 
-Nodes may start minutes apart, so a rank that nobody has seen is waited for, aloud. A rank that had come and is gone is known
-at once (`watch`): the waiting ends with its name. All of this comes before the first message of a process group.
+Nodes may start minutes apart, so a rank that nobody has seen is waited for, aloud. A rank that had come and
+is gone is known at once (`watch`): the waiting ends with its name. All of this comes before the first message
+of a process group.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import Any
 import torch.distributed as dist
 
 from repsft_fast.distributed import listening
+from repsft_fast.distributed.hub import Hub
 from repsft_fast.distributed.launch import LaunchError, say
 from repsft_fast.distributed.listening import NotKnownYet
-from repsft_fast.distributed.watch import REFUSED, Hub, Loss, Member, Watch
+from repsft_fast.distributed.watch import REFUSED, LostRank, Member, Watch
 from repsft_fast.errors import ConfigError, TrainingError, describe, spelled
 
 MEETING_TIMEOUT_S = 600.0  # for the last rank to come
@@ -39,14 +42,15 @@ def meet(
 ) -> tuple[dist.Store, dict[int, dict[str, Any]], Watch]:
     """(a store all ranks share, what each said of itself, the watch over them), once all have come.
 
-    facts: JSON, told to all. timeout_s: for all to come; store_timeout_s: of the store's own operations, for its later users.
-    Environment: MASTER_ADDR and MASTER_PORT, where rank 0 (or torchrun's agent) keeps the store.
-    TrainingError naming the ranks that have not come, or the one that came and is gone; ConfigError for an address that cannot
-    be used.
+    facts: JSON, told to all. timeout_s: for all to come; store_timeout_s: of the store's own operations, for
+    its later users. Environment: MASTER_ADDR and MASTER_PORT, where rank 0 (or torchrun's agent) keeps the
+    store. TrainingError naming the ranks that have not come, or the one that came and is gone; ConfigError
+    for an address that cannot be used.
     """
     wait = _Wait(rank, timeout_s)
     host, port = _address()
     store = _store(host, port, rank, size, store_timeout_s, wait)
+    # A launcher that starts all ranks again keeps the store: every start has a name of its own in it.
     key = f"repsft/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     watch: Hub | Member
     if rank == 0:
@@ -56,26 +60,32 @@ def meet(
         store.set(key, f"{token} {watch.port} {' '.join(addresses)}")
     else:
         watch = _member(store, key, host, rank, size, facts, wait)
+    # Nobody waits longer than for the one who is missing, and hears who that is.
     while not watch.met.wait(_LOOK_S):
-        if watch.loss is not None:
-            raise _given_up(watch, watch.loss)
+        if watch.lost is not None:
+            raise _given_up(watch, watch.lost)
         if rank == 0:
             missing = _some(watch.missing())
             if wait.over(f"rank {missing} to come to {', '.join(addresses)}"):
                 words = f"rank {missing} has not come within {timeout_s:g} s"
-                todo = f"read its output, whether its node was started and whether it can reach {', '.join(addresses)}"
+                todo = (
+                    "read its output, whether its node was started and whether it can reach"
+                    f" {', '.join(addresses)}"
+                )
                 watch.tell(describe("start", words, todo=todo))
                 watch.leave()
                 raise TrainingError(describe("start", words, todo=todo))
     return store, watch.facts, watch
 
 
-def _given_up(watch: Watch, loss: Loss) -> TrainingError | ConfigError:
+def _given_up(watch: Watch, lost: LostRank) -> TrainingError | ConfigError:
     watch.leave()
-    if loss.code == REFUSED:  # a second process of one rank: all that had come hear it
-        return ConfigError(loss.words)
+    if lost.code == REFUSED:  # a second process of one rank: all that had come hear it
+        return ConfigError(lost.words)
     todo = "read its output, then start again"
-    return TrainingError(str(loss) if loss.words else describe("start", f"rank {loss.rank} had come and is gone", todo=todo))
+    return TrainingError(
+        str(lost) if lost.words else describe("start", f"rank {lost.rank} had come and is gone", todo=todo)
+    )
 
 
 def _some(ranks: list[int], most: int = 16) -> str:
@@ -109,12 +119,15 @@ def _address() -> tuple[str, int]:
     if not _can_be_a_host(host):
         expected = "a host's name or number, without a scheme or a port"
         todo = "name rank 0's node as the others reach it; one name, not a list"
-        raise LaunchError(describe("MASTER_ADDR", "cannot be a host", expected=expected, got=spelled(host), todo=todo))
+        raise LaunchError(
+            describe("MASTER_ADDR", "cannot be a host", expected=expected, got=spelled(host), todo=todo)
+        )
     return host, int(text)
 
 
 def _can_be_a_host(host: str) -> bool:
-    """False for what no resolver can ever know: `http://x`, `host:29500`, `node[1-4]`, `node..x`, a label over 63 letters."""
+    """False for what no resolver can ever know: `http://x`, `host:29500`, `node[1-4]`, `node..x`, a label
+    over 63 letters."""
     try:
         if ":" in host:
             return bool(ipaddress.IPv6Address(host))
@@ -126,14 +139,20 @@ def _can_be_a_host(host: str) -> bool:
 
 def _store(host: str, port: int, rank: int, size: int, timeout_s: float, wait: _Wait) -> dist.Store:
     """Rank 0 keeps it, except under torchrun, whose agent does; the others wait for it quietly."""
-    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True, "timeout": timedelta(seconds=timeout_s)}
+    options: dict[str, Any] = {
+        "wait_for_workers": False,
+        "multi_tenant": True,
+        "timeout": timedelta(seconds=timeout_s),
+    }
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return _kept_store(host, port, size, options, wait)
     while (found := _connect([host], port, _TRY_S)) is None:
         known = "" if _is_known(host) else ", a name that is not known here"
         if wait.over(f"rank 0 at {host}:{port}{known}"):
             wrong = f"rank 0 has not come to {host}:{port} within {wait.limit_s:g} s"
-            raise TrainingError(describe("start", wrong + known, todo="read its output; MASTER_ADDR must name its node"))
+            raise TrainingError(
+                describe("start", wrong + known, todo="read its output; MASTER_ADDR must name its node")
+            )
         time.sleep(_LOOK_S)
     address = found.getpeername()[0]  # of those the name stands for the one that answers
     found.close()
@@ -142,11 +161,14 @@ def _store(host: str, port: int, rank: int, size: int, timeout_s: float, wait: _
     except (dist.DistError, RuntimeError, ValueError) as error:
         if isinstance(error, TrainingError):
             raise
-        raise TrainingError(describe("start", "rank 0 had come and is gone", got=_first_line(error))) from error
+        raise TrainingError(
+            describe("start", "rank 0 had come and is gone", got=_first_line(error))
+        ) from error
 
 
 def _client(address: str, port: int, size: int, options: dict[str, Any], wait: _Wait) -> dist.Store:
-    """A member's end of the store. torch waits without end for the first answer: in a thread, so that this one can speak."""
+    """A member's end of the store. torch waits without end for the first answer: in a thread, so that this
+    one can speak."""
     made: list[dist.Store | BaseException] = []
     done = threading.Event()
 
@@ -160,8 +182,13 @@ def _client(address: str, port: int, size: int, options: dict[str, Any], wait: _
     threading.Thread(target=make, name="repsft-store", daemon=True).start()
     while not done.wait(_LOOK_S):
         if wait.over(f"an answer from {address}, port {port}, where something listens and says nothing"):
-            wrong = f"what listens at {address}, port {port}, has not answered within {wait.limit_s:g} s and may not be rank 0"
-            raise TrainingError(describe("start", wrong, todo="look at what listens there, or choose another MASTER_PORT"))
+            wrong = (
+                f"what listens at {address}, port {port}, has not answered within {wait.limit_s:g} s and may"
+                " not be rank 0"
+            )
+            raise TrainingError(
+                describe("start", wrong, todo="look at what listens there, or choose another MASTER_PORT")
+            )
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]
@@ -187,7 +214,9 @@ def _kept_store(host: str, port: int, size: int, options: dict[str, Any], wait: 
                 return own
             wrong = "is taken by another process" if taken else "cannot be used"
             todo = "choose another MASTER_PORT, and give every process its own RANK: one alone may be rank 0"
-            raise LaunchError(describe("MASTER_PORT", wrong, got=f"{port} ({_first_line(error)})", todo=todo)) from error
+            raise LaunchError(
+                describe("MASTER_PORT", wrong, got=f"{port} ({_first_line(error)})", todo=todo)
+            ) from error
 
 
 def _of_this_process(host: str, port: int, size: int, options: dict[str, Any]) -> dist.Store | None:
@@ -205,7 +234,9 @@ def _is_known(host: str) -> bool:
         return False
 
 
-def _member(store: dist.Store, key: str, host: str, rank: int, size: int, facts: dict[str, Any], wait: _Wait) -> Member:
+def _member(
+    store: dist.Store, key: str, host: str, rank: int, size: int, facts: dict[str, Any], wait: _Wait
+) -> Member:
     """This rank's connection to rank 0."""
     tried = "its address"
     while True:
@@ -224,7 +255,9 @@ def _member(store: dist.Store, key: str, host: str, rank: int, size: int, facts:
             raise TrainingError(describe("start", wrong, got=_first_line(error), todo=todo)) from error
         if wait.over(f"rank 0 ({tried})"):
             wrong = f"rank 0 could not be reached within {wait.limit_s:g} s"
-            raise TrainingError(describe("start", wrong, got=tried, todo="let nodes connect to each other's ports"))
+            raise TrainingError(
+                describe("start", wrong, got=tried, todo="let nodes connect to each other's ports")
+            )
         time.sleep(_LOOK_S)
 
 
@@ -236,8 +269,11 @@ def _connect(addresses: Sequence[str], port: int, seconds: float) -> socket.sock
     return None
 
 
-def _introduced(rank: int, size: int, facts: dict[str, Any], token: str, connection: socket.socket) -> Member | None:
-    """None where the connection ended before rank 0 had answered: strangers crowd it, or this is an older launch's port."""
+def _introduced(
+    rank: int, size: int, facts: dict[str, Any], token: str, connection: socket.socket
+) -> Member | None:
+    """None where the connection ended before rank 0 had answered: strangers crowd it, or this is an older
+    launch's port."""
     try:
         return Member(rank, size, facts, token, connection)
     except BaseException as error:

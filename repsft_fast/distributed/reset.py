@@ -1,10 +1,10 @@
 """FSDP2 put back to where it stands between two updates, after an update that raised on the way.
 
-An error inside a forward or backward pass leaves FSDP2 in the middle: gathered parameters, gradients that wait to be
-reduced, groups that believe their backward pass is running, a final callback that counts as queued and will never come.
-The next update then trains some groups or none, without a word. torch 2.13 has a method for it, which leaves behind the
-gradients of the group it was in; in 2.11 and 2.12 the same is done here by hand. Whatever was done is looked at
-afterwards: a model that cannot be seen to be whole is not trained on.
+An error inside a forward or backward pass leaves FSDP2 in the middle: gathered parameters, gradients that
+wait to be reduced, groups that believe their backward pass is running, a final callback that counts as queued
+and will never come. The next update then trains some groups or none, without a word. torch 2.13 has a method
+for it, which leaves behind the gradients of the group it was in; in 2.11 and 2.12 the same is done here by
+hand. Whatever was done is looked at afterwards: a model that cannot be seen to be whole is not trained on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ BY_HAND = ("2.11.", "2.12.")  # releases without FSDPModule.reset_iter_state who
 
 
 def reset(model: nn.Module) -> bool:
-    """Forget the pass that raised. Returns whether the model is whole: sharded, idle, no gradient left inside.
+    """Forget the pass that raised. Returns whether the model is whole: sharded, idle, no gradient left
+    inside.
 
-    Gradients of the sharded parameters are the caller's. Waits for the device: what is freed may still be read there. False
-    (and the model must not be trained on) where this torch's FSDP2 is another than the one that is known.
+    Gradients of the sharded parameters are the caller's. Waits for the device: what is freed may still be
+    read there. False (and the model must not be trained on) where this torch's FSDP2 is another than the one
+    that is known.
     """
     if not isinstance(model, FSDPModule):
         return True
@@ -49,7 +51,8 @@ def reset(model: nn.Module) -> bool:
 
 
 def unfinished(model: nn.Module) -> bool:
-    """Whether FSDP2 still waits for the end of a backward pass that is over: some of its gradients have not come.
+    """Whether FSDP2 still waits for the end of a backward pass that is over: some of its gradients have not
+    come.
 
     A look at the host, free. It reads FSDP2's insides; where they are not found it says no.
     """
@@ -60,7 +63,8 @@ def unfinished(model: nn.Module) -> bool:
 
 
 def _by_hand(root: Any, states: list[Any]) -> None:
-    """What `reset_iter_state` of torch 2.13 does, for the releases before it. AttributeError where something is missing."""
+    """What `reset_iter_state` of torch 2.13 does, for the releases before it. AttributeError where something
+    is missing."""
     _put(root._state_ctx, iter_forward_root=None, post_backward_final_callback_queued=False)
     _put(root._comm_ctx, all_gather_state=None)
     root._comm_ctx.post_forward_order.clear()
@@ -85,7 +89,8 @@ def _by_hand(root: Any, states: list[Any]) -> None:
 
 
 def _drop_gathered(group: Any) -> None:
-    """Whole parameters and their gradients, also of a gather or a backward pass that stopped half way through the group."""
+    """Whole parameters and their gradients, also of a gather or a backward pass that stopped half way through
+    the group."""
     for parameter in group.fsdp_params:
         if hasattr(parameter, "_unsharded_param"):  # from the first gather on
             parameter._unsharded_param.grad = None
@@ -101,7 +106,10 @@ def _is_whole(root: Any, states: list[Any]) -> bool:
         and root._state_ctx.post_backward_final_callback_queued is False
         and not root._comm_ctx.post_forward_order
         and all(part._training_state is type(part._training_state).IDLE for part in [*states, *groups])
-        and all(group.is_sharded and not group._post_forward_indices and group._all_gather_result is None for group in groups)
+        and all(
+            group.is_sharded and not group._post_forward_indices and group._all_gather_result is None
+            for group in groups
+        )
     )
 
 
@@ -122,7 +130,8 @@ def _groups(states: list[Any]) -> list[Any]:
 
 
 def _put(holder: Any, **values: Any) -> None:
-    """Set attributes that are there. AttributeError for one that is not: it would be a new one that nobody reads."""
+    """Set attributes that are there. AttributeError for one that is not: it would be a new one that nobody
+    reads."""
     for name, value in values.items():
         getattr(holder, name)
         setattr(holder, name, value)

@@ -1,15 +1,15 @@
 """Sharded parameters (FSDP2, HSDP) and what is asked of them as a whole: their state, their gradients' norm.
 
 Sums, not means: FSDP2 averages gradients over ranks by default, but the weights of a row already hold the one
-denominator of the whole update over all ranks, so gradients are *added* (sum reduction, divide factor 1). The trainer
-scales nothing by the world size.
+denominator of the whole update over all ranks, so gradients are *added* (sum reduction, divide factor 1). The
+trainer scales nothing by the world size.
 
-One rank is a group of its own, for the sake of its two types: weights in fp32, computing in bf16. Nothing travels there, so
-the copies in the compute type are made once an update and not twice a row, and gradients of the rows are added in fp32
-where they were made; FSDP2 sees them on the last row (`next_row`). Bytes that FSDP2 reads and writes for a parameter of a
-layer in an update of R rows: 10 (a copy) + 22 (the first gradient, and what is left of a reduction) + 10 (R - 1), or 24
-where R = 1; as several ranks do it, it were 20 R + 22 R + 12 (R - 1). The price is memory: 2 B a parameter for the copies,
-from the first row to the last.
+One rank is a group of its own, for the sake of its two types: weights in fp32, computing in bf16. Nothing
+travels there, so the copies in the compute type are made once an update and not twice a row, and gradients of
+the rows are added in fp32 where they were made; FSDP2 sees them on the last row (`begin_row`). Bytes that
+FSDP2 reads and writes for a parameter of a layer in an update of R rows: 10 (a copy) + 22 (the first
+gradient, and what is left of a reduction) + 10 (R - 1), or 24 where R = 1; as several ranks do it, it were 20
+R + 22 R + 12 (R - 1). The price is memory: 2 B a parameter for the copies, from the first row to the last.
 """
 
 import functools
@@ -24,8 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from repsft_fast.distributed.ranks import World, all_sum, from_main, same_everywhere, start_alone
+from repsft_fast.distributed.collectives import all_sum, broadcast_from_main, same_everywhere
+from repsft_fast.distributed.lifecycle import start_alone
 from repsft_fast.distributed.reset import reset
+from repsft_fast.distributed.world import World
 from repsft_fast.errors import ConfigError, ModelError, describe
 
 
@@ -42,8 +44,9 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def mesh_of(world: World, shard_ranks: int | None = None) -> DeviceMesh:
     """The ranks as FSDP2 sees them: one dimension, or copies × shards (HSDP) where fewer ranks share a copy.
 
-    shard_ranks: neighbouring ranks that share one copy of the weights, normally those of a node, so that parameters travel
-    inside it and gradients alone between nodes; None = all. ConfigError when the ranks do not divide by it.
+    shard_ranks: neighbouring ranks that share one copy of the weights, normally those of a node, so that
+    parameters travel inside it and gradients alone between nodes; None = all. ConfigError when the ranks do
+    not divide by it.
     """
     kind = world.device.type
     check_groups(world.size, shard_ranks)
@@ -54,10 +57,17 @@ def mesh_of(world: World, shard_ranks: int | None = None) -> DeviceMesh:
 
 
 def check_groups(ranks: int, shard_ranks: int | None) -> None:
-    """ConfigError where so many ranks do not divide into such groups; one rank does not either, which would be no sharding."""
+    """ConfigError where so many ranks do not divide into such groups; one rank does not either, which would
+    be no sharding."""
     if shard_ranks is not None and ranks % shard_ranks:
-        wrong = f"{ranks} ranks do not divide into groups of this size" if ranks > 1 else "this run has one rank"
-        todo = "set it to the GPUs of a node, or to null" if ranks > 1 else "set it to null, or start one process per GPU"
+        wrong = (
+            f"{ranks} ranks do not divide into groups of this size" if ranks > 1 else "this run has one rank"
+        )
+        todo = (
+            "set it to the GPUs of a node, or to null"
+            if ranks > 1
+            else "set it to null, or start one process per GPU"
+        )
         raise ConfigError(describe("distributed.shard_ranks", wrong, got=shard_ranks, todo=todo))
 
 
@@ -75,22 +85,19 @@ def shard(
     world: World,
     *,
     compute_dtype: torch.dtype | None = None,
-    reshard_after_forward: bool | None = None,
     mesh: DeviceMesh | None = None,
     arriving: bool = False,
 ) -> bool:
     """Shard `model` over the ranks with FSDP2, layer by layer, in place; `model.loss` becomes its forward.
 
     mesh: of `mesh_of`; None = one copy of the weights over all ranks.
-    compute_dtype: None = `model.compute_dtype` where set, else the type the weights are held in. Where it differs
-        from that, weights are cast on gather and gradients are reduced and kept in fp32; this is how one GPU computes
-        in bf16 too (a group of one rank is made for it; frozen weights that are held in it are left as they are there).
-    arriving: the weights are rank 0's, on its CPU, and the other ranks' models are on meta: they are sent group by group (a
-        layer, then the rest), so that a device never holds more than its shards and one group, and the host of one rank the
-        whole. ConfigError where the ranks' models differ.
-    reshard_after_forward: False keeps gathered layers for the backward pass: more memory (the whole model in the compute
-        type), half the gathers. None = True on several ranks, False on one, where a gather is a cast and brings no room back:
-        `next_row` keeps it from row to row.
+    compute_dtype: None = `model.compute_dtype` where set, else the type the weights are held in. Where it
+        differs from that, weights are cast on gather and gradients are reduced and kept in fp32; this is how
+        one GPU computes in bf16 too (a group of one rank is made for it; frozen weights that are held in it
+        are left as they are there).
+    arriving: the weights are rank 0's, on its CPU, and the other ranks' models are on meta: they are sent
+        group by group (a layer, then the rest), so that a device never holds more than its shards and one
+        group, and the host of one rank the whole. ConfigError where the ranks' models differ.
     Returns whether the model was sharded; one rank with equal types is left as it is.
     """
     held = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -98,25 +105,30 @@ def shard(
     if world.size == 1:
         if held == {computed}:
             return False
-        if not dist.is_initialized():
-            start_alone(world)
+        start_alone(world)
     mesh = mesh or mesh_of(world)
     reduced = torch.promote_types(torch.float32, computed)
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
-    alone = mesh.size() == 1
-    frees = not alone if reshard_after_forward is None else reshard_after_forward
+    alone = mesh.size() == 1  # a gather is a cast then, which `begin_row` keeps from row to row
     # A frozen weight in the compute type needs neither cast nor gradient; gathering would only hold it twice.
     apart = {p for p in model.parameters() if not p.requires_grad and p.dtype == computed} if alone else None
+    # models that differ would wait for different tensors: said before the first is sent
     if arriving:
-        same_everywhere("model", " ".join(f"{name} {tuple(t.shape)} {t.dtype}" for _, name, t in _tensors(model)))
+        same_everywhere(
+            world, "model", " ".join(f"{name} {tuple(t.shape)} {t.dtype}" for _, name, t in _tensors(model))
+        )
+    # one layer arrives and is cut before the next comes: only one is ever whole on a device
     for layer in decoder_layers(model):
         if arriving:
             _arrive(layer, world)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=apart)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not alone, ignored_params=apart)
     if arriving:
         _arrive(model, world)
-        torch.set_rng_state(from_main(torch.get_rng_state()))  # random weights were drawn where they were made
+        # random weights were drawn where they were made
+        stream = broadcast_from_main(world, torch.get_rng_state().tolist())  # 5 KB
+        torch.set_rng_state(torch.tensor(stream, dtype=torch.uint8))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart)
+    # the weights of a row hold the update's one denominator already: gradients are added, not averaged
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if not alone:  # on one rank a factor, even 1, is a division of every gradient
@@ -129,8 +141,8 @@ def shard(
 
 
 def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """(holder, name in it, tensor) of all parameters, buffers and plain tensors (a rotary embedding keeps one) that are not
-    sharded yet, in the same order on every rank."""
+    """(holder, name in it, tensor) of all parameters, buffers and plain tensors (a rotary embedding keeps
+    one) that are not sharded yet, in the same order on every rank."""
     found = []
     for part in module.modules():
         for holder in (part._parameters, part._buffers, vars(part)):
@@ -145,33 +157,41 @@ def _arrive(module: nn.Module, world: World) -> None:
     made: dict[int, Tensor] = {}
     for holder, name, tensor in _tensors(module):
         if id(tensor) not in made:
-            value = tensor.detach().to(world.device) if world.is_main else torch.empty_like(tensor, device=world.device)
+            value = (
+                tensor.detach().to(world.device)
+                if world.is_main
+                else torch.empty_like(tensor, device=world.device)
+            )
             value = value.contiguous()
             if value.numel():
                 dist.broadcast(value.view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every type
-            made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            made[id(tensor)] = (
+                nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            )
         holder[name] = made[id(tensor)]
 
 
 def reshard(model: nn.Module) -> None:
     """Drop gathered copies of parameters, so that `model.parameters()` are the sharded ones again.
 
-    Needed only when a forward pass with gradients has had no backward (it raised) before parameters are written in place
-    (a revert, a checkpoint): the gathered copies would be used once more. Does nothing to a model that is not sharded.
+    Needed only when a forward pass with gradients has had no backward (it raised) before parameters are
+    written in place (a revert, a checkpoint): the gathered copies would be used once more. Does nothing to a
+    model that is not sharded.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def next_row(model: nn.Module, *, last: bool) -> None:
+def begin_row(model: nn.Module, *, last: bool) -> None:
     """Say whether the next forward and backward pass is of its update's last row. Unsaid, every row is.
 
-    Before the last row nothing is done that the last would do again. On one rank gathered parameters stay and gradients add up
-    beside them, in the reduction's type, so that `p.grad` is None until the last row's backward pass. Between copies of the
-    weights (HSDP) gradients are summed inside each copy and wait there for the last row. Otherwise nothing: parameters of
-    several ranks are dropped after every backward pass, for their memory. The same numbers are added in the same order, bit
-    for bit. An update that is given up must be told by `give_up`.
+    Before the last row nothing is done that the last would do again. On one rank gathered parameters stay and
+    gradients add up beside them, in the reduction's type, so that `p.grad` is None until the last row's
+    backward pass. Between copies of the weights (HSDP) gradients are summed inside each copy and wait there
+    for the last row. Otherwise nothing: parameters of several ranks are dropped after every backward pass,
+    for their memory. The same numbers are added in the same order, bit for bit. An update that is given up
+    must be told by `abort_pass`.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -183,20 +203,21 @@ def next_row(model: nn.Module, *, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
-def give_up(model: nn.Module) -> bool:
+def abort_pass(model: nn.Module) -> bool:
     """Forget an update that raised on the way: gathered parameters, gradients that wait for its last row.
 
-    Gradients of the sharded parameters are the caller's. Returns whether the model stands where it stood before the update;
-    if not (`reset`), nothing may be trained on it any more.
+    Gradients of the sharded parameters are the caller's. Returns whether the model stands where it stood
+    before the update; if not (`reset`), nothing may be trained on it any more.
     """
     whole = reset(model)
-    next_row(model, last=True)
+    begin_row(model, last=True)
     return whole
 
 
 def _forget_gathered_after_evaluation(model: Any) -> None:
-    """The root keeps its gathered parameters after a forward pass until the backward pass, and the layers do on one rank;
-    under no_grad there is none, so an update or a revert between two evaluations would go unseen."""
+    """The root keeps its gathered parameters after a forward pass until the backward pass, and the layers do
+    on one rank; under no_grad there is none, so an update or a revert between two evaluations would go
+    unseen."""
     train_loss = model.loss
 
     @functools.wraps(train_loss)
@@ -239,7 +260,8 @@ def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:  # [] fp64, on the device
     """Joint L2 norm of all gradients over all ranks; every rank must call it. No host sync.
 
-    Every parameter must be sharded or the run has one rank. A gradient that is not finite makes a norm that is not.
+    Every parameter must be sharded or the run has one rank. A gradient that is not finite makes a norm that
+    is not.
     """
     parameters = list(parameters)
     gradients = [local(p.grad) for p in parameters if p.grad is not None]

@@ -1,11 +1,13 @@
 """Evaluation by generation: is the final answer of the model's own reply the reference's?
 
-For replies with a rationale, where many texts are right and exact match of tokens says little. Greedy, batched.
+For replies with a rationale, where many texts are right and exact match of tokens says little. Greedy,
+batched.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,29 +47,33 @@ class Answered:
         batch_size: int = 16,
         end_ids: Sequence[int] = (),
     ):
-        """extractor: a name of answers.EXTRACTORS, or, trusted, package.module:function (text → answer or None).
-        end_ids: at which replies end, besides the tokenizer's own and the one that most references end with.
+        """extractor: a name of answers.EXTRACTORS, or, trusted, package.module:function (text → answer or
+        None). end_ids: at which replies end, besides the tokenizer's own and the one that most references end
+        with.
 
-        Raises ConfigError for an unknown extractor, DataError naming a sample whose reference holds no answer.
+        Raises ConfigError for an unknown extractor, DataError naming a sample whose reference holds no
+        answer.
         """
-        self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(
+            ids, skip_special_tokens=True
+        )
         self._extract = find_extractor(extractor, trusted=trusted)
-        self._limit, self._batch, self._pad = max_new_tokens, batch_size, tokenizer.pad_token_id or 0
+        pad_id = tokenizer.pad_token_id or 0
+        self._generate = functools.partial(
+            generate, max_new_tokens=max_new_tokens, batch_size=batch_size, pad_id=pad_id
+        )
         pairs = [store.last_reply(int(i)) for i in samples]
         self.prompts = [prompt for prompt, _ in pairs]
         self.references: list[str] = []
+        # Told at the start: a sample that nobody can answer would count as wrong in every evaluation.
         for i, (_, reply) in zip(samples, pairs, strict=True):
             answer = self._extract(self._decode(reply))
             if answer is None:
-                raise DataError(
-                    describe(
-                        store.sources[int(i)] or f"sample {int(i)}",
-                        "its reference holds no answer for mixture.extractor",
-                        expected=extractor,
-                        got=self._decode(reply)[-80:],
-                        todo="choose another extractor, or mixture.metric: exact_match",
-                    )
-                )
+                where = store.sources[int(i)] or f"sample {int(i)}"
+                wrong = "its reference holds no answer for mixture.extractor"
+                todo = "choose another extractor, or mixture.metric: exact_match"
+                got = self._decode(reply)[-80:]
+                raise DataError(describe(where, wrong, expected=extractor, got=got, todo=todo))
             self.references.append(answer)
         last = collections.Counter(reply[-1] for _, reply in pairs)
         # A reply cut for its length ends anywhere: an end token is one that many replies share.
@@ -79,14 +85,14 @@ class Answered:
 
     def __call__(self, model: nn.Module) -> Answers:
         """Generate every reply and judge it. Costs one forward pass per generated token."""
-        replies = generate(
-            model, self.prompts, end_ids=self.end_ids, max_new_tokens=self._limit, batch_size=self._batch, pad_id=self._pad
-        )
+        replies = self._generate(model, self.prompts, end_ids=self.end_ids)
         right = [
             float(same_answer(self._extract(self._decode(reply.ids)), reference))
             for reply, reference in zip(replies, self.references, strict=True)
         ]
-        lengths = np.array([len(p) + len(r.ids) for p, r in zip(self.prompts, replies, strict=True)], dtype=np.int64)
+        lengths = np.array(
+            [len(p) + len(r.ids) for p, r in zip(self.prompts, replies, strict=True)], dtype=np.int64
+        )
         return Answers(
             np.array(right),
             np.array([reply.finished for reply in replies]),

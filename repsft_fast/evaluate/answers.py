@@ -65,15 +65,18 @@ EXTRACTORS: dict[str, Extractor] = {
 }
 
 
-# What an own function is tried on at start: answers as people write them, and the reply of a model that said nothing.
+# What an own function is tried on at start: answers as people write them, and the reply of a model that said
+# nothing.
 _PROBES = ("Twice two is four. The answer is \\boxed{4}.", "2 + 2 = 4\n#### 4", "")
 
 
 def find_extractor(name: str, *, trusted: bool = False) -> Extractor:
-    """By name, or a function of the user's own as package.module:function (text → the answer, or None where there is none).
+    """By name, or a function of the user's own as package.module:function (text → the answer, or None where
+    there is none).
 
     trusted: code that the settings name may run here (model.trust_remote_code).
-    Raises ConfigError when there is none of that name, or it is no such function. No module is imported unless it may be.
+    Raises ConfigError when there is none of that name, or it is no such function. No module is imported
+    unless it may be.
     """
     if name in EXTRACTORS:
         return EXTRACTORS[name]
@@ -81,26 +84,39 @@ def find_extractor(name: str, *, trusted: bool = False) -> Extractor:
         near = did_you_mean(name, EXTRACTORS)
         todo = f"did you mean {near}?" if near else None
         expected = f"{', '.join(sorted(EXTRACTORS))} or package.module:function"
-        raise ConfigError(describe("mixture.extractor", "is not known", expected=expected, got=name, todo=todo))
+        raise ConfigError(
+            describe("mixture.extractor", "is not known", expected=expected, got=name, todo=todo)
+        )
     if not trusted:
         todo = "read it, and set model.trust_remote_code to true if it may run here"
-        raise ConfigError(describe("mixture.extractor", "names code, which is not run unasked", got=name, todo=todo))
+        raise ConfigError(
+            describe("mixture.extractor", "names code, which is not run unasked", got=name, todo=todo)
+        )
     return _Own(name, _own_function(name))
 
 
 def _own_function(name: str) -> Callable[[str], Any]:
-    """The function, imported: not one of Python's own library, whose functions do more with a reply than read it."""
+    """The function, imported: not one of Python's own library, whose functions do more with a reply than read
+    it."""
     module, _, function = name.partition(":")
     if not all(step.isidentifier() for step in (*module.split("."), function)):
-        raise ConfigError(describe("mixture.extractor", "names no function", expected="package.module:function", got=name))
+        raise ConfigError(
+            describe("mixture.extractor", "names no function", expected="package.module:function", got=name)
+        )
     if _is_of_python(module):
         raise ConfigError(_refusal(name, module))
     try:
         found = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # whatever the module's own lines raise
         cause = f"{type(error).__name__}: {(str(error) or 'no words').splitlines()[0]}"
-        todo = "its folder must be on PYTHONPATH, or its package installed" if isinstance(error, ModuleNotFoundError) else None
-        raise ConfigError(describe("mixture.extractor", f"cannot be imported ({cause})", got=name, todo=todo)) from error
+        todo = (
+            "its folder must be on PYTHONPATH, or its package installed"
+            if isinstance(error, ModuleNotFoundError)
+            else None
+        )
+        raise ConfigError(
+            describe("mixture.extractor", f"cannot be imported ({cause})", got=name, todo=todo)
+        ) from error
     if not callable(found):
         raise ConfigError(describe("mixture.extractor", "is not a function", got=name))
     for home in _homes(found):
@@ -115,7 +131,12 @@ def _is_of_python(module: str) -> bool:
 
 def _refusal(name: str, module: str) -> str:
     wrong = f"is of {module}, a module of Python's own library, which reads no answers"
-    return describe("mixture.extractor", wrong, got=name, todo="write a function in a module of your own, under another name")
+    return describe(
+        "mixture.extractor",
+        wrong,
+        got=name,
+        todo="write a function in a module of your own, under another name",
+    )
 
 
 def _homes(function: Any) -> list[str]:
@@ -123,8 +144,16 @@ def _homes(function: Any) -> list[str]:
     found: list[str] = []
     while function is not None and len(found) < 10:
         bound = getattr(function, "__self__", None)
-        written = function if hasattr(function, "__module__") and hasattr(function, "__name__") else type(function)
-        found.append(str(getattr(written, "__module__", None) or getattr(bound, "__name__", None) or type(bound).__module__))
+        written = (
+            function if hasattr(function, "__module__") and hasattr(function, "__name__") else type(function)
+        )
+        found.append(
+            str(
+                getattr(written, "__module__", None)
+                or getattr(bound, "__name__", None)
+                or type(bound).__module__
+            )
+        )
         is_partial = isinstance(function, functools.partial)
         if is_partial:
             found.pop()  # it says nothing; what it calls does
@@ -133,7 +162,8 @@ def _homes(function: Any) -> list[str]:
 
 
 class _Own:
-    """A function of the user's own. Tried when it is made; what it does wrong later is said with the reply it was given."""
+    """A function of the user's own. Tried when it is made; what it does wrong later is said with the reply it
+    was given."""
 
     def __init__(self, name: str, function: Callable[[str], Any]):
         self._name, self._function = name, function
@@ -146,7 +176,9 @@ class _Own:
         answer, wrong = self._try(text)
         if wrong:
             todo = "let it return None where there is no answer, and continue with --resume"
-            raise TrainingError(describe("mixture.extractor", f"{self._name} {wrong} on a reply", got=text[-200:], todo=todo))
+            raise TrainingError(
+                describe("mixture.extractor", f"{self._name} {wrong} on a reply", got=text[-200:], todo=todo)
+            )
         return answer
 
     def _try(self, text: str) -> tuple[str | None, str | None]:
@@ -161,7 +193,8 @@ class _Own:
 
 
 def same_answer(got: str | None, reference: str) -> bool:
-    """Equal as text, as numbers (1,000 = 1000.0), or, where `math-verify` is installed, as mathematical expressions."""
+    """Equal as text, as numbers (1,000 = 1000.0), or, where `math-verify` is installed, as mathematical
+    expressions."""
     if got is None:
         return False
     got, reference = _normal(got), _normal(reference)
@@ -200,11 +233,13 @@ def _math_equal(got: str, reference: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         return False
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that no time limit is set
+    # it warns at every call that no time limit is set
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
         parsed = [parse(f"${text}$", parsing_timeout=None) for text in (reference, got)]
         return bool(verify(*parsed, timeout_seconds=None))
-    except Exception:  # whatever a parser of mathematics raises over a model's words: they are not the same expression
+    # whatever a parser of mathematics raises over a model's words: they are not the same expression
+    except Exception:
         return False
 
 
@@ -213,8 +248,8 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _CHEAP = set(
     re.findall(
         r"\w+",
-        "frac dfrac tfrac sqrt pi text textbf mathrm mathbf left right cdot times div pm mp le leq ge geq ne neq lt gt infty "
-        "circ quad in cup cap emptyset sin cos tan log ln theta alpha beta",
+        "frac dfrac tfrac sqrt pi text textbf mathrm mathbf left right cdot times div pm mp le leq ge geq ne"
+        " neq lt gt infty circ quad in cup cap emptyset sin cos tan log ln theta alpha beta",
     )
 )
 # After ^ or **: a short number, fraction or sum, in brackets or not, without another power inside.
@@ -222,10 +257,13 @@ _POWER = re.compile(r"(?:\^|\*\*)\s*(?:\{([^{}^*!]{1,16})\}|\(([^()^*!]{1,16})\)
 
 
 def _is_cheap(text: str) -> bool:
-    """No sums, integrals, factorials or unknown functions; all its powers together at most `LARGEST_POWER`."""
+    """No sums, integrals, factorials or unknown functions; all its powers together at most
+    `LARGEST_POWER`."""
     if len(text) > LONGEST or "!" in text or not _CHEAP.issuperset(_COMMAND.findall(text)):
         return False
-    if re.search(r"[A-Za-z]{2,}\s*\(", _COMMAND.sub(" ", text)) or re.search(r"(?:\^|\*\*)\s*-?\w+\s*(?:\^|\*\*)", text):
+    if re.search(r"[A-Za-z]{2,}\s*\(", _COMMAND.sub(" ", text)) or re.search(
+        r"(?:\^|\*\*)\s*-?\w+\s*(?:\^|\*\*)", text
+    ):
         return False  # a function by its name, or a tower of powers
     powers = [next(part for part in match if part) for match in _POWER.findall(text)]
     if len(powers) != text.count("^") + text.count("**"):

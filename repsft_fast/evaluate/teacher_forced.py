@@ -1,8 +1,8 @@
 """Evaluation by one forward pass: loss, token accuracy and exact match of every sample, from packed rows.
 
-For a direct answer, greedy exact match *is* "every teacher-forced arg-max of the response is right, its end token
-included": if all are right, greedy decoding walks the very same tokens. The converse needs one word of care: another
-tokenisation of the same string counts as wrong here.
+For a direct answer, greedy exact match *is* "every teacher-forced arg-max of the response is right, its end
+token included": if all are right, greedy decoding walks the very same tokens. The converse needs one word of
+care: another tokenisation of the same string counts as wrong here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class SampleScores:
         return TokenStats(table)
 
     def items(self, metric: str) -> np.ndarray:
-        """[n] float64 score of every sample, higher is better: exact_match 0/1, token_accuracy, or nll as its negative mean.
+        """[n] float64 score of every sample, higher is better: exact_match 0/1, token_accuracy, or nll as its
+        negative mean.
 
         NaN where a sample's numbers were not finite.
         """
@@ -57,7 +58,8 @@ class SampleScores:
 class TeacherForced:
     """A fixed set of samples, packed once, evaluated as often as wanted.
 
-    Every rank computes its share of the rows; the int64 statistics are summed, so all ranks hold the same numbers.
+    Every rank computes its share of the rows; the int64 statistics are summed, so all ranks hold the same
+    numbers.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class TeacherForced:
         self.samples = np.asarray(samples, dtype=np.int64)
         lengths = store.index.lengths[self.samples]
         bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size, apart=apart)[world.rank]
-        # Per row the indices into self.samples, on the device once and for all: in every pass they would be a wait a row.
+        # Per row the indices into self.samples, on the device once and for all: in every pass they would be a
+        # wait a row.
         lines = torch.from_numpy(np.concatenate([*bins, []]).astype(np.int64)).to(store.device)
         self._lines = lines.split([len(line) for line in bins])
         self._rows = [_planned(self.samples[line], lengths[line], row_tokens, bucket_tokens) for line in bins]
@@ -84,7 +87,8 @@ class TeacherForced:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> SampleScores:
-        """Run the model (in eval mode, restored afterwards) over all rows. Waits for the device once, at the end."""
+        """Run the model (in eval mode, restored afterwards) over all rows. Waits for the device once, at the
+        end."""
         device = self.store.device
         table = TokenStats.zeros(len(self.samples), device).table
         was_training = model.training
@@ -94,7 +98,7 @@ class TeacherForced:
                 row = self.store.row(planned, denominator=1.0, average="token")
                 _, stats = model.loss(row)  # type: ignore[operator]
                 if row.num_segments:
-                    table.index_add_(0, line, stats.by(row.row_segments, row.num_segments).table)
+                    table.index_add_(0, line, stats.sum_by(row.position_segments, row.num_segments).table)
         finally:
             model.train(was_training)
         index = self.store.index
@@ -110,4 +114,6 @@ class TeacherForced:
 
 def _planned(samples: np.ndarray, lengths: np.ndarray, row_tokens: int, bucket_tokens: int) -> PlannedRow:
     real = int(lengths.sum())
-    return PlannedRow(samples=samples, real_tokens=real, padded_tokens=padded_length(real, row_tokens, bucket_tokens))
+    return PlannedRow(
+        samples=samples, real_tokens=real, padded_tokens=padded_length(real, row_tokens, bucket_tokens)
+    )

@@ -2,13 +2,13 @@
 
     class FastTrainer(FusedHeadMixin, Trainer): ...
 
-The loss is theirs: the sum over trained tokens divided by `num_items_in_batch` (tokens of the whole accumulated batch over
-all ranks), or by this batch's own trained tokens where that is not given. What changes is that [N, V] logits are never kept,
-and that accuracy is one integer over another: right tokens over trained tokens since the last log, over all ranks, not a
-mean of batches' means.
+The loss is theirs: the sum over trained tokens divided by `num_items_in_batch` (tokens of the whole
+accumulated batch over all ranks), or by this batch's own trained tokens where that is not given. What changes
+is that [N, V] logits are never kept, and that accuracy is one integer over another: right tokens over trained
+tokens since the last log, over all ranks, not a mean of batches' means.
 
-The model's forward is extended, not replaced: a call with `repsft_denominator` runs backbone and head, every other call is
-what it was. So DDP, FSDP, autocast and gradient checkpointing see one ordinary forward call.
+The model's forward is extended, not replaced: a call with `repsft_denominator` runs backbone and head, every
+other call is what it was. So DDP, FSDP, autocast and gradient checkpointing see one ordinary forward call.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ _TABLE = "token_table"
 
 
 class FusedHeadMixin:
-    """Put before the trainer's class. Logs `token_accuracy`, `entropy` and `trained_tokens` (`eval_…` in evaluation).
+    """Put before the trainer's class. Logs `token_accuracy`, `entropy` and `trained_tokens` (`eval_…` in
+    evaluation).
 
-    `token_stats["train"]` and `token_stats["eval"]` are the exact sums of this rank since the last log. `fused_head_skip_below`
-    is the τ of `linear_cross_entropy`. Evaluation that asks for logits (compute_metrics) pays a second, plain forward.
-    On several ranks an evaluation loader that repeats samples to fill its last batch counts them twice.
+    `token_stats["train"]` and `token_stats["eval"]` are the exact sums of this rank since the last log.
+    `fused_head_skip_below` is the τ of `linear_cross_entropy`. Evaluation that asks for logits
+    (compute_metrics) pays a second, plain forward. On several ranks an evaluation loader that repeats samples
+    to fill its last batch counts them twice.
 
-    Raises ConfigError when the trainer is built, for what needs full logits: label smoothing, an own loss function, TRL's dft
-    loss, a router's auxiliary loss, Liger's own fused head, nn.DataParallel. ModelError for a head that is no plain linear
-    layer (LoRA on the head, a bias, 4-bit).
+    Raises ConfigError when the trainer is built, for what needs full logits: label smoothing, an own loss
+    function, TRL's dft loss, a router's auxiliary loss, Liger's own fused head, nn.DataParallel. ModelError
+    for a head that is no plain linear layer (LoRA on the head, a bias, 4-bit).
     """
 
     fused_head_skip_below: float = 0.0
@@ -54,11 +56,16 @@ class FusedHeadMixin:
         problems = _what_needs_logits(trainer)
         if problems:
             raise ConfigError(
-                [describe("FusedHeadMixin", problem, todo="turn it off or use the plain trainer") for problem in problems]
+                [
+                    describe("FusedHeadMixin", problem, todo="turn it off or use the plain trainer")
+                    for problem in problems
+                ]
             )
         self._logits_are_wanted = True
         self.token_stats = {}
-        extend_forward(_causal_lm(trainer.accelerator.unwrap_model(trainer.model)), self.fused_head_skip_below)
+        extend_forward(
+            _causal_lm(trainer.accelerator.unwrap_model(trainer.model)), self.fused_head_skip_below
+        )
 
     def compute_loss(
         self,
@@ -67,22 +74,35 @@ class FusedHeadMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # [] loss, or (loss, outputs)
-        """Their loss by the fused head. Without "labels" in the inputs this is the trainer's own compute_loss."""
+        """Their loss by the fused head. Without "labels" in the inputs this is the trainer's own
+        compute_loss."""
+        # Without labels there is nothing the fused head could compute.
         trainer: Any = self
         if inputs.get("labels") is None and inputs.get("shift_labels") is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+            more = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            return super().compute_loss(model, inputs, **more)  # type: ignore[misc]
+
+        # Not a method of its own: wrappers (DDP, FSDP) must see one forward call.
         denominator = 0 if num_items_in_batch is None else num_items_in_batch
         outputs = model(**{**inputs, "use_cache": False}, repsft_denominator=denominator)
         if not isinstance(outputs, Mapping) or _TABLE not in outputs:
             wrong = "the model's forward was replaced after the trainer was built, so the fused head is gone"
-            raise ModelError(describe("FusedHeadMixin", wrong, todo="patch the model before building the trainer"))
+            raise ModelError(
+                describe("FusedHeadMixin", wrong, todo="patch the model before building the trainer")
+            )
+
+        # Sums stay on the device until a log reads them.
         mode = "train" if trainer.model.training else "eval"
         counted = TokenStats(outputs[_TABLE])
         self.token_stats[mode] = self.token_stats[mode] + counted if mode in self.token_stats else counted
+
+        # transformers divides by the tokens of all ranks and lets DDP average over them: undone here.
         loss = outputs["loss"]
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             ranks = trainer.accelerator.num_processes // trainer.get_tp_size()
             loss = loss * ranks if ranks > 1 else loss
+
+        # Full logits are what this class avoids: they are made only for who looks at them.
         if not return_outputs:
             return loss
         if not self._logits_are_wanted:
@@ -101,7 +121,8 @@ class FusedHeadMixin:
             self._logits_are_wanted = True
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the exact figures since the last log. One read of the device, one reduction over the ranks: call it on all."""
+        """Adds the exact figures since the last log. One read of the device, one reduction over the ranks:
+        call it on all."""
         trainer: Any = self
         mode = "train" if trainer.model.training else "eval"
         counted = self.token_stats.pop(mode, None) or TokenStats.zeros(1, trainer.args.device)
@@ -117,24 +138,33 @@ class FusedHeadMixin:
 
 
 def extend_forward(model: PreTrainedModel, skip_below: float = 0.0) -> None:
-    """Make `model(..., labels=…, repsft_denominator=d)` run backbone and fused head. Every other call stays what it was.
+    """Make `model(..., labels=…, repsft_denominator=d)` run backbone and fused head. Every other call stays
+    what it was.
 
-    The call returns {"loss": [] Σ loss / d, "token_table": [1, K] int64 (`TokenStats.table`)}; d: [] tensor or number, 0 = the
-    trained tokens of this batch, at least 1.
+    The call returns {"loss": [] Σ loss / d, "token_table": [1, K] int64 (`TokenStats.table`)}; d: [] tensor
+    or number, 0 = the trained tokens of this batch, at least 1.
     """
+    # What computes logits otherwise would be left out silently.
     settings = Head.of(model)
     head = model.get_output_embeddings()
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         wrong = f"{type(head).__name__} computes the logits, not a plain linear layer"
         raise ModelError(
-            describe("FusedHeadMixin: model", wrong, expected="nn.Linear", todo="leave lm_head out of the adapters")
+            describe(
+                "FusedHeadMixin: model", wrong, expected="nn.Linear", todo="leave lm_head out of the adapters"
+            )
         )
+
+    # A head that computes something else must be found before the first update, where there are weights.
     if not any(parameter.is_meta for parameter in model.parameters()):  # weights may come later, from rank 0
         check_head(model, settings)
+
     original = model.forward
 
     @functools.wraps(type(model).forward)  # the trainer keeps the columns its signature names
-    def forward(self: PreTrainedModel, *args: Any, repsft_denominator: Tensor | float | None = None, **inputs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, repsft_denominator: Tensor | float | None = None, **inputs: Any
+    ) -> Any:
         if repsft_denominator is None:
             return original(*args, **inputs)
         targets = _targets(inputs.pop("labels", None), inputs.pop("shift_labels", None))
@@ -145,11 +175,13 @@ def extend_forward(model: PreTrainedModel, skip_below: float = 0.0) -> None:
             hidden = hidden.flatten(0, 1).to(dtype)
             if settings.scale != 1.0:
                 hidden = hidden * settings.scale
-            weights = _weights(targets, repsft_denominator, torch.float64 if dtype == torch.float64 else torch.float32)
+            weights = _weights(
+                targets, repsft_denominator, torch.float64 if dtype == torch.float64 else torch.float32
+            )
             loss, stats = linear_cross_entropy(
                 hidden, weight.to(dtype), targets, weights, softcap=settings.softcap, skip_below=skip_below
             )
-        return {"loss": loss, _TABLE: stats.by(torch.zeros_like(stats.loss, dtype=torch.int64), 1).table}
+        return {"loss": loss, _TABLE: stats.sum_by(torch.zeros_like(stats.loss, dtype=torch.int64), 1).table}
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
@@ -161,8 +193,8 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor:  # [B, T]
     return shifted.reshape(-1)
 
 
-def _weights(targets: Tensor, denominator: Tensor | float, dtype: torch.dtype) -> Tensor:  # [N]: 1 / denominator
-    """Inside the loss, so that backward meets a scale of 1. No host sync."""
+def _weights(targets: Tensor, denominator: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """[N], 1 / denominator. Inside the loss, so that backward meets a scale of 1. No host sync."""
     given = torch.as_tensor(denominator, dtype=dtype, device=targets.device)
     own = (targets != IGNORE_INDEX).sum().clamp(min=1).to(dtype)
     return (1.0 / torch.where(given > 0, given, own)).expand(targets.shape).contiguous()
@@ -185,7 +217,9 @@ def _what_needs_logits(trainer: Any) -> list[str]:
         found.append("compute_loss_func needs the full logits")
     if getattr(arguments, "loss_type", "nll") != "nll":
         found.append(f"loss_type {arguments.loss_type} is another loss than cross entropy")
-    if getattr(trainer, "aux_loss_enabled", False) or getattr(trainer.model.config, "output_router_logits", False):
+    if getattr(trainer, "aux_loss_enabled", False) or getattr(
+        trainer.model.config, "output_router_logits", False
+    ):
         found.append("the router's auxiliary loss is not part of the fused head")
     liger = (getattr(arguments, "liger_kernel_config", None) or {}).get("fused_linear_cross_entropy", True)
     if getattr(arguments, "use_liger_kernel", False) and liger:

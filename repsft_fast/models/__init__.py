@@ -1,4 +1,5 @@
-"""Models: load Hugging Face weights, meet backbone and head in `model.loss(row)`, save for `from_pretrained`."""
+"""Models: load Hugging Face weights, meet backbone and head in `model.loss(row)`, save for
+`from_pretrained`."""
 
 from repsft_fast.models.checks import check_head, check_no_leak
 from repsft_fast.models.export import save_pretrained, stop_at, stops_of, write_state

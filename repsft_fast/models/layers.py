@@ -1,8 +1,8 @@
 """What is done to the decoder layers of a loaded model: fused kernels, activation checkpointing, compilation.
 
-activation_checkpointing: `full` recomputes every decoder layer in the backward pass (memory: one hidden state per
-layer), `selective` every second one, starting with the first. compile: each decoder layer on its own, static shapes;
-rows padded to buckets keep the shapes few.
+activation_checkpointing: `full` recomputes every decoder layer in the backward pass (memory: one hidden state
+per layer), `selective` every second one, starting with the first. compile: each decoder layer on its own,
+static shapes; rows padded to buckets keep the shapes few.
 """
 
 from functools import partial
@@ -21,12 +21,15 @@ CHECKPOINT_EVERY = {"full": 1, "selective": 2}
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
-    """Recompute layers in backward. ModelError for an unknown mode or a model whose layers do not offer it."""
+    """Recompute layers in backward. ModelError for an unknown mode or a model whose layers do not offer
+    it."""
     if mode == "none":
         return
     if mode not in CHECKPOINT_EVERY:
         expected = "none, selective or full"
-        raise ModelError(describe("model.activation_checkpointing", "is not known", expected=expected, got=mode))
+        raise ModelError(
+            describe("model.activation_checkpointing", "is not known", expected=expected, got=mode)
+        )
     # The random state is kept for the second forward only where one draws from it.
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model))
     try:
@@ -45,8 +48,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
 def compile_layers(model: PreTrainedModel, enabled: bool) -> None:
     """Compile each decoder layer in place: names of parameters stay as they were."""
     if enabled:
-        # Every length of a row is a graph of its own, with gradients and without; past its limit (8) torch would quietly
-        # run the layers uncompiled.
+        # Every length of a row is a graph of its own, with gradients and without; past its limit (8) torch
+        # would quietly run the layers uncompiled.
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
@@ -57,24 +60,33 @@ def compile_layers(model: PreTrainedModel, enabled: bool) -> None:
 def check_layer_kernels(which: str, compile: bool) -> None:
     """ModelError for an unknown name, and for liger's kernels inside compiled layers.
 
-    Each is fast alone; together they have been seen to compute something else without a word (LayerNorm, RMSNorm), to raise,
-    and to be three times slower than compiling alone (SwiGLU). Source: github.com/linkedin/Liger-Kernel, issues 174, 871, 1330;
-    github.com/huggingface/kernels-community, pull request 948.
+    Each is fast alone; together they have been seen to compute something else without a word (LayerNorm,
+    RMSNorm), to raise, and to be three times slower than compiling alone (SwiGLU). Source:
+    github.com/linkedin/Liger-Kernel, issues 174, 871, 1330; github.com/huggingface/kernels-community, pull
+    request 948.
     """
     if which not in ("auto", "liger", "none"):
-        raise ModelError(describe("model.layer_kernels", "is not known", expected="auto, liger or none", got=which))
+        raise ModelError(
+            describe("model.layer_kernels", "is not known", expected="auto, liger or none", got=which)
+        )
     if which == "liger" and compile:
         wrong = "liger's kernels inside compiled layers have given wrong numbers without a word"
         todo = "set model.layer_kernels to auto or none to compile, or model.compile to false for liger"
-        raise ModelError(describe("model.layer_kernels", wrong, got="liger with model.compile: true", todo=todo))
+        raise ModelError(
+            describe("model.layer_kernels", wrong, got="liger with model.compile: true", todo=todo)
+        )
 
 
-def apply_layer_kernels(model: PreTrainedModel, which: str, device: torch.device, *, compile: bool = False) -> None:
-    """Liger's norms, rotary embedding and gated MLP for the architectures it knows; never its loss. device: of the training.
+def apply_layer_kernels(
+    model: PreTrainedModel, which: str, device: torch.device, *, compile: bool = False
+) -> None:
+    """Liger's norms, rotary embedding and gated MLP for the architectures it knows; never its loss. device:
+    of the training.
 
-    `auto`: on CUDA, when liger-kernel is installed and knows the model, and the layers will not be compiled: the compiler fuses
-    the same operations (see `check_layer_kernels`). Liger replaces functions of transformers' modules for the whole process,
-    so a CPU copy of the same architecture in this process would use them too.
+    `auto`: on CUDA, when liger-kernel is installed and knows the model, and the layers will not be compiled:
+    the compiler fuses the same operations (see `check_layer_kernels`). Liger replaces functions of
+    transformers' modules for the whole process, so a CPU copy of the same architecture in this process would
+    use them too.
     """
     check_layer_kernels(which, compile)
     on_cuda = device.type == "cuda"
@@ -82,18 +94,23 @@ def apply_layer_kernels(model: PreTrainedModel, which: str, device: torch.device
         return
     if not on_cuda:
         raise ModelError(describe("model.layer_kernels", "liger needs a CUDA device", todo="set it to auto"))
+    # auto asks for nothing that is not installed; who names liger wants to know.
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         if which == "auto":
             return
-        raise ModelError(describe("model.layer_kernels", "liger-kernel cannot be imported", got=str(error))) from error
+        raise ModelError(
+            describe("model.layer_kernels", "liger-kernel cannot be imported", got=str(error))
+        ) from error
     kind = model.config.model_type
     if kind in MODEL_TYPE_TO_APPLY_LIGER_FN:
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     elif which == "liger":
-        raise ModelError(describe("model.layer_kernels", "liger has no kernels for this architecture", got=kind))
+        raise ModelError(
+            describe("model.layer_kernels", "liger has no kernels for this architecture", got=kind)
+        )
 
 
 def _draws(model: nn.Module) -> bool:

@@ -9,12 +9,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 _WINDOWS = (
-    "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention", "keep_window_size",
-    "attention_chunk_size",
+    "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention",
+    "keep_window_size", "attention_chunk_size",
 )  # fmt: skip
-_MADE_FOR = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "max_target_positions")
-_LEARNED = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed", "pos_emb")
-# Tables that end where the configuration says, as learned ones do: angles (GPT-J, CodeGen, CTRL), and causal masks.
+_MADE_FOR = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "n_ctx",
+    "max_target_positions",
+)
+_LEARNED = (
+    "wpe",
+    "embed_positions",
+    "position_embeddings",
+    "position_embedding",
+    "positions_embed",
+    "pos_emb",
+)
+# Tables that end where the configuration says, as learned ones do: angles (GPT-J, CodeGen, CTRL), and causal
+# masks.
 _TABLES = ("embed_positions", "pos_encoding", "causal_mask")
 _ENDS = {"mpt": "max_seq_len", "reformer": "max_position_embeddings"}  # refused by code
 _BESIDE_THE_TEXT = ("vision", "image", "visual", "audio")
@@ -22,11 +37,13 @@ _BESIDE_THE_TEXT = ("vision", "image", "visual", "audio")
 
 @dataclass(frozen=True)
 class Lengths:
-    """In positions. Samples on different sides of one of `apart`, and any two longer than `alone_above`, share no row."""
+    """In positions. Samples on different sides of one of `apart`, and any two longer than `alone_above`,
+    share no row."""
 
     apart: tuple[int, ...] = ()  # longrope: one set of frequencies up to here, another past it
     alone_above: int | None = None  # dynamic: past it the frequencies follow the longest document of the row
-    windows: tuple[int, ...] = ()  # sliding windows and attention chunks: no border for rows, but for the check at start
+    # sliding windows and attention chunks: no border for rows, but for the check at start
+    windows: tuple[int, ...] = ()
     made_for: int | None = None  # positions the model was trained with
 
     @staticmethod
@@ -46,7 +63,11 @@ class Lengths:
     @property
     def borders(self) -> tuple[int, ...]:
         """Every length past which a sample is computed in another way than up to it, shortest first."""
-        return tuple(sorted({*self.apart, *self.windows, *([self.alone_above] if self.alone_above is not None else [])}))
+        return tuple(
+            sorted(
+                {*self.apart, *self.windows, *([self.alone_above] if self.alone_above is not None else [])}
+            )
+        )
 
 
 def learned_positions(backbone: nn.Module) -> int | None:
@@ -57,7 +78,8 @@ def learned_positions(backbone: nn.Module) -> int | None:
         if any(word in path for word in _BESIDE_THE_TEXT):
             continue
         if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _LEARNED:
-            found.append(module.num_embeddings - int(getattr(module, "offset", 0) or 0))  # OPT keeps two rows in front
+            # OPT keeps two rows in front
+            found.append(module.num_embeddings - int(getattr(module, "offset", 0) or 0))
         for name in _TABLES:
             if isinstance(table := getattr(module, name, None), Tensor) and table.ndim >= 2:
                 found.append(table.shape[-1 if name == "causal_mask" else 0])
@@ -65,8 +87,9 @@ def learned_positions(backbone: nn.Module) -> int | None:
 
 
 def forget_longest(model: nn.Module) -> None:
-    """Dynamic RoPE as each row needs it: transformers keeps the frequencies of the longest row it has seen until a short one
-    comes, so that what a sample is trained on hung on the samples before it. Every forward pass starts as a fresh model's."""
+    """Dynamic RoPE as each row needs it: transformers keeps the frequencies of the longest row it has seen
+    until a short one comes, so that what a sample is trained on hung on the samples before it. Every forward
+    pass starts as a fresh model's."""
 
     def reset(module: Any, arguments: Any) -> None:
         for name in [*vars(module), *module._buffers]:
@@ -90,4 +113,11 @@ def _ropes(text: Any) -> list[dict[str, Any]]:
 
 
 def _first(text: Any, *names: str) -> int | None:
-    return next((v for n in names if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool) and v > 0), None)
+    return next(
+        (
+            v
+            for n in names
+            if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool) and v > 0
+        ),
+        None,
+    )

@@ -1,55 +1,53 @@
 """Load any Hugging Face causal LM by path or configuration and give it `loss(row)`.
 
-Precision: parameters are held in `param_dtype` (fp32) and computed with in `compute_dtype`. Where the two differ,
-`distributed.shard` casts through FSDP2's mixed precision, on one GPU too. Frozen weights (LoRA) are held in
-`compute_dtype`: they never take a step too small for it. On CPU both are fp32 unless asked otherwise.
+Precision: parameters are held in `param_dtype` (fp32) and computed with in `compute_dtype`. Where the two
+differ, `distributed.shard` casts through FSDP2's mixed precision, on one GPU too. Frozen weights (LoRA) are
+held in `compute_dtype`: they never take a step too small for it. On CPU both are fp32 unless asked otherwise.
 
 Not done here, and refused or said: a mixture-of-experts' auxiliary loss is not added (asking for it by
-`output_router_logits` is refused); length-dependent RoPE sees the longest position of its row, so it is one of the
-named exceptions of law 2.
+`output_router_logits` is refused); length-dependent RoPE sees the longest position of its row, so it is one
+of the named exceptions of law 2.
 """
 
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from repsft_fast.errors import ModelError, describe, did_you_mean
+from repsft_fast.errors import ModelError, describe
 from repsft_fast.hub import offline
 from repsft_fast.models.checks import check_head, check_loads_again, no_packed_rows
-from repsft_fast.models.door import bounded_building, check_counts, check_memory, first_words, library
-from repsft_fast.models.folder import (
-    CONFIG,
-    check_model_files,
-    check_tokenizer_files,
-    check_unquantised,
-    folder_of,
-    settings_of,
-    stored_weights,
+from repsft_fast.models.completeness import check_finite, check_header, check_whole
+from repsft_fast.models.config_checks import check_meant, said_of_config, said_of_generation
+from repsft_fast.models.configuration import config_of
+from repsft_fast.models.folder import CONFIG, folder_of, settings_of, stored_weights
+from repsft_fast.models.foreign_files import no_weights
+from repsft_fast.models.guards import bounded_building, check_memory, first_words, library
+from repsft_fast.models.layers import (
+    apply_layer_kernels,
+    check_layer_kernels,
+    checkpoint_activations,
+    compile_layers,
 )
-from repsft_fast.models.gguf import config_of_file, correct, declared
-from repsft_fast.models.instead import no_weights
-from repsft_fast.models.layers import apply_layer_kernels, check_layer_kernels, checkpoint_activations, compile_layers
 from repsft_fast.models.lengths import forget_longest, learned_positions
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.loss import Head, LossSettings, attach_loss, backbone_of, supported_dtype
-from repsft_fast.models.meant import check_meant, said_of_config, said_of_generation
-from repsft_fast.models.places import CORRECT, NO_TOKENIZER, config_wrong, is_of_config, located, unreadable
-from repsft_fast.models.readable import model_form, tokenizer_form
-from repsft_fast.models.tokenizer_file import as_the_file_says
+from repsft_fast.models.paths import CORRECT, located, unreadable
+from repsft_fast.models.readable import model_form
+from repsft_fast.models.tokenizer import load_tokenizer
 from repsft_fast.models.vocabulary import grow_vocabulary
-from repsft_fast.models.whole import check_finite, check_header, check_whole
 from repsft_fast.ops.attention import NAME, check_backend, own_attention, register
 
+__all__ = ["config_of", "load_model", "load_tokenizer"]
+
 _NO_INTERFACE = "its layers do not call transformers' attention interface"
-_CONFIG_KEYS_NOT_PASSED = {"model_type", "architectures", "transformers_version"}
 
 
 def load_model(
@@ -74,65 +72,33 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal LM in training mode on `device`, with `model.loss(row)`.
 
-    path_or_config: folder or hub id; a `.gguf` file; `package:NAME/FILE` for a file inside an installed package; a
-        configuration (object or mapping with `model_type`) for random weights, drawn by torch's default generator of the device
-        they are made on (`weights_on`; with lora the CPU): the same seed gives the same on the same kind of device.
-    compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere. Takes effect in `distributed.shard` where it
-        differs from param_dtype.
+    path_or_config: folder or hub id; a `.gguf` file; `package:NAME/FILE` for a file inside an installed
+    package; a configuration (object or mapping with `model_type`) for random weights, drawn by torch's
+    default generator of the device they are made on (`weights_on`; with lora the CPU).
+    compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere; `distributed.shard` casts where it differs.
     attention, activation_checkpointing, layer_kernels: see `ops.attention`, `models.layers`.
-    packed: rows hold several documents, kept apart by our attention; False: one each, with the architecture's own attention.
-    random_weights: use the path's architecture only.
-    chunk_bytes: of logits the head holds at once; None = by device.
-    weights_on: cpu, or meta where none are read: `distributed.shard(…, arriving=True)` brings the weights to `device`, group by
-        group, and `check_head` comes after that. None = the whole model on `device`.
-    vocabulary: token ids below it get rows of their own where the model has none (`models.vocabulary`).
+    packed: rows hold several documents, kept apart by our attention; False: one each, with the
+    architecture's own. random_weights: use the path's architecture only. chunk_bytes: of logits the head
+    holds at once; None = by device. weights_on: cpu, or meta where none are read: `distributed.shard(…,
+    arriving=True)` brings the weights to `device`, and `check_head` comes after that. None = `device`.
+    vocabulary: ids below it get rows of their own where the model has none (`models.vocabulary`).
     device meta: the architecture without memory, to be sized and never trained; no weights are read.
     Raises ModelError when the model cannot be loaded or would not train on what was asked.
     """
     with library("device", device, "give cpu, cuda or meta"):
         device = torch.device(device)
     place = device if weights_on is None else torch.device(weights_on)
-    held = supported_dtype(param_dtype, "model.param_dtype")
-    if compute_dtype is None:
-        computed = torch.bfloat16 if device.type == "cuda" else held
-    else:
-        computed = supported_dtype(compute_dtype, "model.compute_dtype")
-    options: dict[str, Any] = {"dtype": computed if lora is not None else held}
-    if (implementation := register() if packed else own_attention(attention)) is not None:
-        options["attn_implementation"] = implementation
-    check_backend(attention)
-    check_layer_kernels(layer_kernels, compile)
-    if "cuda" in (device.type, place.type) and not torch.cuda.is_available():
-        raise ModelError(describe("device", "torch finds no CUDA device", got=str(device), todo="give cpu"))
-    path = str(path_or_config) if isinstance(path_or_config, str | Path) else None
-    config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    # Built without memory first: sizes and names are checked before memory is taken and a weight is read, on every rank alike.
-    where, got = ("model.config", config.model_type) if path is None else ("model.path config.json", path)
-    model: Any
-    shape = model = _on_meta(copy.deepcopy(config), trust_remote_code, options, where, got)  # which is written into
-    check_meant(shape, where)
-    check_loads_again(shape)
-    check_memory(shape, options["dtype"], place, where, got)
-    said: list[str] | None = []
-    if path is None or random_weights:
-        # Frozen weights are in no checkpoint: a resumption draws them again, and on another device would draw others.
-        at = place if lora is None or place.type == "meta" else torch.device("cpu")
-        model = shape if at.type == "meta" else _drawn(config, at, trust_remote_code, options)
-    else:
-        said = _check_stored(shape, path, gguf_file, options)
-        _generate_as_saved(shape, *located(path, gguf_file)[::2])
-        if place.type != "meta":
-            model, zero = _from_path(path, config, gguf_file, trust_remote_code, options)
-            if said is None:  # the hub sent it only now
-                said = _check_stored(shape, path, gguf_file, options)
-            if said is not None:
-                model.tie_weights()  # transformers 5.0 holds a head twice that the file has twice
-            said = [*(said or []), *zero]
+    held, computed = _dtypes(param_dtype, compute_dtype, device)
+    options = _options(computed if lora is not None else held, attention, packed)
+    _check_can_run(layer_kernels, compile, device, place)
+    source = _Source.of(path_or_config, gguf_file, trust_remote_code, options)
+    model, said = source.weights(place, random=random_weights, frozen=lora is not None)
     if vocabulary is not None and (grown := grow_vocabulary(model, vocabulary, frozen=lora is not None)):
-        said = [*(said or []), grown]
+        said.append(grown)
     head = Head.of(model)
     model.to(place)
     apply_layer_kernels(model, layer_kernels, device, compile=compile)
+    # Weights that have yet to arrive can be asked nothing.
     if weights_on is None and device.type != "meta":
         check_head(model, head)
     attach_loss(model, LossSettings(head, attention, packed, skip_below, chunk_bytes))
@@ -140,107 +106,106 @@ def load_model(
         add_lora(model, LoraSettings.of(lora))
     checkpoint_activations(model, activation_checkpointing)
     compile_layers(model, compile)
+    return _ready(model, computed, said, source.path)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The model that was named: its architecture, and how transformers is asked for it."""
+
+    config: PreTrainedConfig
+    path: str | None  # None: only a configuration was given
+    gguf_file: str | None
+    trust_remote_code: bool
+    options: dict[str, Any]  # of from_config and from_pretrained
+    where: str  # what errors call it
+    got: str
+
+    @staticmethod
+    def of(
+        path_or_config: str | Path | PreTrainedConfig | Mapping[str, Any],
+        gguf_file: str | None,
+        trust_remote_code: bool,
+        options: dict[str, Any],
+    ) -> "_Source":
+        path = str(path_or_config) if isinstance(path_or_config, str | Path) else None
+        config = config_of(path_or_config, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        if path is None:
+            where, got = "model.config", config.model_type
+        else:
+            where, got = "model.path config.json", path
+        return _Source(config, path, gguf_file, trust_remote_code, options, where, got)
+
+    def weights(self, place: torch.device, *, random: bool, frozen: bool) -> tuple[Any, list[str]]:
+        """(the model with its weights at `place`, what is to be said of them)."""
+        # Built without memory first: sizes and names are checked before memory is taken and a weight is read,
+        # on every rank alike. Building writes into the configuration, so it gets a copy.
+        shape = _on_meta(
+            copy.deepcopy(self.config), self.trust_remote_code, self.options, self.where, self.got
+        )
+        check_meant(shape, self.where)
+        check_loads_again(shape)
+        check_memory(shape, self.options["dtype"], place, self.where, self.got)
+        if self.path is not None and not random:
+            return self._stored(shape, self.path, place)
+        # Frozen weights are in no checkpoint: a resumption draws them again, and on another device would draw
+        # others.
+        at = place if not frozen or place.type == "meta" else torch.device("cpu")
+        if at.type == "meta":
+            return shape, []
+        return _drawn(self.config, at, self.trust_remote_code, self.options), []
+
+    def _stored(
+        self, shape: PreTrainedModel, path: str, place: torch.device
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """`weights` out of the path's files, which are compared with `shape` before they are read."""
+        said = _check_stored(shape, path, self.gguf_file, self.options)
+        _generate_as_saved(shape, *located(path, self.gguf_file)[::2])
+        if place.type == "meta":
+            return shape, said or []
+        model, zero = _from_path(path, self.config, self.gguf_file, self.trust_remote_code, self.options)
+        if said is None:  # the hub sent it only now
+            said = _check_stored(shape, path, self.gguf_file, self.options)
+        if said is not None:
+            model.tie_weights()  # transformers 5.0 holds a head twice that the file has twice
+        return model, [*(said or []), *zero]
+
+
+def _dtypes(
+    param_dtype: str | torch.dtype, compute_dtype: str | torch.dtype | None, device: torch.device
+) -> tuple[torch.dtype, torch.dtype]:
+    """(what parameters are held in, what is computed in)."""
+    held = supported_dtype(param_dtype, "model.param_dtype")
+    if compute_dtype is not None:
+        return held, supported_dtype(compute_dtype, "model.compute_dtype")
+    return held, torch.bfloat16 if device.type == "cuda" else held
+
+
+def _options(dtype: torch.dtype, attention: str, packed: bool) -> dict[str, Any]:
+    """What transformers is asked for: the weights' type, and our attention where rows are packed."""
+    options: dict[str, Any] = {"dtype": dtype}
+    if (implementation := register() if packed else own_attention(attention)) is not None:
+        options["attn_implementation"] = implementation
+    check_backend(attention)
+    return options
+
+
+def _check_can_run(layer_kernels: str, compile: bool, device: torch.device, place: torch.device) -> None:
+    """ModelError for what this machine, or a mixture of settings, cannot do: before anything is read."""
+    check_layer_kernels(layer_kernels, compile)
+    if "cuda" in (device.type, place.type) and not torch.cuda.is_available():
+        raise ModelError(describe("device", "torch finds no CUDA device", got=str(device), todo="give cpu"))
+
+
+def _ready(model: Any, computed: torch.dtype, said: list[str], path: str | None) -> PreTrainedModel:
+    """The model as training finds it, with what is known of it only now that it is complete."""
     forget_longest(model)
     model.position_limit = learned_positions(backbone_of(model))
     ends = "model.config" if path is None else "model.path generation_config.json"
-    model.load_said = [*(said or []), *said_of_generation(model, ends)]  # words for the user
+    model.load_said = [*said, *said_of_generation(model, ends)]  # words for the user
     model.compute_dtype = computed
     model_form(model)  # the folder may be gone when the model is saved
     return model.train()
-
-
-def load_tokenizer(
-    path: str | Path,
-    *,
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-    setting: str = "tokenizer.path",
-) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, with its chat template. Paths as in `load_model`; setting: what errors call the path.
-
-    Out of a GGUF file it has the special tokens that the file declares; ModelError where transformers misreads its vocabulary.
-    Text is split as tokenizer.json says (`models.tokenizer_file`); `load_said` of the result has words for the user.
-    """
-    what = "a tokenizer" if setting == "tokenizer.path" else "a model with its tokenizer"
-    folder, gguf, unreached = located(str(path), gguf_file, setting, what)
-    here = folder_of(folder)
-    if here is not None and not gguf:
-        check_tokenizer_files(here, setting)
-
-    def instead(error: BaseException) -> ModelError:
-        if not gguf and is_of_config(error, folder, trust_remote_code):
-            return config_wrong(error, path, setting)
-        return unreadable(error, path, setting, what, folder)
-
-    with library(setting, str(path), instead=instead), offline(unreached):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"a {type(tokenizer).__name__} is no tokenizer")
-    if gguf and (file := Path(folder, gguf["gguf_file"])).is_file():
-        with library(f"{setting} {file.name}", str(path), "fetch it again"):
-            correct(tokenizer, declared(file), str(path))
-    said: list[str] = []
-    if not gguf and (here := here or folder_of(folder)) is not None:
-        tokenizer, said = as_the_file_says(tokenizer, here, setting)
-    with library(f"{setting} tokenizer_config.json", str(path), CORRECT):
-        tokenizer("")  # settings of the wrong type show when it is used
-        special = {*tokenizer.all_special_tokens, "▁"}
-        if not gguf and not tokenizer.get_vocab().keys() - special:  # transformers makes one of its class's name alone
-            raise ModelError(describe(setting, "holds no tokenizer, only special tokens", got=str(path), todo=NO_TOKENIZER))
-    tokenizer.__dict__["load_said"] = said
-    tokenizer_form(tokenizer)
-    return tokenizer
-
-
-def config_of(
-    path_or_config: str | Path | PreTrainedConfig | Mapping[str, Any],
-    *,
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedConfig:
-    """The architecture alone, without weights; arguments and errors as in `load_model`."""
-    if isinstance(path_or_config, PreTrainedConfig):
-        config = copy.deepcopy(path_or_config)  # transformers writes into it which attention a model was made with
-        if config._attn_implementation == NAME:
-            config._attn_implementation = None
-        return config
-    if isinstance(path_or_config, Mapping):
-        kind = path_or_config.get("model_type")
-        if not isinstance(kind, str):
-            raise ModelError(describe("model.config", "has no model_type", expected="for example llama", got=kind))
-        settings = {name: value for name, value in path_or_config.items() if name not in _CONFIG_KEYS_NOT_PASSED}
-        check_counts(settings, "model.config")
-        check_unquantised(settings, "model.config", kind)
-        with library("model.config", kind, "correct it"):
-            known = AutoConfig.for_model(kind).to_dict()
-            made = AutoConfig.for_model(kind, **settings)
-        # transformers keeps keys it does not know, and architectures have some that no default shows: only slips are refused.
-        slips = [
-            f"model.config.{name} is not a key of {kind}; did you mean {near}?"
-            for name in settings
-            if name not in known and (near := did_you_mean(name, known, cutoff=0.85))
-        ]
-        if slips:
-            raise ModelError("; ".join(slips))
-        return made
-    folder, gguf, unreached = located(str(path_or_config), gguf_file)
-    if not gguf and (here := folder_of(folder)) is not None:
-        check_model_files(here, "model.path")
-
-    def instead(error: BaseException) -> ModelError:
-        if os.path.isfile(Path(folder, CONFIG)):
-            return config_wrong(error, path_or_config)
-        return unreadable(error, path_or_config, folder=folder)
-
-    with library("model.path", path_or_config, instead=instead), offline(unreached):
-        if gguf and os.path.isdir(folder):
-            config = config_of_file(folder, **gguf)
-        else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
-        config._attn_implementation = None  # one that the file names would go before ours, and may not be installed
-    if not gguf and (here := folder_of(folder)) is not None:  # again: it may have been fetched only now
-        check_model_files(here, "model.path")
-    return config
 
 
 def _on_meta(
@@ -252,11 +217,14 @@ def _on_meta(
     return model
 
 
-def _check_stored(model: PreTrainedModel, path: str, gguf_file: str | None, options: dict[str, Any]) -> list[str] | None:
-    """What is to be said of the folder's files, None where none can be compared; ModelError unless they hold this model.
+def _check_stored(
+    model: PreTrainedModel, path: str, gguf_file: str | None, options: dict[str, Any]
+) -> list[str] | None:
+    """What is to be said of the folder's files, None where none can be compared; ModelError unless they hold
+    this model.
 
-    Not known before: GGUF files, whose names transformers turns into its own as it reads them, and what the hub has yet to
-    send. `_from_path` checks both when they are read.
+    Not known before: GGUF files, whose names transformers turns into its own as it reads them, and what the
+    hub has yet to send. `_from_path` checks both when they are read.
     """
     folder, gguf, _ = located(path, gguf_file)
     if not gguf and os.path.isfile(folder):  # enough for a configuration
@@ -274,7 +242,11 @@ def _check_stored(model: PreTrainedModel, path: str, gguf_file: str | None, opti
 
 
 def _from_path(
-    path: str, config: PreTrainedConfig, gguf_file: str | None, trust_remote_code: bool, options: dict[str, Any]
+    path: str,
+    config: PreTrainedConfig,
+    gguf_file: str | None,
+    trust_remote_code: bool,
+    options: dict[str, Any],
 ) -> tuple[PreTrainedModel, list[str]]:
     folder, gguf, unreached = located(path, gguf_file)
     # Safetensors or GGUF only: the other format transformers would fall back to is a pickle.
@@ -287,7 +259,9 @@ def _from_path(
         return unreadable(error, path, folder=folder)
 
     with library("model.path", path, instead=instead), offline(unreached):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
     model, info = loaded
     check_whole(model, info, "model.path", path)
     said = check_finite(model, "model.path", path)
@@ -296,8 +270,11 @@ def _from_path(
     return model, said
 
 
-def _drawn(config: PreTrainedConfig, place: torch.device, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
-    """Random weights, drawn where they will be: a GPU draws a billion in a blink and a CPU in seven seconds."""
+def _drawn(
+    config: PreTrainedConfig, place: torch.device, trust_remote_code: bool, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Random weights, drawn where they will be: a GPU draws a billion in a blink and a CPU in seven seconds.
+    The same seed gives the same on the same kind of device."""
     if place.type == "cpu":
         return _from_config(config, trust_remote_code, options)
     with place:
@@ -307,7 +284,8 @@ def _drawn(config: PreTrainedConfig, place: torch.device, trust_remote_code: boo
 
 
 def _compute_tables_on_the_host(module: nn.Module, owner: PreTrainedModel) -> None:
-    """Rotary tables, last bit and all, as they are where the saved model is loaded again: pow is another function on a GPU.
+    """Rotary tables, last bit and all, as they are where the saved model is loaded again: pow is another
+    function on a GPU.
 
     What `_init_weights` fills in modules without parameters; nothing is drawn.
     """
@@ -330,7 +308,10 @@ def _from_config(
             return no_packed_rows(config.model_type, _NO_INTERFACE)
         wrong, todo = first_words(error), "correct it"
         if wrong.startswith("Unrecognized configuration class"):  # and a list of all that are
-            wrong = f"model_type {config.model_type} is no causal language model to transformers {transformers.__version__}"
+            wrong = (
+                f"model_type {config.model_type} is no causal language model to transformers"
+                f" {transformers.__version__}"
+            )
             todo = "give a causal language model, of text alone"
         return ModelError(describe(where, wrong, got=got or config.model_type, todo=todo))
 
@@ -339,7 +320,8 @@ def _from_config(
 
 
 def _generate_as_saved(model: Any, folder: str, unreached: bool) -> None:
-    """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one that read."""
+    """Beside reading weights `from_pretrained` does this: ranks that are sent theirs must generate as the one
+    that read."""
     with library("model.path generation_config.json", folder, CORRECT), offline(unreached):
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,9 +1,11 @@
-"""What a model's source had in which form, so that whatever could read the source can read what is saved of it.
+"""What a model's source had in which form, so that whatever could read the source can read what is saved of
+it.
 
-transformers 5 writes forms that 4 does not read: `rope_parameters` in place of `rope_theta`, a tokenizer class of its own, a
-list of special tokens where a mapping was, infinities as mappings. So a saved file starts from the source's: a key that stands
-there as it was loaded keeps the source's value and form, one that has changed since has the new value, and what the library
-adds is added. Names are compared in the library's own writing: of the source, read again, and of what is saved.
+transformers 5 writes forms that 4 does not read: `rope_parameters` in place of `rope_theta`, a tokenizer
+class of its own, a list of special tokens where a mapping was, infinities as mappings. So a saved file starts
+from the source's: a key that stands there as it was loaded keeps the source's value and form, one that has
+changed since has the new value, and what the library adds is added. Names are compared in the library's own
+writing: of the source, read again, and of what is saved.
 """
 
 import contextlib
@@ -27,17 +29,21 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_OF_PIECES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")  # without what was added
+# without what was added
+_OF_PIECES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 _OF_ADDED = ("added_tokens.json", "special_tokens_map.json")
 _OF_ALL = ("tekken.json",)
 _TEMPLATE, _TEMPLATE_OF_PROCESSOR = "chat_template.jinja", "chat_template.json"
 _NAMES_WEIGHTS_TYPE = ("dtype", "torch_dtype")
-# How it loaded the tokenizer, which is no part of what it is, and another name that 5.0 has for the source's special tokens.
+# How it loaded the tokenizer, which is no part of what it is, and another name that 5.0 has for the source's
+# special tokens.
 _SAID_BY_THE_LIBRARY = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")
-_OF_OTHER_WEIGHTS = ("quantization_config", "compression_config")  # what is saved is plain, where it was loaded so
+# what is saved is plain, where it was loaded so
+_OF_OTHER_WEIGHTS = ("quantization_config", "compression_config")
 _VERSION, _DERIVED = "transformers_version", "_from_model_config"
 _LOADED_FROM_FILES = "_weight_conversions"  # transformers sets it where weights were read
-_FROM_GGUF = "hf_quantizer"  # transformers sets it where it read one, and where it read quantised weights, which are refused
+# transformers sets it where it read one, and where it read quantised weights, which are refused
+_FROM_GGUF = "hf_quantizer"
 _KEPT = "_source_form"
 
 
@@ -48,11 +54,14 @@ class ModelForm:
     config: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     types: dict[str, torch.dtype] = field(default_factory=dict)  # of the weights, by their names in the files
-    most: torch.dtype | None = None  # the type of most weights; None: the files hold none, or they were not read
-    files: dict[str, bytes] = field(default_factory=dict)  # of a processor, which a model of images needs beside it
+    # the type of most weights; None: the files hold none, or they were not read
+    most: torch.dtype | None = None
+    # of a processor, which a model of images needs beside it
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def type_of(self, name: str) -> torch.dtype | None:
-        """Of a weight by its name in the model; files may leave out the first parts of it (GPT-2's `h.0.ln_1.weight`).
+        """Of a weight by its name in the model; files may leave out the first parts of it (GPT-2's
+        `h.0.ln_1.weight`).
 
         Of a weight that the files do not know all of that last name decide, where they agree, else most.
         """
@@ -75,7 +84,9 @@ class TokenizerForm:
 
 def weights_were_read(model: PreTrainedModel) -> bool:
     """Out of files, not drawn at random. True on meta, where nobody knows."""
-    return _LOADED_FROM_FILES in model.__dict__ or was_gguf(model) or any(p.is_meta for p in model.parameters())
+    return (
+        _LOADED_FROM_FILES in model.__dict__ or was_gguf(model) or any(p.is_meta for p in model.parameters())
+    )
 
 
 def was_gguf(model: PreTrainedModel) -> bool:
@@ -86,7 +97,8 @@ def model_form(model: PreTrainedModel) -> ModelForm:
     """Read at the first call and kept with the model: the source may be gone when the run ends."""
     kept = model.__dict__.get(_KEPT)
     if not isinstance(kept, ModelForm):
-        # What lies beside a GGUF file is said of other weights: of the model before it was quantised, or of another.
+        # What lies beside a GGUF file is said of other weights: of the model before it was quantised, or of
+        # another.
         folder = None if was_gguf(model) else _folder(model.config._name_or_path)
         kept = _read_model(folder, weights=_LOADED_FROM_FILES in model.__dict__)
         model.__dict__[_KEPT] = kept
@@ -107,7 +119,11 @@ def tokenizer_form(tokenizer: PreTrainedTokenizerBase) -> TokenizerForm:
             _TEMPLATE_OF_PROCESSOR,
         }
         folder = _folder(tokenizer.name_or_path)
-        kept = TokenizerForm() if folder is None else TokenizerForm(_json(folder / TOKENIZER_CONFIG), _files(folder, names))
+        kept = (
+            TokenizerForm()
+            if folder is None
+            else TokenizerForm(_json(folder / TOKENIZER_CONFIG), _files(folder, names))
+        )
         tokenizer.__dict__[_KEPT] = kept
     return kept
 
@@ -115,10 +131,15 @@ def tokenizer_form(tokenizer: PreTrainedTokenizerBase) -> TokenizerForm:
 def in_the_models_names(form: ModelForm, twin: PreTrainedModel, state: Mapping[str, Tensor]) -> ModelForm:
     """The types of the source's weights also by the names that the model has for them.
 
-    transformers renames weights as it reads them (Mixtral's `block_sparse_moe.gate` is `mlp.gate`) and stacks experts in one;
-    what it will write for each of ours it tells here, of tensors without memory. A stack has the widest of its parts' types.
+    transformers renames weights as it reads them (Mixtral's `block_sparse_moe.gate` is `mlp.gate`) and stacks
+    experts in one; what it will write for each of ours it tells here, of tensors without memory. A stack has
+    the widest of its parts' types.
     """
-    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items() if value.is_floating_point()}
+    empty = {
+        name: torch.empty_like(value, device="meta")
+        for name, value in state.items()
+        if value.is_floating_point()
+    }
     if not form.types or form.types.keys() >= empty.keys():
         return form
 
@@ -138,7 +159,8 @@ def in_the_models_names(form: ModelForm, twin: PreTrainedModel, state: Mapping[s
 
 
 def readable_config(model: PreTrainedModel, form: ModelForm, folder: Path, *, retyped: bool) -> None:
-    """Mend the config.json that transformers has written into `folder`; retyped: the weights are not in the source's types."""
+    """Mend the config.json that transformers has written into `folder`; retyped: the weights are not in the
+    source's types."""
     path = folder / "config.json"
     now = json.loads(path.read_text(encoding="utf-8"))
     if form.config.get("model_type") == now.get("model_type"):
@@ -155,24 +177,29 @@ def readable_config(model: PreTrainedModel, form: ModelForm, folder: Path, *, re
 
 
 def write_generation(settings: GenerationConfig | None, form: ModelForm, folder: Path) -> None:
-    """generation_config.json: all settings that the source has, also those for which transformers refuses to write it."""
+    """generation_config.json: all settings that the source has, also those for which transformers refuses to
+    write it."""
     if settings is None:
         return
     now = json.loads(settings.to_json_string(keys_to_pop=["compile_config"]))
     try:
         then = (
-            json.loads(GenerationConfig.from_dict(copy.deepcopy(form.generation)).to_json_string()) if form.generation else {}
+            json.loads(GenerationConfig.from_dict(copy.deepcopy(form.generation)).to_json_string())
+            if form.generation
+            else {}
         )
     except Exception:  # as above
         then = {}
     made = _in_the_form_of(form.generation, then, now, {})
     if any(then.get(name) != now.get(name) for name in {*then, *now} - {_VERSION, _DERIVED}):
-        made.pop(_DERIVED, None)  # with it transformers 4 may derive them anew when it generates, without what was set here
+        # with it transformers 4 may derive them anew when it generates, without what was set here
+        made.pop(_DERIVED, None)
     _write(folder / "generation_config.json", made)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The tokenizer as it is now, in the source's form: class, special tokens, places of the chat template, vocabularies."""
+    """The tokenizer as it is now, in the source's form: class, special tokens, places of the chat template,
+    vocabularies."""
     form = tokenizer_form(tokenizer)
     source, files = form.config, form.files
     inside = "chat_template" in source
@@ -184,6 +211,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if not (source or files) or not path.exists():
         return
     now = json.loads(path.read_text(encoding="utf-8"))
+    # What this version of the library writes of its own accord, older readers may not take.
     for name in _SAID_BY_THE_LIBRARY:
         if name not in source:
             now.pop(name, None)
@@ -195,11 +223,17 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     template = tokenizer.chat_template
     if inside and apart and template is not None:
         named = isinstance(template, dict)
-        now["chat_template"] = [{"name": n, "template": t} for n, t in template.items()] if named else template
+        now["chat_template"] = (
+            [{"name": n, "template": t} for n, t in template.items()] if named else template
+        )
+    # The source's own vocabularies beside tokenizer.json, as long as they are those of this tokenizer.
     pieces, added = _same_tokens(form, folder)
     if "added_tokens_decoder" in source or not added:  # what pieces leave out is found there
-        now["added_tokens_decoder"] = {str(id): token.__getstate__() for id, token in tokenizer.added_tokens_decoder.items()}
+        now["added_tokens_decoder"] = {
+            str(id): token.__getstate__() for id, token in tokenizer.added_tokens_decoder.items()
+        }
     _write(path, {**{name: value for name, value in source.items() if name != "chat_template"}, **now})
+    # A template changed in the run would else be there in two versions.
     if _TEMPLATE_OF_PROCESSOR in files:
         was = (source.get("chat_template"), files.get(_TEMPLATE, b"").decode("utf-8", "replace"))
         if isinstance(template, str) and template not in was:
@@ -228,16 +262,20 @@ def _contents(tokens: Iterable[Any]) -> list[Any]:
 
 
 def _same_tokens(form: TokenizerForm, folder: Path) -> tuple[bool, bool]:
-    """Whether the saved tokenizer.json has the source's pieces, and its added tokens: then its vocabulary files still hold.
+    """Whether the saved tokenizer.json has the source's pieces, and its added tokens: then its vocabulary
+    files still hold.
 
-    Of what else a model of tokens says (its unknown token, empty affixes) transformers 5 writes some differently.
+    Of what else a model of tokens says (its unknown token, empty affixes) transformers 5 writes some
+    differently.
     """
     now = _json(folder / TOKENIZER)
     if TOKENIZER in form.files:
         then = _parsed(form.files[TOKENIZER])
         pieces, added = (bool(now) and part(now) == part(then) for part in (_pieces, _added))
         return pieces, added
-    named = json.dumps(form.config) + "".join(json.dumps(_parsed(form.files.get(name, b""))) for name in _OF_ADDED)
+    named = json.dumps(form.config) + "".join(
+        json.dumps(_parsed(form.files.get(name, b""))) for name in _OF_ADDED
+    )
     same = all(json.dumps(token)[1:-1] in named for token in _contents(now.get("added_tokens") or []))
     return same, same
 
@@ -264,7 +302,8 @@ def _in_the_form_of(
                 made[name] = value
             elif all(isinstance(part.get(name), Mapping) for part in (source, then, now)):
                 made[name] = _in_the_form_of(value, then[name], now[name], {})
-        elif name not in then and name not in _OF_OTHER_WEIGHTS:  # at its default, or what the library calls otherwise
+        # at its default, or what the library calls otherwise
+        elif name not in then and name not in _OF_OTHER_WEIGHTS:
             made[name] = value if then.get(own) == now.get(own) else now.get(own)
     if _VERSION in now:
         made[_VERSION] = now[_VERSION]
@@ -292,7 +331,9 @@ def _read_model(folder: Path | None, *, weights: bool) -> ModelForm:
     types: dict[str, torch.dtype] = {}
     sizes: Counter[torch.dtype] = Counter()
     index = _json(folder / INDEX).get("weight_map")
-    for name in sorted({WEIGHTS} if not isinstance(index, dict) else {Path(str(file)).name for file in index.values()}):
+    for name in sorted(
+        {WEIGHTS} if not isinstance(index, dict) else {Path(str(file)).name for file in index.values()}
+    ):
         if weights and (folder / name).is_file():
             with contextlib.suppress(SafetensorError, OSError), safe_open(folder / name, "pt") as file:
                 for tensor in file.keys():  # noqa: SIM118 (no mapping)
@@ -313,7 +354,9 @@ def _folder(name: str | None) -> Path | None:
         return Path(name)
     for file in ("config.json", TOKENIZER_CONFIG):
         with contextlib.suppress(OSError, ValueError):
-            if found := cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False):
+            if found := cached_file(
+                name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False
+            ):
                 return Path(found).parent
     return None
 

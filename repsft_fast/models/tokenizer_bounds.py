@@ -1,7 +1,9 @@
-"""A tokenizer's files before a library reads them: nothing in them makes it work without end, or fill the memory.
+"""A tokenizer's files before a library reads them: nothing in them makes it work without end, or fill the
+memory.
 
-Each of these is legal and no tokenizer's: a rule that doubles every letter, sixty times over; a billion extra tokens by one
-number. Patterns need no bound of ours: the engine gives up a match after ten million steps, which is said where it happens.
+Each of these is legal and no tokenizer's: a rule that doubles every letter, sixty times over; a billion extra
+tokens by one number. Patterns need no bound of ours: the engine gives up a match after ten million steps,
+which is said where it happens.
 """
 
 from __future__ import annotations
@@ -11,18 +13,23 @@ from typing import Any
 
 from repsft_fast.errors import ModelError, describe
 
-MOST_GROWTH = 100  # times longer a text gets by all normalizers together; public ones give "▁" for " ", 3 bytes for one
+# times longer a text gets by all normalizers together; public ones give "▁" for " ", 3 bytes for one
+MOST_GROWTH = 100
 MOST_ADDED = 50_000  # tokens added one by one: 10 s for 30,000; those of speech have so many
-MOST_SPECIAL = 15_000  # listed as special besides, which takes a library 27 s for 30,000, and four times that for twice as many
+# listed as special besides, which takes a library 27 s for 30,000, and four times that for twice as many
+MOST_SPECIAL = 15_000
 MOST_PIECES = 1_000  # of a template around every text, and rules in a row
-MOST_HOLES = 10_000_000  # ids that no entry has: a library looks at each, 0.1 s for so many, and makes a model's rows of them
+# ids that no entry has: a library looks at each, 0.1 s for so many, and makes a model's rows of them
+MOST_HOLES = 10_000_000
 _COUNTS = ("extra_ids", "offset")  # settings by which older classes make so many tokens up
 _TODO = "fetch it again, or take another tokenizer"
 
 
 def check_bounds(file: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """ModelError for work without end. file: tokenizer.json. settings: tokenizer_config.json. Either may be empty."""
+    """ModelError for work without end. file: tokenizer.json. settings: tokenizer_config.json. Either may be
+    empty."""
     place = f"{where} tokenizer.json"
+    # Each rule works on what the one before it made, so their factors multiply.
     growth, rules = 1.0, 0
     for rule in _rules(file.get("normalizer"), "normalizers"):
         rules += 1
@@ -30,6 +37,7 @@ def check_bounds(file: Mapping[str, Any], settings: Mapping[str, Any], where: st
         if growth > MOST_GROWTH:
             wrong = f"its normalizers make a text over {MOST_GROWTH} times longer"
             raise ModelError(describe(place, wrong, got=rule.get("type"), todo=_TODO))
+    # Every part is gone through for every text.
     for name, many in (
         ("normalizer", rules),
         ("pre_tokenizer", sum(1 for _ in _rules(file.get("pre_tokenizer"), "pretokenizers"))),
@@ -37,14 +45,28 @@ def check_bounds(file: Mapping[str, Any], settings: Mapping[str, Any], where: st
     ):
         if many > MOST_PIECES:
             expected = f"at most {MOST_PIECES}"
-            raise ModelError(describe(f"{place} {name}", "has more parts than any tokenizer has", expected=expected, got=many))
+            raise ModelError(
+                describe(
+                    f"{place} {name}", "has more parts than any tokenizer has", expected=expected, got=many
+                )
+            )
     _check_model(file.get("model"), place)
+    # Listed tokens are added one by one, which takes the square of their number.
     for name, holder in (("tokenizer.json", file), ("tokenizer_config.json", settings)):
-        for key in ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        for key in (
+            "added_tokens",
+            "added_tokens_decoder",
+            "additional_special_tokens",
+            "extra_special_tokens",
+        ):
             most = MOST_ADDED if key.startswith("added") else MOST_SPECIAL
             if isinstance(listed := holder.get(key), list | dict) and len(listed) > most:
                 wrong = f"{key} are more than any tokenizer has"
-                raise ModelError(describe(f"{where} {name}", wrong, expected=f"at most {most}", got=len(listed), todo=_TODO))
+                raise ModelError(
+                    describe(
+                        f"{where} {name}", wrong, expected=f"at most {most}", got=len(listed), todo=_TODO
+                    )
+                )
     for key in _COUNTS:
         if isinstance(value := settings.get(key), int | float) and value > MOST_SPECIAL:
             place, expected = f"{where} tokenizer_config.json", f"at most {MOST_SPECIAL}"
@@ -59,7 +81,9 @@ def _check_model(model: Any, place: str) -> None:
     ids = [number for number in vocab.values() if isinstance(number, int)] if isinstance(vocab, dict) else []
     if ids and max(ids) > len(ids) + MOST_HOLES:
         wrong = f"its vocab has {len(ids)} entries, and an id far beyond that"
-        raise ModelError(describe(place, wrong, expected=f"below {len(ids) + MOST_HOLES}", got=max(ids), todo=_TODO))
+        raise ModelError(
+            describe(place, wrong, expected=f"below {len(ids) + MOST_HOLES}", got=max(ids), todo=_TODO)
+        )
     dropout = model.get("dropout")
     if isinstance(dropout, int | float) and dropout > 0 and model.get("type") != "Unigram":  # which has none
         wrong = "its dropout cuts a text by chance, another way each time, and from no seed of the run"
@@ -86,7 +110,8 @@ def _growth(rule: dict[str, Any]) -> float:
     if rule.get("type") != "Replace":
         return 1.0
     pattern = rule.get("pattern")
-    found = pattern.get("String") if isinstance(pattern, dict) else None  # else an expression, which may match one letter
+    # else an expression, which may match one letter
+    found = pattern.get("String") if isinstance(pattern, dict) else None
     return _length(rule.get("content")) / max(1, _length(found))
 
 

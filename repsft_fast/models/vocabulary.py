@@ -23,10 +23,11 @@ def grow_vocabulary(model: PreTrainedModel, size: int, *, frozen: bool = False) 
 
     frozen: only adapters will learn, so there must be room already.
 
-    A new token begins as the mean of the old ones (embedding, head and its bias), so before training it is as likely as they
-    are on average and takes little from any of them (Hewitt 2021, "Initializing new word embeddings for pretrained language
-    models"). Nothing is drawn: every rank and every resumption makes the same. Never smaller, tied weights stay tied.
-    On meta only the shapes change. ModelError for an architecture that keeps tokens elsewhere too.
+    A new token begins as the mean of the old ones (embedding, head and its bias), so before training it is as
+    likely as they are on average and takes little from any of them (Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models"). Nothing is drawn: every rank and every resumption makes the
+    same. Never smaller, tied weights stay tied. On meta only the shapes change. ModelError for an
+    architecture that keeps tokens elsewhere too.
     """
     head = model.get_output_embeddings()
     parts = [part for part in (model.get_input_embeddings(), head) if part is not None]
@@ -35,38 +36,63 @@ def grow_vocabulary(model: PreTrainedModel, size: int, *, frozen: bool = False) 
         return None
     if frozen:
         wrong = "adapters leave the embedding frozen, so new tokens would never be learned"
-        raise ModelError(describe(SETTING, wrong, expected=f"{old:,} tokens", got=f"{size:,}", todo="drop model.lora"))
+        raise ModelError(
+            describe(SETTING, wrong, expected=f"{old:,} tokens", got=f"{size:,}", todo="drop model.lora")
+        )
+    # Some pad one of the two: which rows would be the new tokens' is then not known.
     if (most := max(_rows(part, model) for part in parts)) != old:
-        raise _cannot(model, f"its embedding and head have {most:,} and {old:,} rows, of which some are no tokens of text")
+        raise _cannot(
+            model,
+            f"its embedding and head have {most:,} and {old:,} rows, of which some are no tokens of text",
+        )
     tied = _tied(model)
     if others := _other_tables(model, old):
-        wrong = f"{type(model).__name__} keeps {old:,} tokens in {', '.join(others)} too, which would not know new ones"
-        raise ModelError(describe(SETTING, wrong, got=f"{size:,} tokens", todo="use the model's own tokenizer"))
+        wrong = (
+            f"{type(model).__name__} keeps {old:,} tokens in {', '.join(others)} too, which would not know"
+            " new ones"
+        )
+        raise ModelError(
+            describe(SETTING, wrong, got=f"{size:,} tokens", todo="use the model's own tokenizer")
+        )
     try:
         model.resize_token_embeddings(size, mean_resizing=False)
     except Exception as error:  # of any library's class
         raise _cannot(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    _check_grown(model, size, tied)
+    # Once each: a tied head is the embedding itself.
     embeddings: Any = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    rows = [_rows(part, model) for part in (embeddings, head) if part is not None]
-    if any(count != size for count in rows):
-        raise _cannot(model, f"it has {' and '.join(map(str, rows))} rows after it")
-    if apart := tied - _tied(model):
-        raise _cannot(model, f"{' and '.join(min(apart))} come apart, which it holds as one")
-    if unlike := _unlike_its_configuration(model):
-        raise _cannot(model, f"its configuration would not give {', '.join(unlike[:3])} their new sizes when it is loaded")
     for parameter in {
         id(p): p for p in (embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None))
     }.values():
         if parameter is not None:
             _begin_as_the_mean(parameter, old)
-    return f"{size - old:,} tokens more than the model had ({old:,}): their rows begin as the mean of the others"
+    return (
+        f"{size - old:,} tokens more than the model had ({old:,}): their rows begin as the mean of the others"
+    )
+
+
+def _check_grown(model: PreTrainedModel, size: int, tied: set[tuple[str, ...]]) -> None:
+    """ModelError unless all of the model followed: transformers changes what it knows of. tied: as before."""
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = [_rows(part, model) for part in parts if part is not None]
+    if any(count != size for count in rows):
+        raise _cannot(model, f"it has {' and '.join(map(str, rows))} rows after it")
+    if apart := tied - _tied(model):
+        raise _cannot(model, f"{' and '.join(min(apart))} come apart, which it holds as one")
+    if unlike := _unlike_its_configuration(model):
+        raise _cannot(
+            model,
+            f"its configuration would not give {', '.join(unlike[:3])} their new sizes when it is loaded",
+        )
 
 
 def _begin_as_the_mean(parameter: Tensor, old: int) -> None:
     if parameter.device.type != "meta":
         with torch.no_grad():
-            parameter[old:] = parameter[:old].mean(0, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            parameter[old:] = parameter[:old].mean(
+                0, dtype=torch.promote_types(parameter.dtype, torch.float32)
+            )
 
 
 def _rows(part: Any, model: PreTrainedModel) -> int:
@@ -81,7 +107,11 @@ def _other_tables(model: PreTrainedModel, old: int) -> list[str]:
     known = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
     found = [name for name, buffer in model.named_buffers() if buffer.dim() and buffer.shape[-1] == old]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.Linear) and id(module) not in known and module.weight.shape[0] == old:
+        if (
+            isinstance(module, nn.Embedding | nn.Linear)
+            and id(module) not in known
+            and module.weight.shape[0] == old
+        ):
             found.append(name)
     return found
 
@@ -95,7 +125,8 @@ def _tied(model: PreTrainedModel) -> set[tuple[str, ...]]:
 
 
 def _unlike_its_configuration(model: PreTrainedModel) -> list[str]:
-    """Weights and buffers that the configuration gives another shape: by which the saved model will be loaded."""
+    """Weights and buffers that the configuration gives another shape: by which the saved model will be
+    loaded."""
     try:
         with torch.device("meta"):
             twin = type(model)(copy.deepcopy(model.config))
@@ -108,5 +139,9 @@ def _unlike_its_configuration(model: PreTrainedModel) -> list[str]:
 
 def _cannot(model: PreTrainedModel, why: str) -> ModelError:
     return ModelError(
-        describe(SETTING, f"{type(model).__name__} cannot be given more tokens ({why})", todo="use the model's own tokenizer")
+        describe(
+            SETTING,
+            f"{type(model).__name__} cannot be given more tokens ({why})",
+            todo="use the model's own tokenizer",
+        )
     )

@@ -23,20 +23,25 @@ class Rule:
     sinks: Tensor | None = None  # [A] score of each head's sink, not scaled and not capped
 
 
-def sinks_of(module: nn.Module, sinks: Tensor | None, query: Tensor) -> Tensor | None:  # [A] in the type of the scores
+# [A] in the type of the scores
+def sinks_of(module: nn.Module, sinks: Tensor | None, query: Tensor) -> Tensor | None:
     """ModelError where they are not one number a head, which a broadcast would take for something else."""
     if sinks is None:
         return None
     heads = query.shape[1]
     if sinks.numel() != heads:
         wrong = f"{type(module).__name__} passes attention sinks (s_aux) of another shape"
-        raise ModelError(describe("attention", wrong, expected=f"({heads},), one for each head", got=tuple(sinks.shape)))
+        raise ModelError(
+            describe("attention", wrong, expected=f"({heads},), one for each head", got=tuple(sinks.shape))
+        )
     return sinks.reshape(heads).to(query.dtype)
 
 
-def unpacked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, *, causal: bool) -> Tensor:  # [B, A, T, D_v]
-    """Sinks and soft-caps for plain forward calls and generation, B sequences and a cache, under transformers' own mask
-    [B, 1, T, T_kv]; None = causal, windows being in the mask, or everything for a single query or without `causal`.
+# [B, A, T, D_v]
+def unpacked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, *, causal: bool) -> Tensor:
+    """Sinks and soft-caps for plain forward calls and generation, B sequences and a cache, under
+    transformers' own mask [B, 1, T, T_kv]; None = causal, windows being in the mask, or everything for a
+    single query or without `causal`.
     """
     if mask is None:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
@@ -51,14 +56,18 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """Causal when there is no mask.
 
-    With sinks: one more key of zeros, whose score a bias makes the head's sink, and one more value of zeros. The bias
-    [1, A, n, n + 1] is held for the backward, with its gradient: 4·A·n² bytes in half precision, of the longest segment
-    (row, by mask), a layer at a time under activation checkpointing.
+    With sinks: one more key of zeros, whose score a bias makes the head's sink, and one more value of zeros.
+    The bias [1, A, n, n + 1] is held for the backward, with its gradient: 4·A·n² bytes in half precision, of
+    the longest segment (row, by mask), a layer at a time under activation checkpointing.
     """
     if rule.sinks is not None:
         mask = _sink_bias(rule.sinks, band(q.shape[2], None, q.device) if mask is None else mask)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    options: dict[str, Any] = {"scale": rule.scale, "dropout_p": rule.dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {
+        "scale": rule.scale,
+        "dropout_p": rule.dropout,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
 
 
@@ -88,5 +97,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, cap: floa
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if rule.sinks is not None:
         scores = torch.cat([scores, rule.sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
-    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))[..., : k.shape[2]]
+    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))[
+        ..., : k.shape[2]
+    ]
     return F.dropout(probabilities.to(q.dtype), rule.dropout) @ v

@@ -1,21 +1,37 @@
 """The policies mSFT is compared with, behind the same interface. All of them get the same number of epochs C.
 
-sft        one stage over everything, best pooled moment
+sft        one stage over everything, best pooled snapshot
 continual  tasks one after another, each taken to its own (first) peak
-sro        single roll-out: one full run finds every peak, a second one from the base drops each task at its peak
+sro        single roll-out: one full run finds every peak, a second one from the base drops each task at its
+           peak
 soft_sro   the same first run, then static sampling rates proportional to the peaks' epochs
-ies        instance-dependent early stopping (ICLR 2025): samples whose loss moves in a straight line skip the backward pass
+ies        instance-dependent early stopping (ICLR 2025): samples whose loss moves in a straight line skip the
+           backward pass
 dynamix    DynamixSFT (arXiv 2508.12116): a bandit over tasks, rewarded by a one-update look-ahead
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from repsft_fast.errors import describe
-from repsft_fast.policies.decisions import Continue, Decision, NewStage, Probe, Reset, Reweight, RollBack, SkipSamples, Stop
-from repsft_fast.policies.history import Epoch, History, Probed
-from repsft_fast.policies.msft import AT_END, first_peak
+from repsft_fast.policies.bounds import AT_END, is_shorter_than_an_interval, out_of_bounds
+from repsft_fast.policies.decisions import (
+    Continue,
+    Decision,
+    NewStage,
+    Probe,
+    Reset,
+    Reweight,
+    RollBack,
+    SkipSamples,
+    Stop,
+)
+from repsft_fast.policies.history import History
+from repsft_fast.policies.msft import first_peak
+from repsft_fast.policies.protocol import Policy
+from repsft_fast.policies.records import Epoch, Probed
 from repsft_fast.policies.statistics import softmax
 
 GO_ON = Reset("restore", "continue", "continue")
@@ -27,7 +43,8 @@ class BaselineSettings:
     compute_budget: float = 1.0  # C: epochs of a whole run (continual: of each task)
     evaluations_per_epoch: int = 4
     order: tuple[str, ...] = ()  # continual: tasks first to last; empty: by name
-    delta: float = 0.001  # ies: mastered below this mean second difference (nats). Our choice: PAPERS gives none
+    # ies: mastered below this mean second difference (nats). Our choice: PAPERS gives none
+    delta: float = 0.001
     first_epoch: int = 6  # ies: nothing is mastered before this many epochs
     every_updates: int = 50  # dynamix: T
     beta: float = 1.0  # dynamix: sharpness. Our choice
@@ -37,53 +54,44 @@ class BaselineSettings:
 
     def problems(self) -> list[str]:
         """What cannot be used, in the settings' names; empty when all is well."""
-        found = []
-        bounds: list[tuple[str, float, float, float]] = [
-            ("evaluations_per_epoch", self.evaluations_per_epoch, 1, math.inf),
-            ("delta", self.delta, 0.0, math.inf),
-            ("first_epoch", self.first_epoch, 5, math.inf),
-            ("every_updates", self.every_updates, 1, math.inf),
-            ("beta", self.beta, 0.0, math.inf),
-            ("memory", self.memory, 0.0, 1.0),
-            ("explore", self.explore, 0.0, 1.0),
-        ]
-        for name, value, low, high in bounds:
-            if not low <= value <= high or not math.isfinite(value):
-                expected = f"at least {low:g}" + (f", at most {high:g}" if high < math.inf else "")
-                found.append(describe(f"mixture.{name}", "cannot be used", expected=expected, got=value))
-        if self.evaluations_per_epoch >= 1 and not self.compute_budget * self.evaluations_per_epoch >= 1 - AT_END:
+        per_epoch = self.evaluations_per_epoch
+        found = out_of_bounds(
+            [
+                ("evaluations_per_epoch", per_epoch, 1, math.inf),
+                ("delta", self.delta, 0.0, math.inf),
+                ("first_epoch", self.first_epoch, 5, math.inf),
+                ("every_updates", self.every_updates, 1, math.inf),
+                ("beta", self.beta, 0.0, math.inf),
+                ("memory", self.memory, 0.0, 1.0),
+                ("explore", self.explore, 0.0, 1.0),
+            ]
+        )
+        if per_epoch >= 1 and is_shorter_than_an_interval(self.compute_budget, per_epoch):
+            wrong, expected = "is shorter than one evaluation interval", f"at least {1 / per_epoch:g} epochs"
             found.append(
-                describe("mixture.compute_budget", "is shorter than one evaluation interval",
-                         expected=f"at least {1 / self.evaluations_per_epoch:g} epochs", got=self.compute_budget)
-            )  # fmt: skip
+                describe("mixture.compute_budget", wrong, expected=expected, got=self.compute_budget)
+            )
         if len(set(self.order)) < len(self.order):
             found.append(describe("mixture.order", "names a task twice", got=self.order))
         return found
 
 
-class Sft:
+class Sft(Policy):
     """One stage over everything; the base of the others."""
 
-    needs_losses = False
-
-    def __init__(self, settings: BaselineSettings = BaselineSettings()):
-        self.settings = settings
-        self.evaluations_per_epoch = settings.evaluations_per_epoch
+    settings_type: ClassVar[type] = BaselineSettings
+    settings: BaselineSettings
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
             return self._stage(history, None, tuple(sorted(active)), Reset())
         if self._stage_ended(history):
             budget = self.settings.compute_budget
-            return Stop(f"{budget:g} epoch{' is' if budget == 1 else 's are'} done")
+            return Stop("policy", f"{budget:g} epoch{' is' if budget == 1 else 's are'} done")
         return Continue()
 
-    def next_call(self, history: History) -> int | None:
-        """Nothing is decided between evaluations and epochs' ends."""
-        return None
-
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
-        """The best moment so far."""
+        """The best snapshot so far."""
         best = self.result(history)
         return {best} if best else set()
 
@@ -92,9 +100,9 @@ class Sft:
         return 1
 
     def result(self, history: History) -> str | None:
-        """The moment with the best pooled score."""
+        """The snapshot with the best pooled score."""
         best = history.best()
-        return best.moment_id if best else None
+        return best.snapshot_id if best else None
 
     def _stage_ended(self, history: History) -> bool:
         now = history.at_evaluation()
@@ -107,6 +115,9 @@ class Sft:
 
 class Continual(Sft):
     """Task after task, C epochs each, going on from its first peak. The result is the last task's peak."""
+
+    def most_rollouts(self, tasks: int) -> tuple[int, str]:
+        return tasks, f"{tasks} tasks"
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
@@ -122,7 +133,7 @@ class Continual(Sft):
         done = len(history.stages)
         order = self._order(history)
         if done == len(order):
-            return Stop("every task has had its turn")
+            return Stop("policy", "every task has had its turn")
         return self._stage(history, history.here, (order[done],), Reset())
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
@@ -138,14 +149,19 @@ class Continual(Sft):
         return named + tuple(sorted(set(history.tasks) - set(named)))
 
     def _peak(self, history: History) -> str:
-        """First maximum of the one task in training; the last evaluation when its score is undefined everywhere."""
+        """First maximum of the one task in training; the last evaluation when its score is undefined
+        everywhere."""
         evaluations = history.of_stage(history.stage.number)
         index = first_peak(evaluations, history.stage.active[0])
-        return evaluations[-1 if index is None else index].moment_id
+        return evaluations[-1 if index is None else index].snapshot_id
 
 
 class Sro(Sft):
-    """Two runs from the base. A peak counts the task's own epochs, which are the epochs of every mixture it was active in."""
+    """Two runs from the base. A peak counts the task's own epochs, which are the epochs of every mixture it
+    was active in."""
+
+    def most_rollouts(self, tasks: int) -> tuple[int, str]:
+        return 2, "2 runs"
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
@@ -159,49 +175,59 @@ class Sro(Sft):
         peaks = peak_epochs(history)
         left = tuple(task for task in sorted(active) if peaks[task] > own + AT_END)
         if not left:
-            return Stop("every task has been dropped at its peak")
-        return Continue() if len(left) == len(active) else self._stage(history, now.moment_id, left, GO_ON)
+            return Stop("policy", "every task has been dropped at its peak")
+        return Continue() if len(left) == len(active) else self._stage(history, now.snapshot_id, left, GO_ON)
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
-        """The base while the first run lasts, then the best moment of the second."""
+        """The base while the first run lasts, then the best snapshot of the second."""
         if len(history.stages) == 1:
-            return {history.evaluations[0].moment_id} if history.evaluations else set()
+            return {history.evaluations[0].snapshot_id} if history.evaluations else set()
         return super().kept(history, active)
 
     def result(self, history: History) -> str | None:
-        """The best pooled moment of the second run: with the first run's it would be at least SFT by construction."""
+        """The best pooled snapshot of the second run: with the first run's it would be at least SFT by
+        construction."""
         best = history.best(since_stage=1) if len(history.stages) > 1 else None
-        return best.moment_id if best else None
+        return best.snapshot_id if best else None
 
     def _second_run(self, history: History) -> Decision:
         peaks = peak_epochs(history)
         active = tuple(task for task in sorted(history.tasks) if peaks[task] > 0)
         if not active:
-            return Stop("no task ever rose above the base")
-        return self._stage(history, history.evaluations[0].moment_id, active, FROM_BASE)
+            return Stop("policy", "no task ever rose above the base")
+        return self._stage(history, history.evaluations[0].snapshot_id, active, FROM_BASE)
 
 
 class SoftSro(Sro):
-    """Second run: tasks that peak past 0.00, for C epochs, at rates ∝ peak epochs; an epoch is as long as a natural one."""
+    """Second run: tasks that peak past 0.00, for C epochs, at rates ∝ peak epochs; an epoch is as long as a
+    natural one."""
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
-        return super().decide(history, active) if len(history.stages) < 2 else Sft.decide(self, history, active)
+        if len(history.stages) < 2:
+            return super().decide(history, active)
+        return Sft.decide(self, history, active)
 
     def _second_run(self, history: History) -> Decision:
         peaks = peak_epochs(history)
-        rated = {task: peaks[task] * self.settings.weights.get(task, 1.0) for task in sorted(history.tasks) if peaks[task] > 0}
+        rated = {
+            task: peaks[task] * self.settings.weights.get(task, 1.0)
+            for task in sorted(history.tasks)
+            if peaks[task] > 0
+        }
         drawn = math.fsum(rate * history.tasks[task] for task, rate in rated.items())
         if not drawn > 0:
-            return Stop("no task ever rose above the base")
+            return Stop("policy", "no task ever rose above the base")
         natural = sum(history.tasks[task] for task in rated)
         rates = {task: rate * natural / drawn for task, rate in rated.items()}
-        return NewStage(history.evaluations[0].moment_id, tuple(rates), rates, FROM_BASE)
+        return NewStage(history.evaluations[0].snapshot_id, tuple(rates), rates, FROM_BASE)
 
 
 class Ies(Sft):
-    """Mastered samples skip the backward pass of one epoch and are judged again at its end: their losses are recorded too."""
+    """Mastered samples skip the backward pass of one epoch and are judged again at its end: their losses are
+    recorded too."""
 
     needs_losses = True
+    needs_tasks = False  # it judges single samples
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         decision = super().decide(history, active)
@@ -215,7 +241,10 @@ class Ies(Sft):
 
 
 class Dynamix(Sft):
-    """Every T updates: probe, then reweight. Q is folded over the probes in the history, so nothing else is state."""
+    """Every T updates: probe, then reweight. Q is folded over the probes in the history, so nothing else is
+    state."""
+
+    looks_ahead = True
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         decision = super().decide(history, active)
@@ -255,9 +284,11 @@ def peak_epochs(history: History) -> dict[str, float]:
 
 
 def mastered(epochs: Sequence[Epoch], delta: float, first_epoch: int = 6) -> tuple[int, ...]:
-    """Samples whose last three second differences L(e) − 2·L(e−1) + L(e−2) are below delta in mean absolute value.
+    """Samples whose last three second differences L(e) − 2·L(e−1) + L(e−2) are below delta in mean absolute
+    value.
 
-    A sample without a finite loss in each of the last five epochs is not mastered, and nothing is before `first_epoch` epochs.
+    A sample without a finite loss in each of the last five epochs is not mastered, and nothing is before
+    `first_epoch` epochs.
     """
     if len(epochs) < max(first_epoch, 5):
         return ()
@@ -272,13 +303,17 @@ def mastered(epochs: Sequence[Epoch], delta: float, first_epoch: int = 6) -> tup
 
 
 def values_of(probes: Sequence[Probed], memory: float = 0.95) -> dict[str, float]:
-    """Q of every task: Q ← memory·Q + (1 − memory)·r, from 0, with r the relative loss drop, min-max scaled over the tasks.
+    """Q of every task: Q ← memory·Q + (1 − memory)·r, from 0, with r the relative loss drop, min-max scaled
+    over the tasks.
 
-    A probe without a finite drop leaves that task's Q alone; when all drops are equal nobody is preferred (r = 0).
+    A probe without a finite drop leaves that task's Q alone; when all drops are equal nobody is preferred (r
+    = 0).
     """
     value: dict[str, float] = {}
     for probe in probes:
-        drops = {task: (before - after) / before for task, (before, after) in probe.losses.items() if before > 0}
+        drops = {
+            task: (before - after) / before for task, (before, after) in probe.losses.items() if before > 0
+        }
         drops = {task: drop for task, drop in drops.items() if math.isfinite(drop)}
         low, high = min(drops.values(), default=0.0), max(drops.values(), default=0.0)
         for task, drop in drops.items():

@@ -1,86 +1,21 @@
-"""The table policies read: what was measured and decided, in order. Append-only, JSON, part of the closed list of state.
+"""The table policies read: what was measured and decided, in order. Append-only, JSON; a checkpoint holds it
+beside the closed list of state.
 
-A roll-back does not shorten it: the model goes back, the history remembers (otherwise the same decision would come again).
-Its clock counts records, so "has this been answered?" is a comparison of integers.
+A roll-back does not shorten it: the model goes back, the history remembers (otherwise the same decision would
+come again). Its clock counts records, so "has this been answered?" is a comparison of integers.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
 from repsft_fast.errors import TrainingError, describe
-from repsft_fast.policies.decisions import Continue, Decision, NewStage, Probe, RollBack, from_json, to_json
+from repsft_fast.policies import history_json
+from repsft_fast.policies.decisions import Code, Continue, Decision, NewStage, Probe, RollBack, Stop
+from repsft_fast.policies.records import KEEP_LOSSES, Epoch, Evaluation, Position, Probed, Stage, Taken
 from repsft_fast.policies.statistics import Score, macro, pooled
-
-KEEP_LOSSES = 5  # epochs whose per-sample losses stay in the table: three second differences need five
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All tasks scored at one moment. A stage's first one (epochs 0) repeats its start moment's."""
-
-    stage: int
-    moment_id: str
-    update: int  # the schedule's update: updates done on this branch as Reset.schedule counts them
-    epochs: float  # epochs of the active mixture since the stage's start
-    scores: dict[str, Score]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The training pass over one whole epoch, as it ended."""
-
-    clock: int
-    stage: int
-    update: int
-    epochs: float
-    tokens: dict[str, tuple[int, int]]  # task → (correct, total) trained tokens
-    losses: dict[int, float] | None  # sample id → its mean loss, for IES; dropped after KEEP_LOSSES epochs
-
-
-@dataclass(frozen=True)
-class Probed:
-    """What a Probe found: mean loss of each task before and after one update on it."""
-
-    clock: int
-    stage: int
-    update: int
-    losses: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training with fixed active tasks."""
-
-    number: int  # 0, 1, …
-    start: str | None  # the moment it began at
-    follows: bool  # began where the stage before it ended (no roll-back)
-    update: int  # the schedule's update at its start
-    data_key: int  # which data order: the `stage` argument of the plan
-    active: tuple[str, ...]
-    weights: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A decision and when it was taken."""
-
-    clock: int
-    stage: int
-    update: int
-    decision: Decision
-
-
-@dataclass
-class Position:
-    """Where training stands. The trainer keeps it current with History.tick; reading it needs no device."""
-
-    update: int = 0
-    epochs: float = 0.0  # since the stage's start
-    tokens: int = 0  # real tokens trained, discarded branches included
-    schedule_finished: bool = False  # the learning rate has come to its end
 
 
 @dataclass
@@ -95,21 +30,24 @@ class History:
     decisions: list[Taken] = field(default_factory=list)
     position: Position = field(default_factory=Position)
     clock: int = 0
-    here: str | None = None  # the moment the state stands at exactly, None between moments
+    here: str | None = None  # the snapshot the state equals exactly; None after an update
 
     @staticmethod
     def start(tasks: Iterable[tuple[str, int]]) -> "History":
-        """An empty table over these (name, training samples). Raises TrainingError for no tasks or two of one name."""
+        """An empty table over these (name, training samples). Raises TrainingError for no tasks or two of one
+        name."""
         listed = list(tasks)
         names = [name for name, _ in listed]
         if not names:
             raise TrainingError(describe("mixture", "has no tasks", expected="at least 1", got=0))
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise TrainingError(describe("mixture", "two tasks have one name", expected="different names", got=twice))
+            raise TrainingError(
+                describe("mixture", "two tasks have one name", expected="different names", got=twice)
+            )
         return History(dict(listed))
 
-    # What the trainer appends ---------------------------------------------------------------------------------------
+    # What the trainer appends -----------------------------------------------------------------------------
 
     def tick(self, update: int, epochs: float, tokens: int, schedule_finished: bool = False) -> None:
         """Say where training stands. Called before anything is appended or asked."""
@@ -117,26 +55,42 @@ class History:
             self.here = None
         self.position = Position(update, epochs, tokens, schedule_finished)
 
-    def evaluated(self, moment_id: str, scores: Mapping[str, Score]) -> Evaluation:
-        """All tasks have been scored at the current position, which is called `moment_id` from now on."""
+    def evaluated(self, snapshot_id: str, scores: Mapping[str, Score]) -> Evaluation:
+        """All tasks have been scored at the current position, whose snapshot is called `snapshot_id` from now
+        on."""
         missing = set(self.tasks) ^ set(scores)
         if missing:
             raise TrainingError(
-                describe("evaluation", "must cover every task", expected=sorted(self.tasks), got=sorted(scores))
+                describe(
+                    "evaluation", "must cover every task", expected=sorted(self.tasks), got=sorted(scores)
+                )
             )
-        if any(e.moment_id == moment_id for e in self.evaluations):
-            raise TrainingError(describe("evaluation", "moment id is taken", expected="a new one", got=moment_id))
-        record = Evaluation(self.stage.number, moment_id, self.position.update, self.position.epochs, dict(scores))
+        if any(e.snapshot_id == snapshot_id for e in self.evaluations):
+            raise TrainingError(
+                describe("evaluation", "moment id is taken", expected="a new one", got=snapshot_id)
+            )
+        record = Evaluation(
+            self.stage.number, snapshot_id, self.position.update, self.position.epochs, dict(scores)
+        )
         self.evaluations.append(record)
-        self.here = moment_id
+        self.here = snapshot_id
         self.clock += 1
         return record
 
-    def epoch_ended(self, tokens: Mapping[str, tuple[int, int]], losses: Mapping[int, float] | None = None) -> Epoch:
+    def epoch_ended(
+        self, tokens: Mapping[str, tuple[int, int]], losses: Mapping[int, float] | None = None
+    ) -> Epoch:
         """An epoch has ended at the current position with these exact counts."""
         self.clock += 1
         at = self.position
-        record = Epoch(self.clock, self.stage.number, at.update, at.epochs, dict(tokens), dict(losses) if losses else None)
+        record = Epoch(
+            self.clock,
+            self.stage.number,
+            at.update,
+            at.epochs,
+            dict(tokens),
+            dict(losses) if losses else None,
+        )
         self.epochs.append(record)
         old = len(self.epochs) - KEEP_LOSSES - 1
         if old >= 0 and self.epochs[old].losses is not None:
@@ -152,26 +106,40 @@ class History:
         return record
 
     def took(self, decision: Decision) -> None:
-        """Record a decision. A NewStage opens its stage: the trainer then takes over `stage.update` and `stage.data_key`.
+        """Record a decision. A NewStage opens its stage: the trainer then takes over `stage.update` and
+        `stage.data_key`.
 
-        Raises TrainingError for a moment nobody evaluated, and for a probe asked again because nobody made it.
+        Raises TrainingError for a snapshot nobody evaluated, and for a probe asked again because nobody made
+        it.
         """
         if isinstance(decision, Continue):
             return
         last = self.last_decision
         if isinstance(decision, Probe) and isinstance(last, Probe) and self.decisions[-1].clock == self.clock:
             raise TrainingError(
-                describe("policy", "asks again for a probe", expected="History.probed after a Probe", got="no record")
+                describe(
+                    "policy",
+                    "asks again for a probe",
+                    expected="History.probed after a Probe",
+                    got="no record",
+                )
             )
-        self.decisions.append(Taken(self.clock, self.stages[-1].number if self.stages else 0, self.position.update, decision))
+        self.decisions.append(
+            Taken(self.clock, self.stages[-1].number if self.stages else 0, self.position.update, decision)
+        )
         if isinstance(decision, RollBack):
-            self.moment(decision.to)  # raises for a moment never evaluated
+            self.evaluation_of(decision.to)  # raises for a snapshot never evaluated
             self.here = decision.to
         if isinstance(decision, NewStage):
             self._open_stage(decision, rolled_back=isinstance(last, RollBack))
 
+    def take_back_stop(self) -> None:
+        """The run goes on after all: under a larger budget it would not have ended here."""
+        if self.ended_by is not None:
+            self.decisions.pop()
+
     def _open_stage(self, decision: NewStage, rolled_back: bool) -> None:
-        origin = self.moment(decision.start) if decision.start is not None else None
+        origin = self.evaluation_of(decision.start) if decision.start is not None else None
         number = len(self.stages)
         rewind_schedule = origin is not None and decision.reset.schedule == "rewind"
         rewind_data = origin is not None and decision.reset.data == "rewind"
@@ -188,20 +156,23 @@ class History:
         self.position = Position(stage.update, 0.0, self.position.tokens, False)
         self.here = decision.start
         if origin is not None:
-            self.evaluations.append(Evaluation(number, origin.moment_id, stage.update, 0.0, origin.scores))
+            self.evaluations.append(Evaluation(number, origin.snapshot_id, stage.update, 0.0, origin.scores))
         self.clock += 1
 
-    # What policies read ---------------------------------------------------------------------------------------------
+    # What policies read -----------------------------------------------------------------------------------
 
     @property
     def stage(self) -> Stage:
         if not self.stages:
-            raise TrainingError(describe("history", "no stage is open", todo="obey the policy's first NewStage"))
+            raise TrainingError(
+                describe("history", "no stage is open", todo="obey the policy's first NewStage")
+            )
         return self.stages[-1]
 
     @property
     def active(self) -> frozenset[str]:
-        """The current stage's active tasks, less one dropped by a roll-back that no new stage has followed yet."""
+        """The current stage's active tasks, less one dropped by a roll-back that no new stage has followed
+        yet."""
         last = self.last_decision
         dropped = {last.drop} if isinstance(last, RollBack) else set()
         return frozenset(self.stages[-1].active if self.stages else self.tasks) - dropped
@@ -209,6 +180,12 @@ class History:
     @property
     def last_decision(self) -> Decision | None:
         return self.decisions[-1].decision if self.decisions else None
+
+    @property
+    def ended_by(self) -> Code | None:
+        """What ended the run, or None while it goes on."""
+        last = self.last_decision
+        return last.code if isinstance(last, Stop) else None
 
     def answered(self, kind: type) -> bool:
         """Whether a decision of this kind has been taken since the last record."""
@@ -218,36 +195,54 @@ class History:
         return [e for e in self.evaluations if e.stage == number]
 
     def window(self) -> list[Evaluation]:
-        """Evaluations of the unbroken stretch that ends here: back over stages that followed on with the same active tasks."""
+        """Evaluations of the unbroken stretch that ends here: back over stages that followed on with the same
+        active tasks."""
         first = len(self.stages) - 1
-        while first > 0 and self.stages[first].follows and self.stages[first - 1].active == self.stages[first].active:
+        while (
+            first > 0
+            and self.stages[first].follows
+            and self.stages[first - 1].active == self.stages[first].active
+        ):
             first -= 1
         found: list[Evaluation] = []
         for evaluation in self.evaluations:
-            if evaluation.stage >= first and not (found and found[-1].moment_id == evaluation.moment_id):
+            if evaluation.stage >= first and not (found and found[-1].snapshot_id == evaluation.snapshot_id):
                 found.append(evaluation)
         return found
 
     def at_evaluation(self) -> Evaluation | None:
         """The evaluation made at exactly this position of this stage, if there is one."""
         last = self.evaluations[-1] if self.evaluations else None
-        if last is None or not self.stages or last.stage != self.stage.number or last.update != self.position.update:
+        if (
+            last is None
+            or not self.stages
+            or last.stage != self.stage.number
+            or last.update != self.position.update
+        ):
             return None
         return last
 
-    def moment(self, moment_id: str) -> Evaluation:
-        """The evaluation that named this moment."""
+    def evaluation_of(self, snapshot_id: str) -> Evaluation:
+        """The evaluation that named this snapshot. Raises TrainingError for a name none has given."""
         for evaluation in self.evaluations:
-            if evaluation.moment_id == moment_id:
+            if evaluation.snapshot_id == snapshot_id:
                 return evaluation
-        raise TrainingError(describe("history", "no such moment", expected="one that was evaluated", got=moment_id))
+        raise TrainingError(
+            describe("history", "no such moment", expected="one that was evaluated", got=snapshot_id)
+        )
 
     def measured_tasks(self) -> list[str]:
-        """Tasks with a defined score at least once. A task that never had one (no validation rows) counts nowhere."""
-        return [t for t in sorted(self.tasks) if any(t in e.scores and e.scores[t].defined for e in self.evaluations)]
+        """Tasks with a defined score at least once. A task that never had one (no validation rows) counts
+        nowhere."""
+        return [
+            t
+            for t in sorted(self.tasks)
+            if any(t in e.scores and e.scores[t].defined for e in self.evaluations)
+        ]
 
     def best(self, since_stage: int = 0, by: Literal["pooled", "macro"] = "pooled") -> Evaluation | None:
-        """The evaluation with the best score over all measured tasks, the earliest of equals; None when none is defined."""
+        """The evaluation with the best score over all measured tasks, the earliest of equals; None when none
+        is defined."""
         tasks = self.measured_tasks()
         mean = pooled if by == "pooled" else macro
         found, top = None, -math.inf
@@ -257,86 +252,42 @@ class History:
                 found, top = evaluation, value
         return found
 
-    # JSON -----------------------------------------------------------------------------------------------------------
+    # JSON -------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
         """The whole table as strict JSON: what is not a finite number becomes null."""
-        evaluations = []
-        for e in self.evaluations:
-            scores = {task: {"value": _finite(s.value), "n": s.n, "items": _pack_items(s)} for task, s in e.scores.items()}
-            evaluations.append({**{k: getattr(e, k) for k in ("stage", "moment_id", "update", "epochs")}, "scores": scores})
-        return {
-            "tasks": dict(self.tasks),
-            "stages": [asdict(s) for s in self.stages],
-            "evaluations": evaluations,
-            "epochs": [{**asdict(e), "losses": _pack_losses(e.losses)} for e in self.epochs],
-            "probes": [
-                {**asdict(p), "losses": {t: [_finite(x) for x in pair] for t, pair in p.losses.items()}} for p in self.probes
-            ],
-            "decisions": [{**asdict(t), "decision": to_json(t.decision)} for t in self.decisions],
-            "position": asdict(self.position),
-            "clock": self.clock,
-            "here": self.here,
-        }
+        return history_json.dump(vars(self))
 
     @staticmethod
     def load(values: Mapping[str, Any]) -> "History":
-        """The way back; null is NaN again."""
-        history = History(dict(values["tasks"]), clock=values["clock"], here=values["here"])
-        history.stages = [Stage(**{**s, "active": tuple(s["active"])}) for s in values["stages"]]
-        for e in values["evaluations"]:
-            scores = {task: Score(_or_nan(s["value"]), s["n"], _unpack_items(s["items"])) for task, s in e["scores"].items()}
-            history.evaluations.append(Evaluation(e["stage"], e["moment_id"], e["update"], e["epochs"], scores))
-        for e in values["epochs"]:
-            tokens = {task: (int(c), int(n)) for task, (c, n) in e["tokens"].items()}
-            losses = None if e["losses"] is None else {int(i): _or_nan(loss) for i, loss in e["losses"]}
-            history.epochs.append(Epoch(**{**e, "tokens": tokens, "losses": losses}))
-        for p in values["probes"]:
-            pairs = {task: (_or_nan(before), _or_nan(after)) for task, (before, after) in p["losses"].items()}
-            history.probes.append(Probed(**{**p, "losses": pairs}))
-        history.decisions = [Taken(**{**t, "decision": from_json(t["decision"])}) for t in values["decisions"]]
-        history.position = Position(**values["position"])
-        return history
+        """The way back; null is NaN again. Raises TrainingError for a decision this version does not know."""
+        return History(**history_json.parse(values))
 
 
 def due(before: Fraction, after: Fraction, per_epoch: int) -> bool:
-    """Whether a multiple of 1/per_epoch epochs was reached on the way from `before` to `after`; per_epoch 1 = an epoch's end.
+    """Whether a multiple of 1/per_epoch epochs was reached on the way from `before` to `after`; per_epoch 1 =
+    an epoch's end.
 
-    In an epoch of U updates that is after update ceil(k·U/per_epoch), k = 1 … per_epoch, each once where they coincide.
+    In an epoch of U updates that is after update ceil(k·U/per_epoch), k = 1 … per_epoch, each once where they
+    coincide.
     """
     return per_epoch > 0 and math.floor(after * per_epoch) > math.floor(before * per_epoch)
 
 
-def shares(tasks: Mapping[str, int], weights: Mapping[str, float] | None, active: Iterable[str]) -> dict[str, float]:
+def shares(
+    tasks: Mapping[str, int], weights: Mapping[str, float] | None, active: Iterable[str]
+) -> dict[str, float]:
     """Probability of drawing each task: rate · number of samples, normalised over the tasks trained."""
     rates = dict.fromkeys(active, 1.0) if weights is None else dict(weights)
     mass = {task: rate * tasks[task] for task, rate in rates.items()}
     total = math.fsum(mass.values())
     if not (math.isfinite(total) and total > 0) or min(mass.values()) < 0:
         raise TrainingError(
-            describe("mixture", "weights cannot be sampled from", expected="finite, not negative, not all 0", got=rates)
+            describe(
+                "mixture",
+                "weights cannot be sampled from",
+                expected="finite, not negative, not all 0",
+                got=rates,
+            )
         )
     return {task: m / total for task, m in mass.items()}
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
-
-
-def _or_nan(x: float | None) -> float:
-    return math.nan if x is None else x
-
-
-def _pack_losses(losses: Mapping[int, float] | None) -> list[list[float | None]] | None:
-    return None if losses is None else [[i, _finite(loss)] for i, loss in losses.items()]
-
-
-def _pack_items(score: Score) -> str | list[float | None] | None:
-    """0/1 items as a string of digits: a tenth of the JSON."""
-    if score.items is None or not score.is_binary:
-        return None if score.items is None else [_finite(item) for item in score.items]
-    return "".join("1" if item else "0" for item in score.items)
-
-
-def _unpack_items(packed: str | list[float | None] | None) -> tuple[float, ...] | None:
-    return None if packed is None else tuple(float(i) if isinstance(i, str) else _or_nan(i) for i in packed)

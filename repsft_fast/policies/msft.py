@@ -1,33 +1,35 @@
-"""mSFT: train a mixture, find the task that overfits first, go back to its best moment, go on without it.
+"""mSFT: train a mixture, find the task that overfits first, go back to its best snapshot, go on without it.
 
-rule "paper" (Koh et al. 2026, arXiv 2603.21606, as their code does it). A stage rolls out C epochs of the active mixture. The
-peak of a task is its first maximum over the stage's evaluations, the one at 0.00 included (none where only NaN came after it:
-that is no fall); m is the earliest peak of an active task. If m is the last evaluation the next stage goes on from the end with
-nothing excluded; else one task with peak m (ties by name) is excluded and the run goes back to m. It ends after max_stages or
-with no active task.
+rule "paper" (Koh et al. 2026, arXiv 2603.21606, as their code does it). A stage rolls out C epochs of the
+active mixture. The peak of a task is its first maximum over the stage's evaluations, the one at 0.00 included
+(none where only NaN came after it: that is no fall); m is the earliest peak of an active task. If m is the
+last evaluation the next stage goes on from the end with nothing excluded; else one task with peak m (ties by
+name) is excluded and the run goes back to m. It ends after max_stages or with no active task.
 
-rule "tested" (ours). The peak is the *last* maximum over the unbroken stretch of training with these active tasks, stage
-borders included. A task is overfit when at each of the last `patience` evaluations it lies below its peak by more than
-min_delta and by more than z standard errors of the paired difference. A task whose peak is not above its very first score, by
-min_progress and by the same test, has not started and is never excluded. The roll-out ends with the first task found overfit.
-That is an *online* rule: what later evaluations would have shown (a task with an earlier peak whose fall is not yet
-significant, a better pooled score further on) is not looked at; that is the price of not training on past the decision.
+rule "tested" (ours). The peak is the *last* maximum over the unbroken stretch of training with these active
+tasks, stage borders included. A task is overfit when at each of the last `patience` evaluations it lies below
+its peak by more than min_delta and by more than z standard errors of the paired difference. A task whose peak
+is not above its very first score, by min_progress and by the same test, has not started and is never
+excluded. The roll-out ends with the first task found overfit. That is an *online* rule: what later
+evaluations would have shown (a task with an earlier peak whose fall is not yet significant, a better pooled
+score further on) is not looked at; that is the price of not training on past the decision.
 
-exclude_on "saturation" (ours): a task leaves where it stands, without a roll-back, at the end of the epoch whose training pass
-had its token accuracy at the threshold. The rule above is then not used.
+exclude_on "saturation" (ours): a task leaves where it stands, without a roll-back, at the end of the epoch
+whose training pass had its token accuracy at the threshold. The rule above is then not used.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from repsft_fast.errors import describe
+from repsft_fast.policies.bounds import AT_END, is_shorter_than_an_interval, out_of_bounds
 from repsft_fast.policies.decisions import Continue, Decision, NewStage, Reset, RollBack, Stop
-from repsft_fast.policies.history import Evaluation, History
+from repsft_fast.policies.history import History
+from repsft_fast.policies.protocol import Policy
+from repsft_fast.policies.records import Evaluation
 from repsft_fast.policies.statistics import difference, reaches
-
-AT_END = 1e-9  # epochs are sums of fractions of an epoch
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class MsftSettings:
     data: Literal["continue", "rewind"] = "continue"  # after a roll-back
     rehearsal: float = 0.0  # sampling rate that excluded tasks keep, relative to their own; 0: none
     weights: dict[str, float] = field(default_factory=dict)  # sampling rate of a task, where it is not 1
-    pool: Literal["pooled", "macro"] = "pooled"  # the mean that names the result: over items (the paper's), or over tasks
+    # the mean that names the result: over items (the paper's), or over tasks
+    pool: Literal["pooled", "macro"] = "pooled"
     # rule tested
     min_delta: float = 0.0  # a fall counts above this, in units of the metric
-    min_progress: float = 0.01  # a task has started once its peak is this far above its first score; 0: every task has
+    # a task has started once its peak is this far above its first score; 0: every task has
+    min_progress: float = 0.01
     patience: int = 2  # evaluations in a row below the peak
-    # Standard errors. A peak is the best of many noisy looks and is compared many times: one comparison's 1.645 fires in many
-    # roll-outs over a flat curve, 2.33 in few (docs/policies.md, A/A control).
+    # Standard errors. A peak is the best of many noisy looks and is compared many times: one comparison's
+    # 1.645 fires in many roll-outs over a flat curve, 2.33 in few (docs/policies.md, A/A control).
     z: float = 2.33
     # exclude_on saturation
     token_accuracy: float = 0.97
@@ -56,116 +60,127 @@ class MsftSettings:
     def problems(self) -> list[str]:
         """What cannot be used, in the settings' names; empty when all is well."""
         found = []
-        if self.evaluations_per_epoch < 1:
+        budget, per_epoch = self.compute_budget, self.evaluations_per_epoch
+
+        # The shortest budget is told in intervals, so there has to be an interval first.
+        if per_epoch < 1:
+            wrong = "is too small"
             found.append(
-                describe("mixture.evaluations_per_epoch", "is too small", expected="at least 1", got=self.evaluations_per_epoch)
+                describe("mixture.evaluations_per_epoch", wrong, expected="at least 1", got=per_epoch)
             )
-        elif not math.isfinite(self.compute_budget) or self.compute_budget * self.evaluations_per_epoch < 1 - AT_END:
-            found.append(
-                describe("mixture.compute_budget", "is shorter than one evaluation interval",
-                         expected=f"at least {1 / self.evaluations_per_epoch:g} epochs", got=self.compute_budget,
-                         todo="raise it, or mixture.evaluations_per_epoch")
-            )  # fmt: skip
-        bounds: list[tuple[str, float, float, float]] = [
-            ("max_stages", self.max_stages, 1, math.inf),
-            ("patience", self.patience, 1, math.inf),
-            ("rehearsal", self.rehearsal, 0.0, 1.0),
-            ("min_delta", self.min_delta, 0.0, math.inf),
-            ("min_progress", self.min_progress, 0.0, math.inf),
-            ("z", self.z, 0.0, math.inf),
-        ]
-        for name, value, low, high in bounds:
-            if not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):
-                expected = f"at least {low:g}" + (f", at most {high:g}" if high < math.inf else "")
-                found.append(describe(f"mixture.{name}", "cannot be used", expected=expected, got=value))
-        if self.exclude_on == "saturation" and not 0 < self.token_accuracy <= 1:
-            found.append(
-                describe("stop.token_accuracy", "is not an accuracy", expected="above 0, at most 1", got=self.token_accuracy)
-            )
+        elif not math.isfinite(budget) or is_shorter_than_an_interval(budget, per_epoch):
+            wrong, expected = "is shorter than one evaluation interval", f"at least {1 / per_epoch:g} epochs"
+            todo = "raise it, or mixture.evaluations_per_epoch"
+            found.append(describe("mixture.compute_budget", wrong, expected=expected, got=budget, todo=todo))
+        found += out_of_bounds(
+            [
+                ("max_stages", self.max_stages, 1, math.inf),
+                ("patience", self.patience, 1, math.inf),
+                ("rehearsal", self.rehearsal, 0.0, 1.0),
+                ("min_delta", self.min_delta, 0.0, math.inf),
+                ("min_progress", self.min_progress, 0.0, math.inf),
+                ("z", self.z, 0.0, math.inf),
+            ]
+        )
+
+        # The threshold is another rule's setting, judged only where this one uses it.
+        accuracy = self.token_accuracy
+        if self.exclude_on == "saturation" and not 0 < accuracy <= 1:
+            wrong, expected = "is not an accuracy", "above 0, at most 1"
+            found.append(describe("stop.token_accuracy", wrong, expected=expected, got=accuracy))
         for task, rate in sorted(self.weights.items()):
             if not (math.isfinite(rate) and rate >= 0):
-                found.append(
-                    describe(f"mixture.weights.{task}", "is not a rate", expected="a finite number, at least 0", got=rate)
-                )
+                where, expected = f"mixture.weights.{task}", "a finite number, at least 0"
+                found.append(describe(where, "is not a rate", expected=expected, got=rate))
         return found
 
 
-class Msft:
+class Msft(Policy):
     """The state is the history; this holds settings only."""
 
-    needs_losses = False
+    settings_type: ClassVar[type] = MsftSettings
+    settings: MsftSettings
 
-    def __init__(self, settings: MsftSettings = MsftSettings()):
-        self.settings = settings
-        self.evaluations_per_epoch = settings.evaluations_per_epoch
+    @property
+    def accuracy_target(self) -> float | None:
+        return self.settings.token_accuracy if self.settings.exclude_on == "saturation" else None
+
+    def most_rollouts(self, tasks: int) -> tuple[int, str]:
+        most = self.settings.max_stages
+        return most, f"max_stages {most}"
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         s = self.settings
         if not history.stages:
             return self._stage(history, None, active)
         if not active:
-            return Stop("no task is active any more")
+            return Stop("policy", "no task is active any more")
         last = history.last_decision
         if isinstance(last, RollBack):
             return self._stage(history, last.to, active)
         now = history.at_evaluation()
         if now is None:
             return Continue()
-        ended = now.epochs >= s.compute_budget - AT_END
-        last_stage = len(history.stages) >= s.max_stages  # nobody leaves any more: it only offers candidates for the result
+
+        # These look at every evaluation: a task leaves in the middle of a roll-out. In the last stage nobody
+        # leaves any more, which could change nothing: it only offers candidates for the result.
+        last_stage = len(history.stages) >= s.max_stages
         if s.exclude_on == "saturation":
             left = active - saturated_tasks(history, active, s.token_accuracy)
             if not left:
-                return Stop("every task is memorised")
+                return Stop("policy", "every task is memorised")
             if left < active and not last_stage:
-                return self._stage(history, now.moment_id, left)
+                return self._stage(history, now.snapshot_id, left)
         elif s.rule == "tested" and not last_stage:
             task = first_overfit(history.window(), active, history, s)
             if task is not None:
-                return RollBack(history.window()[last_peak(history.window(), task)].moment_id, task)
-        if not ended:
+                peak = last_peak(history.window(), task)
+                return RollBack(history.window()[peak].snapshot_id, task)
+
+        # All else waits for the end of the roll-out: only then is the paper's earliest peak known.
+        if now.epochs < s.compute_budget - AT_END:
             return Continue()
         if last_stage:
-            return Stop(f"{s.max_stages} stage{' is' if s.max_stages == 1 else 's are'} done")
+            return Stop("policy", f"{s.max_stages} stage{' is' if s.max_stages == 1 else 's are'} done")
         if s.exclude_on == "overfit" and s.rule == "paper":
-            rolled_out = history.of_stage(history.stage.number)
-            peaks = {task: peak for task in active if (peak := first_peak(rolled_out, task)) is not None}
-            peaks = {task: peak for task, peak in peaks.items() if any(e.scores[task].defined for e in rolled_out[peak + 1 :])}
-            earliest = min(peaks.values(), default=len(rolled_out) - 1)
-            if earliest < len(rolled_out) - 1:
-                return RollBack(rolled_out[earliest].moment_id, min(t for t, peak in peaks.items() if peak == earliest))
-        return self._stage(history, now.moment_id, active)
-
-    def next_call(self, history: History) -> int | None:
-        """Nothing is decided between evaluations."""
-        return None
+            back = earliest_peak(history.of_stage(history.stage.number), active)
+            if back is not None:
+                return back
+        return self._stage(history, now.snapshot_id, active)
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
-        """The moments a decision or the result can still name; all else may be forgotten."""
+        """The snapshots a decision or the result can still name; all else may be forgotten."""
         s = self.settings
         if s.exclude_on == "saturation":
-            return kept_moments(history, active, None, s.pool)
-        found = kept_moments(history, active, "first" if s.rule == "paper" else "last", s.pool)
-        if s.rule == "tested":
-            window = history.window()
-            asleep = {t for t in active if (p := last_peak(window, t)) >= 0 and not started(history, t, window[p], s)}
-            found = kept_moments(history, active - asleep, "last", s.pool)
-        return found
+            return kept_snapshots(history, active, None, s.pool)
+        if s.rule == "paper":
+            return kept_snapshots(history, active, "first", s.pool)
+        # A task that has not started never leaves, so nobody goes back to its peak.
+        window = history.window()
+        asleep = {
+            task
+            for task in active
+            if (peak := last_peak(window, task)) >= 0 and not started(history, task, window[peak], s)
+        }
+        return kept_snapshots(history, active - asleep, "last", s.pool)
 
     def most_kept(self, tasks: int) -> int:
         """Every task's peak and the best so far."""
         return 1 if self.settings.exclude_on == "saturation" else tasks + 1
 
     def result(self, history: History) -> str | None:
-        """The moment with the best score over all tasks, discarded branches included; strictly better wins."""
+        """The snapshot with the best score over all tasks, discarded branches included; strictly better
+        wins."""
         best = history.best(by=self.settings.pool)
-        return best.moment_id if best else None
+        return best.snapshot_id if best else None
 
     def _stage(self, history: History, start: str | None, active: frozenset[str]) -> NewStage:
         s = self.settings
         rates = {task: s.weights.get(task, 1.0) for task in sorted(active)}
         if s.rehearsal > 0:
-            rates |= {task: s.rehearsal * s.weights.get(task, 1.0) for task in sorted(set(history.tasks) - active)}
+            rates |= {
+                task: s.rehearsal * s.weights.get(task, 1.0) for task in sorted(set(history.tasks) - active)
+            }
         plain = set(rates) == active and all(rate == 1.0 for rate in rates.values())
         went_back = isinstance(history.last_decision, RollBack)
         reset = Reset(s.optimizer, s.schedule, s.data) if went_back else Reset(s.optimizer)
@@ -173,7 +188,8 @@ class Msft:
 
 
 def first_peak(evaluations: Sequence[Evaluation], task: str) -> int | None:
-    """Index of the task's first maximum; None when it is undefined everywhere. An undefined score is never the maximum."""
+    """Index of the task's first maximum; None when it is undefined everywhere. An undefined score is never
+    the maximum."""
     scored = [(i, e.scores[task].value) for i, e in enumerate(evaluations) if e.scores[task].defined]
     return max(scored, key=lambda pair: pair[1])[0] if scored else None  # max keeps the first of equals
 
@@ -184,34 +200,52 @@ def last_peak(evaluations: Sequence[Evaluation], task: str) -> int:
     return max(scored)[1] if scored else -1
 
 
-def kept_moments(
+def earliest_peak(rolled_out: Sequence[Evaluation], active: frozenset[str]) -> RollBack | None:
+    """Rule "paper" at the end of a roll-out: back to the earliest peak of an active task, ties by name; None
+    where that is the last evaluation. A peak that only undefined scores follow is no fall."""
+    peaks = {
+        task: peak
+        for task in active
+        if (peak := first_peak(rolled_out, task)) is not None
+        and any(e.scores[task].defined for e in rolled_out[peak + 1 :])
+    }
+    if not peaks:
+        return None
+    earliest = min(peaks.values())
+    first_by_name = min(task for task, peak in peaks.items() if peak == earliest)
+    return RollBack(rolled_out[earliest].snapshot_id, first_by_name)
+
+
+def kept_snapshots(
     history: History,
     active: frozenset[str],
     peaks: Literal["first", "last"] | None,
     pool: Literal["pooled", "macro"] = "pooled",
 ) -> set[str]:
-    """Each active task's peak (in the stage for "first", in the unbroken stretch for "last") and the best moment overall.
+    """Each active task's peak (in the stage for "first", in the unbroken stretch for "last") and the best
+    snapshot overall.
 
-    Stage starts and ends need no place of their own: they are kept while they are somebody's peak, and going on from the end
-    needs no copy.
-    A moment that enters this set is always the one just evaluated.
+    Stage starts and ends need no place of their own: they are kept while they are somebody's peak, and going
+    on from the end needs no copy. A snapshot that enters this set is always the one just evaluated.
     """
     best = history.best(by=pool)
-    kept = {best.moment_id} if best else set()
+    kept = {best.snapshot_id} if best else set()
     if peaks is None or not history.stages:
         return kept
     evaluations = history.of_stage(history.stage.number) if peaks == "first" else history.window()
     for task in active:
         index = first_peak(evaluations, task) if peaks == "first" else last_peak(evaluations, task)
         if index is not None and index >= 0:
-            kept.add(evaluations[index].moment_id)
+            kept.add(evaluations[index].snapshot_id)
+    # The roll-back has been decided and its stage has not been opened: the way back must still be there.
     if isinstance(history.last_decision, RollBack):
         kept.add(history.last_decision.to)
     return kept
 
 
 def started(history: History, task: str, peak: Evaluation, settings: MsftSettings) -> bool:
-    """Has the task learnt anything up to this peak, compared with its very first score, beyond min_progress and noise?"""
+    """Has the task learnt anything up to this peak, compared with its very first score, beyond min_progress
+    and noise?"""
     if settings.min_progress <= 0:
         return True
     first = next((e.scores[task] for e in history.evaluations if e.scores[task].defined), None)
@@ -221,8 +255,11 @@ def started(history: History, task: str, peak: Evaluation, settings: MsftSetting
     return rise.mean >= settings.min_progress and rise.exceeds(settings.z)
 
 
-def first_overfit(window: Sequence[Evaluation], active: frozenset[str], history: History, settings: MsftSettings) -> str | None:
-    """The task to exclude now under rule "tested": of those found overfit the one with the earliest peak, ties by name."""
+def first_overfit(
+    window: Sequence[Evaluation], active: frozenset[str], history: History, settings: MsftSettings
+) -> str | None:
+    """The task to exclude now under rule "tested": of those found overfit the one with the earliest peak,
+    ties by name."""
     found = []
     for task in active:
         peak = last_peak(window, task)
@@ -238,7 +275,8 @@ def first_overfit(window: Sequence[Evaluation], active: frozenset[str], history:
 
 
 def saturated_tasks(history: History, active: frozenset[str], threshold: float) -> frozenset[str]:
-    """Active tasks memorised in the epoch that ended at this position of this stage; none when no epoch ended here."""
+    """Active tasks memorised in the epoch that ended at this position of this stage; none when no epoch ended
+    here."""
     last = history.epochs[-1] if history.epochs else None
     if last is None or last.stage != history.stage.number or last.update != history.position.update:
         return frozenset()

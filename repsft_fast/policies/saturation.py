@@ -1,21 +1,23 @@
-"""Stop when the training data is memorised, learning has stalled, or the budget is spent (paper A's rule and its neighbours).
+"""Stop when the training data is memorised, learning has stalled, or the budget is spent (paper A's rule and
+its neighbours).
 
-Judged at an epoch's end on exact integers: token accuracy = correct / total over the epoch's training pass (or over a probe
-subset, if that is what the trainer records). Under a schedule whose decay is triggered the first rule that fires starts the
-decay, and the run stops when the decay is done; under any other schedule it stops at once. A budget is hard: the decay is
-started early enough to end with it.
+Judged at an epoch's end on exact integers: token accuracy = correct / total over the epoch's training pass
+(or over a probe subset, if that is what the trainer records). Under a schedule whose decay is triggered the
+first rule that fires starts the decay, and the run stops when the decay is done; under any other schedule it
+stops at once. A budget is hard: the decay is started early enough to end with it.
 """
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from repsft_fast.errors import describe
-from repsft_fast.policies.decisions import Continue, Decay, Decision, NewStage, Reset, Stop
-from repsft_fast.policies.history import Epoch, History
+from repsft_fast.policies.decisions import Code, Continue, Decay, Decision, NewStage, Reset, Stop
+from repsft_fast.policies.history import History
+from repsft_fast.policies.protocol import Policy
+from repsft_fast.policies.records import Epoch
 from repsft_fast.policies.statistics import as_ratio, reaches
-
-NEARLY = " is nearly spent"
 
 
 @dataclass(frozen=True)
@@ -34,58 +36,76 @@ class SaturationSettings:
     def problems(self) -> list[str]:
         """What cannot be used, in the settings' names; empty when all is well."""
         found = []
-        if self.token_accuracy is not None and not 0 < self.token_accuracy <= 1:
-            found.append(
-                describe("stop.token_accuracy", "is not an accuracy", expected="above 0, at most 1", got=self.token_accuracy)
-            )
-        if self.plateau_epochs is not None and self.plateau_epochs < 1:
-            found.append(describe("stop.plateau_epochs", "is too small", expected="at least 1", got=self.plateau_epochs))
-        if not (math.isfinite(self.plateau_min_delta) and self.plateau_min_delta >= 0):
-            found.append(describe("stop.plateau_min_delta", "is not a rise", expected="at least 0", got=self.plateau_min_delta))
+        accuracy, epochs, rise = self.token_accuracy, self.plateau_epochs, self.plateau_min_delta
+        if accuracy is not None and not 0 < accuracy <= 1:
+            wrong, expected = "is not an accuracy", "above 0, at most 1"
+            found.append(describe("stop.token_accuracy", wrong, expected=expected, got=accuracy))
+        if epochs is not None and epochs < 1:
+            found.append(describe("stop.plateau_epochs", "is too small", expected="at least 1", got=epochs))
+        if not (math.isfinite(rise) and rise >= 0):
+            found.append(describe("stop.plateau_min_delta", "is not a rise", expected="at least 0", got=rise))
+
+        # NaN is neither above 0 nor below it: asked this way round it is refused.
         budgets = {"updates": self.budget_updates, "epochs": self.budget_epochs, "tokens": self.budget_tokens}
         for name, value in budgets.items():
             if value is not None and not value > 0:
-                found.append(describe(f"budget.{name}", "leaves nothing to do", expected="above 0", got=value))
-        if self.token_accuracy is None and self.plateau_epochs is None and all(v is None for v in budgets.values()):
-            found.append(describe("budget", "nothing would ever end the run", todo="set budget.updates or stop.token_accuracy"))
+                wrong = "leaves nothing to do"
+                found.append(describe(f"budget.{name}", wrong, expected="above 0", got=value))
+        if all(limit is None for limit in (accuracy, epochs, *budgets.values())):
+            todo = "set budget.updates or stop.token_accuracy"
+            found.append(describe("budget", "nothing would ever end the run", todo=todo))
         return found
 
 
-class Saturation:
+@dataclass(frozen=True)
+class _Fired:
+    """A rule that fired at this position."""
+
+    code: Code
+    reason: str
+    stop_reason: str | None = None  # after a decay, where `reason` would no longer be true
+
+
+class Saturation(Policy):
     """One stage over all tasks, ended by the first rule that fires."""
 
-    needs_losses = False
+    settings_type: ClassVar[type] = SaturationSettings
+    settings: SaturationSettings
+    needs_tasks = False
+    names_result = False
 
-    def __init__(self, settings: SaturationSettings = SaturationSettings()):
-        self.settings = settings
-        self.evaluations_per_epoch = settings.evaluations_per_epoch
+    @property
+    def accuracy_target(self) -> float | None:
+        return self.settings.token_accuracy
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
             return NewStage(None, tuple(sorted(active)), None, Reset())
-        trigger = next((t.decision for t in history.decisions if isinstance(t.decision, Decay)), None)
+
+        # Once a decay runs, no rule can start another: only its end, or the budget's, is waited for.
         spent = self._spent_budget(history)
-        if trigger is not None:
+        decay = _decay_of(history)
+        if decay is not None:
             if history.position.schedule_finished:
-                ahead = trigger.reason.endswith(NEARLY)  # the decay was started so as to end with the budget
-                return Stop(trigger.reason.removesuffix(NEARLY) + " is spent" if ahead else trigger.reason)
-            return Stop(f"{trigger.reason}; {spent} before the decay was done") if spent else Continue()
-        if spent:
-            return Stop(spent)
+                return Stop(decay.code, decay.stop_reason or decay.reason)
+            if spent is not None:
+                return Stop(decay.code, f"{decay.reason}; {spent} before the decay was done")
+            return Continue()
+
+        # What is hard comes before the rules: a decay begun now would train past it.
+        if spent is not None:
+            return Stop("budget", spent)
         if history.position.schedule_finished:
-            return Stop("the schedule has come to its end")
-        reason = self._saturated(history)
-        if reason is not None:
-            return self._end(history, reason)
-        if self.settings.decays and (start := self._decay_start(history)) is not None and history.position.update >= start:
-            return self._end(history, f"{self._nearest_budget(history)}{NEARLY}")
-        return Continue()
+            return Stop("budget", "the schedule has come to its end")
+        fired = self._saturated(history) or self._budget_nearly_spent(history)
+        return Continue() if fired is None else self._end(history, fired)
 
     def next_call(self, history: History) -> int | None:
-        """The update at which the budget, or the decay that ends with it, has to be looked at; None = only at epochs' ends."""
+        """The update at which the budget, or the decay that ends with it, has to be looked at; None = only at
+        epochs' ends."""
         at = history.position.update
         ends = [self._budget_end(history)]
-        if self.settings.decays and not any(isinstance(t.decision, Decay) for t in history.decisions):
+        if self.settings.decays and _decay_of(history) is None:
             ends.append(self._decay_start(history))
         ahead = [max(end, at + 1) for end in ends if end is not None]
         if not ahead and at == 0 and (self.settings.budget_epochs or self.settings.budget_tokens):
@@ -93,7 +113,7 @@ class Saturation:
         return min(ahead, default=None)
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
-        """No moment is ever gone back to."""
+        """No snapshot is ever gone back to."""
         return set()
 
     def most_kept(self, tasks: int) -> int:
@@ -104,35 +124,46 @@ class Saturation:
         """None: the state at the end."""
         return None
 
-    # The rules ------------------------------------------------------------------------------------------------------
+    # The rules --------------------------------------------------------------------------------------------
 
-    def _saturated(self, history: History) -> str | None:
-        """The reason when the epoch that ended at this very position fires a rule."""
+    def _saturated(self, history: History) -> _Fired | None:
+        """The rule that the epoch fires which ended at this very position."""
         s, last = self.settings, history.epochs[-1] if history.epochs else None
         if last is None or last.update != history.position.update:
             return None
         correct, total = _counts(last)
         if s.token_accuracy is not None and reaches(correct, total, s.token_accuracy):
             reached = f"token accuracy {100 * correct / total:.2f} % reached {100 * s.token_accuracy:.4g} %"
-            return f"{reached} after epoch {last.epochs:.4g} ({correct:,} of {total:,} tokens)"
-        if (
-            s.plateau_epochs is not None
-            and (since := epochs_without_rise(history.epochs, s.plateau_min_delta)) >= s.plateau_epochs
-        ):
-            return f"token accuracy has not risen by {s.plateau_min_delta:g} for {since} epochs"
+            after = f"after epoch {last.epochs:.4g} ({correct:,} of {total:,} tokens)"
+            return _Fired("token_accuracy", f"{reached} {after}")
+        if s.plateau_epochs is None:
+            return None
+        since = epochs_without_rise(history.epochs, s.plateau_min_delta)
+        if since >= s.plateau_epochs:
+            reason = f"token accuracy has not risen by {s.plateau_min_delta:g} for {since} epochs"
+            return _Fired("plateau", reason)
         return None
 
-    def _end(self, history: History, reason: str) -> Decision:
+    def _budget_nearly_spent(self, history: History) -> _Fired | None:
+        """Under a schedule whose decay is triggered: the budget that would be spent before a later decay is
+        done."""
+        start = self._decay_start(history) if self.settings.decays else None
+        if start is None or history.position.update < start:
+            return None
+        budget = self._nearest_budget(history)
+        return _Fired("budget", f"{budget} is nearly spent", f"{budget} is spent")
+
+    def _end(self, history: History, fired: _Fired) -> Decision:
         if not self.settings.decays:
-            return Stop(reason)
+            return Stop(fired.code, fired.reason)
         length = self._decay_length(history.position.update)
         end = self._budget_end(history)
         left = length if end is None else end - history.position.update
         if left < 1:
-            return Stop(reason)
-        return Decay(reason, min(length, left))
+            return Stop(fired.code, fired.reason)
+        return Decay(fired.code, fired.reason, min(length, left), fired.stop_reason)
 
-    # The budget -----------------------------------------------------------------------------------------------------
+    # The budget -------------------------------------------------------------------------------------------
 
     def _budgets(self, history: History) -> list[tuple[str, Fraction, Fraction]]:
         """(name, spent, allowed) of each budget that is set."""
@@ -142,7 +173,11 @@ class Saturation:
             ("epochs", at.epochs, s.budget_epochs),
             ("tokens", at.tokens, s.budget_tokens),
         ]
-        return [(name, Fraction(spent), as_ratio(allowed)) for name, spent, allowed in given if allowed is not None]
+        return [
+            (name, Fraction(spent), as_ratio(allowed))
+            for name, spent, allowed in given
+            if allowed is not None
+        ]
 
     def _spent_budget(self, history: History) -> str | None:
         for name, spent, allowed in self._budgets(history):
@@ -157,7 +192,8 @@ class Saturation:
             if name == "updates":
                 found.append((int(allowed), f"the budget of {_plain(allowed)} updates"))
             elif spent > 0 and at > 0:
-                found.append((math.ceil(allowed * at / spent - Fraction(1, 10**6)), f"the budget of {_plain(allowed)} {name}"))
+                end = math.ceil(allowed * at / spent - Fraction(1, 10**6))
+                found.append((end, f"the budget of {_plain(allowed)} {name}"))
         return sorted(found)
 
     def _budget_end(self, history: History) -> int | None:
@@ -170,7 +206,8 @@ class Saturation:
         return self.settings.decay_updates or max(1, round(updates_done * self.settings.decay_fraction))
 
     def _decay_start(self, history: History) -> int | None:
-        """The first update whose decay would end at or after the budget's end: where it has to start at the latest."""
+        """The first update whose decay would end at or after the budget's end: where it has to start at the
+        latest."""
         end = self._budget_end(history)
         if end is None:
             return None
@@ -184,8 +221,14 @@ class Saturation:
         return low
 
 
+def _decay_of(history: History) -> Decay | None:
+    """The decay that has been started, if one has."""
+    return next((t.decision for t in history.decisions if isinstance(t.decision, Decay)), None)
+
+
 def epochs_without_rise(epochs: list[Epoch], min_delta: float) -> int:
-    """How many epochs in a row, up to the last, did not rise by more than min_delta. Epochs without targets do not count."""
+    """How many epochs in a row, up to the last, did not rise by more than min_delta. Epochs without targets
+    do not count."""
     best: Fraction | None = None
     since = 0
     delta = as_ratio(min_delta)

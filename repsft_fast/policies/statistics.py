@@ -1,4 +1,5 @@
-"""The few statistics policies need: exact accuracy thresholds, pooled scores, the paired test, a stable softmax."""
+"""The few statistics policies need: exact accuracy thresholds, pooled scores, the paired test, a stable
+softmax."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,8 @@ from repsft_fast.errors import TrainingError, describe
 
 @dataclass(frozen=True)
 class Score:
-    """A task's score at one evaluation; higher is better (a loss comes in negated). NaN or n = 0: undefined."""
+    """A task's score at one evaluation; higher is better (a loss comes in negated). NaN or n = 0:
+    undefined."""
 
     value: float  # the mean over the task's n validation items
     n: int
@@ -19,11 +21,14 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.items is not None and len(self.items) != self.n:
-            raise TrainingError(describe("score", "items and n disagree", expected=f"{self.n} items", got=len(self.items)))
+            raise TrainingError(
+                describe("score", "items and n disagree", expected=f"{self.n} items", got=len(self.items))
+            )
 
     @staticmethod
     def of(items: Iterable[float]) -> "Score":
-        """The score of these per-item values; no items, or one among them that is no finite number, makes it undefined."""
+        """The score of these per-item values; no items, or one among them that is no finite number, makes it
+        undefined."""
         kept = tuple(float(item) for item in items)
         known = bool(kept) and all(map(math.isfinite, kept))
         return Score(math.fsum(kept) / len(kept) if known else math.nan, len(kept), kept)
@@ -34,7 +39,8 @@ class Score:
 
     @cached_property
     def total(self) -> float:
-        """Sum over the items: exact for counts (0/1 items, or a mean of them), so that equal counts compare equal."""
+        """Sum over the items: exact for counts (0/1 items, or a mean of them), so that equal counts compare
+        equal."""
         if self.items is not None:
             return math.fsum(self.items)
         total = self.value * self.n
@@ -46,7 +52,8 @@ class Score:
 
 
 def pooled(scores: Mapping[str, Score], tasks: Iterable[str]) -> float:
-    """Mean over all items of `tasks` (the paper's pooled accuracy); NaN when one of them is undefined here."""
+    """Mean over all items of `tasks` (the paper's pooled accuracy); NaN when one of them is undefined
+    here."""
     wanted = [scores.get(task) for task in sorted(tasks)]
     if not wanted or any(score is None or not score.defined for score in wanted):
         return math.nan
@@ -71,20 +78,27 @@ class Difference:
     correction: float = 0.0  # continuity: one item's worth for 0/1 scores, so that few items do not decide
 
     def exceeds(self, z: float) -> bool:
-        """One-sided: is before above after by more than z standard errors? For 0/1 items this is McNemar's test, corrected."""
-        return math.isfinite(self.null_error) and self.mean > 0 and self.mean - self.correction >= z * self.null_error
+        """One-sided: is before above after by more than z standard errors? For 0/1 items this is McNemar's
+        test, corrected."""
+        return (
+            math.isfinite(self.null_error)
+            and self.mean > 0
+            and self.mean - self.correction >= z * self.null_error
+        )
 
 
 def difference(before: Score, after: Score) -> Difference:
-    """Paired where both carry items; otherwise from the binomial variances when scores are shares; else unknowable (inf)."""
+    """Paired where both carry items; otherwise from the binomial variances when scores are shares; else
+    unknowable (inf)."""
     if not (before.defined and after.defined):
         return Difference(math.nan, math.inf, math.inf)
     mean = before.value - after.value
+
+    # Most items stay right or wrong from one evaluation to the next: paired, that part of the noise cancels.
     if before.items is not None and after.items is not None:
         if before.n != after.n:
-            raise TrainingError(
-                describe("evaluation", "two scores of one task are over different items", expected=before.n, got=after.n)
-            )
+            wrong = "two scores of one task are over different items"
+            raise TrainingError(describe("evaluation", wrong, expected=before.n, got=after.n))
         n = before.n
         moved = [a - b for a, b in zip(before.items, after.items)]
         mean = math.fsum(moved) / n
@@ -93,6 +107,8 @@ def difference(before: Score, after: Score) -> Difference:
         error = math.sqrt(math.fsum((d - mean) ** 2 for d in moved) / (n - 1) / n)
         null = math.sqrt(math.fsum(d * d for d in moved)) / n
         return Difference(mean, error, null, 1 / n if before.is_binary and after.is_binary else 0.0)
+
+    # Without items only the variance of a share is known; a mean loss says nothing of its own spread.
     shares = all(0.0 <= s.value <= 1.0 and s.n > 1 for s in (before, after))
     if not shares:
         return Difference(mean, math.inf, math.inf)

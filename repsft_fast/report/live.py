@@ -3,8 +3,9 @@
 The trainer hands over plain dicts (the records of metrics.jsonl) and knows nothing of terminals:
 
     live = Live(enabled=world.is_main)
-    live.start({"folder": ..., "model": ..., "parameters": ..., "samples": ..., "updates": 3000, "target": 0.97})
-    live.update(record); live.epoch(record); live.evaluation(record); live.note("text"); live.end(result)
+    live.start({"folder": ..., "model": ..., "parameters": ..., "samples": ..., "updates": 3000, "target":
+    0.97}) live.update(record); live.epoch(record); live.evaluation(record); live.note("text");
+    live.end(result)
 
 Without a terminal there are plain lines, one per epoch and one every `every_seconds`.
 Not enabled (ranks other than 0), it prints nothing.
@@ -18,8 +19,8 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from repsft_fast.report import live_mixture, visible
+from repsft_fast.report.format import MISSING, count, duration, number, percent, size
 from repsft_fast.report.stream import Stream
-from repsft_fast.report.words import MISSING, count, duration, number, percent, size
 
 Record = Mapping[str, Any]
 BAR = 24  # columns, at most
@@ -27,14 +28,21 @@ BAR = 24  # columns, at most
 ORDER = ("target", "update", "loss", "speed", "eta", "epoch", "lr", "memory", "grad", "mfu", "wait", "vetoed")
 # In which order it is read.
 READ = ("target", "update", "epoch", "loss", "grad", "lr", "speed", "mfu", "memory", "wait", "vetoed", "eta")
-PATIENCE_S = 2.0  # so long a reader that does not read (a stopped terminal, a full pipe) holds the run up, once
+# so long a reader that does not read (a stopped terminal, a full pipe) holds the run up, once
+PATIENCE_S = 2.0
 
 
 class Live:
-    """The view of one run. `close` is safe to call at any time and twice; as a context manager it is called for you."""
+    """The view of one run. `close` is safe to call at any time and twice; as a context manager it is called
+    for you."""
 
     def __init__(
-        self, enabled: bool = True, *, stream: TextIO | None = None, terminal: bool | None = None, every_seconds: float = 30.0
+        self,
+        enabled: bool = True,
+        *,
+        stream: TextIO | None = None,
+        terminal: bool | None = None,
+        every_seconds: float = 30.0,
     ):
         """terminal: None = ask the stream (standard output unless given)."""
         self._stream: Any = Stream(stream if stream is not None else sys.stdout, patience_s=PATIENCE_S)
@@ -62,15 +70,21 @@ class Live:
         self.close()
 
     def start(self, info: Record) -> None:
-        """info: folder, model, parameters, samples, tasks, device, updates (the most there can be), target (token accuracy or
-        None), ends_by_rule (a policy may end the run before `updates`)."""
+        """info: folder, model, parameters, samples, tasks, device, updates (the most there can be), target
+        (token accuracy or None), ends_by_rule (a policy may end the run before `updates`)."""
         self._given = self._info = dict(info)
         if not self._shown:
             return
         facts = [str(info[key]) for key in ("model", "device") if info.get(key)]
-        for key, word in (("parameters", "parameters"), ("samples", "samples"), ("updates", "updates at most")):
+        for key, word in (
+            ("parameters", "parameters"),
+            ("samples", "samples"),
+            ("updates", "updates at most"),
+        ):
             if info.get(key):
-                facts.insert(-1 if key == "parameters" and len(facts) > 1 else len(facts), f"{count(info[key])} {word}")
+                facts.insert(
+                    -1 if key == "parameters" and len(facts) > 1 else len(facts), f"{count(info[key])} {word}"
+                )
         if info.get("target") is not None:
             facts.append(f"stops at {percent(info['target'])} token accuracy")
         self._print(" · ".join(facts), "dim")
@@ -134,27 +148,38 @@ class Live:
                 self._print(line, "")
 
     def ends_at(self, update: int | None) -> None:
-        """The decay has begun: the last update is known, the bar runs to it, the time left is no bound. None: not begun."""
+        """The decay has begun: the last update is known, the bar runs to it, the time left is no bound. None:
+        not begun."""
         known = {"updates": update, "target": None, "ends_by_rule": False}
         self._info = self._given | known if update is not None else self._given
 
-    def note(self, text: str, *, warning: bool = False) -> None:
+    def note(self, text: str) -> None:
         """A sentence that stays: a decision, a warning, something dropped and counted."""
         if self._shown:
-            self._print(text, "yellow" if warning else "")
+            self._print(text, "")
 
     def end(self, result: Any) -> None:
         """result: report.result.RunResult, or a dict of its fields."""
         self.close()
         if not self._shown:
             return
-        value = result.get if isinstance(result, Mapping) else lambda name, default=None: getattr(result, name, default)
+        value = (
+            result.get
+            if isinstance(result, Mapping)
+            else lambda name, default=None: getattr(result, name, default)
+        )
         if self._standing is not None:
             for line in live_mixture.ending(self._standing, value("more", None) or {}):
                 self._print(line, "")
         good = bool(value("success", True))
-        self._print(f"{'✓' if good else '✗'} {value('reason', 'ended')}", "bold green" if good else "bold red")
-        facts = [f"{count(value('updates'))} updates", f"{number(value('epochs'))} epochs", duration(value("seconds"))]
+        self._print(
+            f"{'✓' if good else '✗'} {value('reason', 'ended')}", "bold green" if good else "bold red"
+        )
+        facts = [
+            f"{count(value('updates'))} updates",
+            f"{number(value('epochs'))} epochs",
+            duration(value("seconds")),
+        ]
         if value("token_accuracy") is not None:
             facts.append(f"token accuracy {percent(value('token_accuracy'), 2)}")
         self._print("  " + " · ".join(facts), "")
@@ -172,7 +197,11 @@ class Live:
         from rich.text import Text
 
         self._screen = Screen(
-            Text("preparing …", style="dim"), console=self._rich(), refresh_per_second=4, transient=True, redirect_stderr=False
+            Text("preparing …", style="dim"),
+            console=self._rich(),
+            refresh_per_second=4,
+            transient=True,
+            redirect_stderr=False,
         )
         self._screen.start()
 
@@ -181,7 +210,9 @@ class Live:
 
         width = self._console.width
         line = self._line(self._record, width) if self._record is not None else ""
-        self._screen.update(line if self._standing is None else Group(live_mixture.bars(self._standing, width), line))
+        self._screen.update(
+            line if self._standing is None else Group(live_mixture.bars(self._standing, width), line)
+        )
 
     def _rich(self) -> Any:
         if self._console is None:
@@ -189,7 +220,8 @@ class Live:
         return self._console
 
     def _print(self, text: str, style: str) -> None:
-        """A line that stays. It may hold names and texts that are not ours: the terminal shows them and does not obey them."""
+        """A line that stays. It may hold names and texts that are not ours: the terminal shows them and does
+        not obey them."""
         text = visible.visible(text)
         if self._terminal:
             visible.show(self._rich(), text, style)
@@ -203,14 +235,21 @@ class Live:
         names = {name: visible.one_line(name) for name in tasks}
         width = max(map(visible.columns, names.values()))
         for name, task in tasks.items():
-            figures = f"loss {number(task.get('loss'), 4):>7}  token accuracy {percent(task.get('token_accuracy'), 2):>8}"
+            figures = (
+                f"loss {number(task.get('loss'), 4):>7}  token accuracy"
+                f" {percent(task.get('token_accuracy'), 2):>8}"
+            )
             self._print(f"    {visible.padded(names[name], width)}  {figures}", "dim")
 
     def _fields(self, record: Record) -> dict[str, str]:
         target, total = self._info.get("target"), self._info.get("updates")
         accuracy, update = record.get("token_accuracy"), record.get("update")
         fields = {
-            "target": f"{percent(accuracy)} of {percent(target)}" if target is not None else f"accuracy {percent(accuracy)}",
+            "target": (
+                f"{percent(accuracy)} of {percent(target)}"
+                if target is not None
+                else f"accuracy {percent(accuracy)}"
+            ),
             "update": f"update {count(update)}/{count(total)}" if total else f"update {count(update)}",
             "loss": f"loss {number(record.get('loss'))}",
             "grad": f"grad {number(record.get('grad_norm'))}",
@@ -218,11 +257,14 @@ class Live:
         }
         if record.get("epoch") is not None:
             fields["epoch"] = (
-                f"epoch {number(record['epoch'])}" if isinstance(record["epoch"], float) else f"epoch {record['epoch']}"
+                f"epoch {number(record['epoch'])}"
+                if isinstance(record["epoch"], float)
+                else f"epoch {record['epoch']}"
             )
         fields |= dict(zip(("speed", "mfu", "memory", "wait"), _known(record, keep_empty=True), strict=True))
         if record.get("vetoed"):
-            fields["vetoed"] = f"{int(record['vetoed'])} skipped"  # True in the line of one update, spikes among them
+            # True in the line of one update, spikes among them
+            fields["vetoed"] = f"{int(record['vetoed'])} skipped"
         left = self._pace.seconds_for((total or 0) - (update or 0)) if total else None
         if left is not None:
             # A stop rule or a policy may end the run earlier: the budget's end is an upper bound.
@@ -244,9 +286,8 @@ class Live:
         line = _bar(self._done(record), bar)
         for name in READ:
             if name in kept:
-                line.append("  ").append(
-                    fields[name], style="bold" if name == "target" else "dim" if name in ("wait", "memory") else ""
-                )
+                style = "dim" if name in ("wait", "memory") else ""
+                line.append("  ").append(fields[name], style="bold" if name == "target" else style)
         line.no_wrap = True
         assert isinstance(line, Text)
         return line

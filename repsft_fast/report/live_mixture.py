@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from repsft_fast.report.format import MISSING, number, percent
 from repsft_fast.report.visible import columns, one_line, padded
-from repsft_fast.report.words import MISSING, number, percent
 
 BAR = 28  # columns, at most
 NARROW = 60  # columns; below this only names and scores
@@ -28,7 +28,9 @@ def filled(task: Mapping[str, Any], metric: str) -> tuple[float, float]:
     if metric in SHARES:
         return task["score"], task["best"]
     span = task["best"] - task["lowest"]
-    return ((task["score"] - task["lowest"]) / span if span > 0 else 0.0), 1.0 if span > 0 else 0.0
+    if span <= 0:
+        return 0.0, 0.0
+    return (task["score"] - task["lowest"]) / span, 1.0
 
 
 def note_of(task: Mapping[str, Any]) -> str:
@@ -52,7 +54,10 @@ def bars(standing: Mapping[str, Any], width: int) -> Any:
         now, best = filled(task, metric)
         name = one_line(name)
         cells = [
-            Text(name if len(name) <= 24 else f"{name[:23]}…", style="bold" if task["state"] == "active" else "dim"),
+            Text(
+                name if len(name) <= 24 else f"{name[:23]}…",
+                style="bold" if task["state"] == "active" else "dim",
+            ),
             Text(f"{score_text(task.get('score'), metric):>7}"),
         ]
         if width >= NARROW:
@@ -81,15 +86,19 @@ def bar(now: float, best: float, width: int, colour: str) -> Any:
 
 
 def evaluation_line(record: Mapping[str, Any], metric: str, width: int | None = None) -> str:
-    """1.75 epochs  all 61.2 %  boolq 64.1 %  gsm8k 12.0 %. Without the tasks where they do not fit: the bars show them."""
+    """1.75 epochs  all 61.2 %  boolq 64.1 %  gsm8k 12.0 %. Without the tasks where they do not fit: the bars
+    show them."""
     scores = record.get("scores") or {}
     head = f"  {record.get('epoch', 0.0):.2f} epochs  all {score_text(record.get('pooled'), metric)}"
-    whole = "  ".join([head, *(f"{one_line(name)} {score_text(score, metric)}" for name, score in scores.items())])
+    whole = "  ".join(
+        [head, *(f"{one_line(name)} {score_text(score, metric)}" for name, score in scores.items())]
+    )
     return whole if width is None or len(whole) <= width else head
 
 
 def ending(standing: Mapping[str, Any], more: Mapping[str, Any]) -> list[str]:
-    """The result, task by task: its score where it was chosen, on the test rows, and how the task's training ended.
+    """The result, task by task: its score where it was chosen, on the test rows, and how the task's training
+    ended.
 
     more: of result.json. A run that ended without a result shows how its tasks stood.
     """

@@ -1,7 +1,8 @@
 """run.png of a mixture: how all tasks did together, who was trained when, and every task's own curve.
 
-The axis counts epochs of the active mixture along the branch, so a roll-back is a step to the left: what was thrown away
-runs on in grey, and the branch that was kept goes on in colour from the peak. Reads timeline data only.
+The axis counts epochs of the active mixture along the branch, so a roll-back is a step to the left: what was
+thrown away runs on in grey, and the branch that was kept goes on in colour from the peak. Reads timeline data
+only.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.report import timeline
+from repsft_fast.report.format import count, duration, number, percent
 from repsft_fast.report.picture import FAINT, GRID, INK, drawing, new_figure, save, say_damage
 from repsft_fast.report.records import is_number, result_or_nothing, setting
 from repsft_fast.report.result import FILE as RESULT_FILE
 from repsft_fast.report.visible import one_line
-from repsft_fast.report.words import count, duration, number, percent
 
 KEPT, GONE, LEFT, BEST = "#0b6e99", "#c9ced4", "#bc6c25", "#1a7f37"
 COLUMNS, MOST_TASKS, MOST_LISTED = 4, 24, 60
@@ -24,7 +25,8 @@ Points = list[tuple[float, float]]
 
 
 def draw(folder: Path | str) -> Path:
-    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
+    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to
+    draw."""
     folder = Path(folder)
     data = timeline.build(folder)
     metric = str(setting(folder, "mixture", "metric") or "exact_match")
@@ -33,11 +35,14 @@ def draw(folder: Path | str) -> Path:
 
 
 def _figure_of(folder: Path, data: Mapping[str, Any], metric: str) -> Any:
+    # The panels' number decides the height: a picture of three tasks is not one of thirty.
     tasks = data["tasks"]
     shown = tasks[:MOST_TASKS]
     columns = _columns(len(shown))
     lines = math.ceil(len(shown) / columns)
     top_height, height = 1.1 + max(2.2, 0.24 * min(len(tasks), MOST_LISTED)), 1.9
+
+    # Two figures in one: their panels have different heights, which one grid cannot give them.
     figure = new_figure(11, top_height + height * lines + 0.5)
     halves: Any = figure.subfigures(2, 1, height_ratios=(top_height, height * lines))
     top, below = halves
@@ -45,20 +50,30 @@ def _figure_of(folder: Path, data: Mapping[str, Any], metric: str) -> Any:
     paths = _paths(data)
     _pooled(left, data, paths, metric)
     _who(right, data)
-    words = "each task by itself · grey: thrown away · dashed: left the mixture, still evaluated · band: ± 1 standard error"
+
+    # Every task on its own axes: scores of different tasks share no scale. Places left over stay empty.
+    words = (
+        "each task by itself · grey: thrown away · dashed: left the mixture, still evaluated · band: ± 1"
+        " standard error"
+    )
     below.suptitle(words, fontsize=9, color=FAINT, x=0.01, ha="left")
+    # Places that no task fills are hidden, and the lowest panel of each column says the unit.
     panels = below.subplots(lines, columns, squeeze=False, sharex=True)
     for axes, task in zip(panels.flat, shown, strict=False):
         _task(axes, task, data, paths, metric)
     for axes in panels.flat[len(shown) :]:
         axes.set_visible(False)
+
+    # The panels share their axis, which matplotlib labels in the last line only, empty or not.
     for column in range(columns):
         last = max((i for i in range(len(shown)) if i % columns == column), default=None)
         if last is not None:
             panels.flat[last].set_xlabel("epochs", fontsize=9, color=INK)
             panels.flat[last].tick_params(labelbottom=True)
     more = "" if len(shown) == len(tasks) else f" · the first {len(shown)} of {len(tasks)} tasks"
-    figure.suptitle(one_line(_title(folder, data)) + more, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(
+        one_line(_title(folder, data)) + more, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False
+    )
     say_damage(figure, data.get("left_out", ""))
     return figure
 
@@ -69,7 +84,8 @@ def _columns(tasks: int) -> int:
 
 
 def _paths(data: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """("kept" | "discarded", evaluations in a row) of every stretch, each beginning at the moment it left from."""
+    """("kept" | "discarded", evaluations in a row) of every stretch, each beginning at the moment it left
+    from."""
     by_moment = {e["moment"]: e for e in data["evaluations"]}
     starts = {stage["stage"]: stage.get("start") for stage in data["stages"]}
     found: list[tuple[str, list[Mapping[str, Any]]]] = []
@@ -109,8 +125,9 @@ def _pooled(axes: Any, data: Mapping[str, Any], paths: Any, metric: str) -> None
             axes.plot(*zip(*way, strict=True), **{**_pen("kept", 2.0), "color": BEST})
     if result is not None and y is not None:
         axes.plot([result["epoch"]], [y], "o", color=BEST, markersize=8, markeredgecolor="white", zorder=5)
-        axes.annotate(f"result {_figure(y, metric)}", (result["epoch"], y), xytext=(0, 9), textcoords="offset points",
-                      ha="center", fontsize=9, color=BEST, fontweight="bold")  # fmt: skip
+        axes.annotate(f"result {_figure(y, metric)}", (result["epoch"], y), xytext=(0, 9),
+                      textcoords="offset points", ha="center", fontsize=9, color=BEST,
+                      fontweight="bold")  # fmt: skip
         axes.margins(y=0.16)
     _roll_backs(axes, data, lambda e: _shown(e.get("pooled"), metric))
     for branch, word in (("kept", "kept"), ("discarded", "thrown away")):
@@ -124,8 +141,11 @@ def _pooled(axes: Any, data: Mapping[str, Any], paths: Any, metric: str) -> None
 def _who(axes: Any, data: Mapping[str, Any]) -> None:
     """A line per task: in colour while it was trained, a thin one after it left."""
     tasks = data["tasks"][:MOST_LISTED]
-    rest = "" if len(tasks) == len(data["tasks"]) else f": the first {len(tasks)} of {len(data['tasks'])} tasks"
+    rest = (
+        "" if len(tasks) == len(data["tasks"]) else f": the first {len(tasks)} of {len(data['tasks'])} tasks"
+    )
     axes.set_title(f"who was trained{rest}", loc="left", fontsize=10, color=INK)
+    # A stage lasts until its last evaluation on the way that was kept.
     ends: dict[int, float] = {}
     begins: dict[int, float] = {}
     for evaluation in data["evaluations"]:
@@ -140,12 +160,18 @@ def _who(axes: Any, data: Mapping[str, Any]) -> None:
         for row, task in enumerate(tasks):
             trained = task in stage["active"]
             rehearsed = not trained and (stage.get("weights") or {}).get(task)
-            axes.plot([begin, end], [row, row], color=KEPT if trained else FAINT if rehearsed else GRID,
+            untrained = FAINT if rehearsed else GRID
+            axes.plot([begin, end], [row, row], color=KEPT if trained else untrained,
                       linewidth=7 if trained else 3, solid_capstyle="butt", zorder=2)  # fmt: skip
+
+    # Where the fall was seen, which is later than the peak that the line ends at.
     for decision in data["decisions"]:
         if decision["kind"] == "roll_back" and decision.get("drop") in tasks:
             row = tasks.index(decision["drop"])
-            axes.plot([decision["epoch"]], [row], marker="x", color=LEFT, markersize=7, markeredgewidth=2, zorder=4)
+            axes.plot(
+                [decision["epoch"]], [row], marker="x", color=LEFT, markersize=7, markeredgewidth=2, zorder=4
+            )
+    # A table and no diagram: names for the rows, no frame.
     axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks], parse_math=False)
     axes.set_ylim(len(tasks) - 0.4, -0.6)
     axes.set_xlim(-0.02 * last, last * 1.02 or 1.0)
@@ -161,9 +187,12 @@ def _task(axes: Any, task: str, data: Mapping[str, Any], paths: Any, metric: str
     def value(evaluation: Mapping[str, Any]) -> float | None:
         return _shown(evaluation["scores"].get(task), metric)
 
+    # The kept branch is drawn last, above those thrown away; dashed from where the task left the mixture.
     _style(axes, _short(task), metric)
     dropped = next((d for d in data["decisions"] if d["kind"] == "roll_back" and d.get("drop") == task), None)
     left_at = _left_at(task, data)
+
+    # Kept branches last, over the others. After the task has left its curve is what others did to it.
     for branch, line in sorted(paths, key=lambda pair: pair[0] == "kept"):
         points = _points(line, value)
         if not points:
@@ -176,19 +205,28 @@ def _task(axes: Any, task: str, data: Mapping[str, Any], paths: Any, metric: str
         if len(before) > 1 or not after:
             axes.plot(*zip(*before, strict=True), **_pen(branch, 1.8))
         if len(after) > 1:
-            axes.plot(*zip(*after, strict=True), **{**_pen(branch, 1.2), "linestyle": (0, (3, 2)), "alpha": 0.75})
-    for branch, line in paths:  # the noise of the score: one standard error each way
-        band = [(e["epoch"], y, s) for e in line if (y := value(e)) is not None and (s := (e.get("errors") or {}).get(task))]
+            axes.plot(
+                *zip(*after, strict=True), **{**_pen(branch, 1.2), "linestyle": (0, (3, 2)), "alpha": 0.75}
+            )
+
+    # The noise of the score, one standard error each way: without it every wiggle looks like a fall.
+    for branch, line in paths:
+        band = [
+            (e["epoch"], y, s)
+            for e in line
+            if (y := value(e)) is not None and (s := (e.get("errors") or {}).get(task))
+        ]
         if branch == "kept" and len(band) > 1:
             xs, ys, errors = zip(*band, strict=True)
             low, high = ([y + sign * s for y, s in zip(ys, errors, strict=True)] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=KEPT, alpha=0.10, linewidth=0, zorder=1)
+    # The moment gone back to is why the task left: it was at its best there.
     if dropped is not None:
         peak = next((e for e in data["evaluations"] if e["moment"] == dropped["to"]), None)
         if peak is not None and (y := value(peak)) is not None:
             axes.plot([peak["epoch"]], [y], "o", color=LEFT, markersize=6, markeredgecolor="white", zorder=5)
-            axes.annotate(f"out at {peak['epoch']:.2f}", (peak["epoch"], y), xytext=(0, 6), textcoords="offset points",
-                          ha="center", fontsize=8, color=LEFT)  # fmt: skip
+            axes.annotate(f"out at {peak['epoch']:.2f}", (peak["epoch"], y), xytext=(0, 6),
+                          textcoords="offset points", ha="center", fontsize=8, color=LEFT)  # fmt: skip
             axes.margins(y=0.22)
 
 
@@ -211,15 +249,30 @@ def _roll_backs(axes: Any, data: Mapping[str, Any], value: Any) -> None:
         if not gone or value(to) is None:
             continue
         end = gone[-1]
-        axes.annotate("", (to["epoch"], value(to)), xytext=(end["epoch"], value(end)), zorder=3,
-                      arrowprops={"arrowstyle": "->", "color": LEFT, "linewidth": 0.9, "alpha": 0.8,
-                                  "connectionstyle": "arc3,rad=0.25", "shrinkA": 2, "shrinkB": 3})  # fmt: skip
+        arrow = {
+            "arrowstyle": "->", "color": LEFT, "linewidth": 0.9, "alpha": 0.8,
+            "connectionstyle": "arc3,rad=0.25", "shrinkA": 2, "shrinkB": 3,
+        }  # fmt: skip
+        there, here = (to["epoch"], value(to)), (end["epoch"], value(end))
+        axes.annotate("", there, xytext=here, zorder=3, arrowprops=arrow)
 
 
 def _pen(branch: str, width: float) -> dict[str, Any]:
     if branch == "kept":
-        return {"color": KEPT, "linewidth": width, "zorder": 3, "solid_capstyle": "round", "solid_joinstyle": "round"}
-    return {"color": GONE, "linewidth": width * 0.8, "zorder": 2, "solid_capstyle": "round", "solid_joinstyle": "round"}
+        return {
+            "color": KEPT,
+            "linewidth": width,
+            "zorder": 3,
+            "solid_capstyle": "round",
+            "solid_joinstyle": "round",
+        }
+    return {
+        "color": GONE,
+        "linewidth": width * 0.8,
+        "zorder": 2,
+        "solid_capstyle": "round",
+        "solid_joinstyle": "round",
+    }
 
 
 def _style(axes: Any, title: str, metric: str) -> None:
@@ -255,7 +308,12 @@ def _figure(value: float, metric: str) -> str:
 
 
 def _name(metric: str) -> str:
-    names = {"nll": "loss", "exact_match": "exact match", "token_accuracy": "token accuracy", "answer": "right answers"}
+    names = {
+        "nll": "loss",
+        "exact_match": "exact match",
+        "token_accuracy": "token accuracy",
+        "answer": "right answers",
+    }
     return names.get(metric, metric)
 
 
@@ -270,7 +328,11 @@ def _title(folder: Path, data: Mapping[str, Any]) -> str:
     facts = [str(result.get("reason", "unfinished run"))]
     account = data["result"].get("account")
     tokens = account.get("tokens") if isinstance(account, dict) else None
-    if isinstance(tokens, dict) and all(is_number(tokens.get(name)) for name in ("trained", "discarded")) and tokens["trained"]:
+    if (
+        isinstance(tokens, dict)
+        and all(is_number(tokens.get(name)) for name in ("trained", "discarded"))
+        and tokens["trained"]
+    ):
         share = tokens["discarded"] / tokens["trained"]
         facts.append(f"{count(tokens['trained'])} tokens trained, {percent(share, 0)} gone with roll-backs")
     if is_number(result.get("seconds")):

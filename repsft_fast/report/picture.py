@@ -1,7 +1,7 @@
 """run.png: loss and token accuracy by epoch, the target, where the decay began and where the run stopped.
 
-Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be drawn again at any time, on any machine. What
-of it is damaged is left out, and the picture says so.
+Reads only the run's folder (metrics.jsonl, result.json, run.yaml), so it can be drawn again at any time, on
+any machine. What of it is damaged is left out, and the picture says so.
 """
 
 import bisect
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from repsft_fast.errors import RepsftError, describe
+from repsft_fast.files import replace_file
+from repsft_fast.report.format import count, duration, percent
 from repsft_fast.report.records import Metrics, is_number, read_metrics, result_or_nothing, setting
 from repsft_fast.report.result import FILE as RESULT_FILE
 from repsft_fast.report.visible import one_line
-from repsft_fast.report.words import count, duration, percent
 
 FILE = "run.png"
 INK, FAINT, GRID = "#1f2328", "#8b949e", "#e6e8eb"
@@ -30,41 +31,60 @@ Curve = list[tuple[float, float]]
 
 
 def draw(folder: Path | str) -> Path:
-    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to draw."""
+    """Draws run.png into the run's folder and returns its path. Raises RepsftError when there is nothing to
+    draw."""
     folder = Path(folder)
     found = read_metrics(folder)
     records, result = found.records, result_or_nothing(folder / RESULT_FILE)
     updates = [r for r in records if r.get("kind") == "update"]
     epochs = [r for r in records if r.get("kind") == "epoch"]
     if not updates and not epochs:
-        raise RepsftError(describe(str(folder / "metrics.jsonl"), "holds no update", todo="the run ended before its first one"))
+        raise RepsftError(
+            describe(
+                str(folder / "metrics.jsonl"), "holds no update", todo="the run ended before its first one"
+            )
+        )
 
     with drawing():
         return save(_figure(folder, found, updates, epochs, result), folder)
 
 
-def _figure(folder: Path, found: Metrics, updates: Sequence[Record], epochs: Sequence[Record], result: Record) -> Any:
+def _figure(
+    folder: Path, found: Metrics, updates: Sequence[Record], epochs: Sequence[Record], result: Record
+) -> Any:
     records, figure = found.records, new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     x_of = _epoch_axis(updates, epochs)
     held_out = [r for r in records if r.get("kind") == "evaluation"]
+    # Noisy updates pale below the epochs' means, so that the trend is what is seen.
     for axes, name, colour in ((left, "loss", LOSS), (right, "token_accuracy", ACCURACY)):
         _style(axes)
         fine, coarse, other = (_curve(part, name, x_of) for part in (updates, epochs, held_out))
         if fine:
-            axes.plot(*zip(*fine, strict=True), color=colour, linewidth=0.8, alpha=0.35, solid_joinstyle="round")
+            axes.plot(
+                *zip(*fine, strict=True), color=colour, linewidth=0.8, alpha=0.35, solid_joinstyle="round"
+            )
         if coarse:
             marker = {"marker": "o", "markersize": 3.5} if len(coarse) <= 60 else {}
-            axes.plot(*zip(*coarse, strict=True), color=colour, linewidth=2.0, label="training, per epoch", **marker)
-        if other:
-            marker = {"marker": "o", "markersize": 3.5} if len(other) <= 60 else {}  # a single point has no line
             axes.plot(
-                *zip(*other, strict=True), color=HELD_OUT, linewidth=1.5, linestyle=(0, (4, 2)), label="validation", **marker
+                *zip(*coarse, strict=True), color=colour, linewidth=2.0, label="training, per epoch", **marker
+            )
+        if other:
+            # a single point has no line
+            marker = {"marker": "o", "markersize": 3.5} if len(other) <= 60 else {}
+            axes.plot(
+                *zip(*other, strict=True),
+                color=HELD_OUT,
+                linewidth=1.5,
+                linestyle=(0, (4, 2)),
+                label="validation",
+                **marker,
             )
     _finish_loss(left)
     target = setting(folder, "stop", "token_accuracy")
     _finish_accuracy(right, float(target) if is_number(target) else None)
     _mark_moments(left, right, records, x_of, result)
+    # Last, when it is known what has a label.
     for axes in (left, right):
         if axes.get_legend_handles_labels()[1]:
             place = "lower left" if axes is left else "lower right"  # where no training curve runs
@@ -77,7 +97,8 @@ def _figure(folder: Path, found: Metrics, updates: Sequence[Record], epochs: Seq
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's matplotlibrc makes of it, and no warning about a letter without a picture."""
+    """matplotlib as it comes, whatever the user's matplotlibrc makes of it, and no warning about a letter
+    without a picture."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -87,7 +108,8 @@ def drawing() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """By the object interface and not pyplot: no global state, no window, safe beside a caller's own figures."""
+    """By the object interface and not pyplot: no global state, no window, safe beside a caller's own
+    figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -109,27 +131,24 @@ def save(figure: Any, folder: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Whole or not at all: a killed or failed write leaves the one before it. RepsftError where something else has the name."""
+    """Whole or not at all: a killed or failed write leaves the one before it. RepsftError where something
+    else has the name."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise RepsftError(describe(str(path), "is a link or no file", todo="move it away: it is not written over"))
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        raise RepsftError(
+            describe(str(path), "is a link or no file", todo="move it away: it is not written over")
+        )
+    replace_file(path, content, path.name, durable=False)  # drawn again from the record, at any time
     return path
 
 
 def _epoch_axis(updates: Sequence[Record], epochs: Sequence[Record]) -> Callable[[Record], float | None]:
     """Record → epochs. Records with no epoch of their own (a decay, a note) get it from their update."""
     known = sorted(
-        {(r["update"], r["epoch"]) for r in (*updates, *epochs) if is_number(r.get("update")) and is_number(r.get("epoch"))}
+        {
+            (r["update"], r["epoch"])
+            for r in (*updates, *epochs)
+            if is_number(r.get("update")) and is_number(r.get("epoch"))
+        }
     )
     at = [update for update, _ in known]
 
@@ -189,24 +208,40 @@ def _finish_accuracy(axes: Any, target: float | None) -> None:
 
 
 def _mark_moments(
-    left: Any, right: Any, records: Sequence[Record], epoch_of: Callable[[Record], float | None], result: Record
+    left: Any,
+    right: Any,
+    records: Sequence[Record],
+    epoch_of: Callable[[Record], float | None],
+    result: Record,
 ) -> None:
     """Where the decay began, and where a rule ended the run."""
+    # The budget's end needs no line: the curve ends there.
     moments: list[tuple[float, str, str]] = []
     for record in records:
         x = epoch_of(record) if record.get("kind") == "decay" else None
         if x is not None:
             moments.append((x, "decay", DECAY))
-    ends = [x for record in records if record.get("kind") in ("update", "epoch") and (x := epoch_of(record)) is not None]
+    ends = [
+        x
+        for record in records
+        if record.get("kind") in ("update", "epoch") and (x := epoch_of(record)) is not None
+    ]
     if ends and result.get("code") in ("token_accuracy", "plateau", "policy"):
         moments.append((max(ends), "stop", ACCURACY))
     for x, word, colour in moments:
         for axes in (left, right):
             axes.axvline(x, color=colour, linewidth=1, alpha=0.8)
-        # Words stand above the plot, where no curve runs, on the outer sides of their lines: these are often close.
+        # Words stand above the plot, where no curve runs, on the outer sides of their lines: these are often
+        # close.
         side = {"xytext": (-2, 2), "ha": "left"} if word == "stop" else {"xytext": (2, 2), "ha": "right"}
         right.annotate(
-            word, (x, 1.0), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9, color=colour, **side
+            word,
+            (x, 1.0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=9,
+            color=colour,
+            **side,
         )
 
 

@@ -1,6 +1,8 @@
-"""What a run's folder says of the run, read as it is found: what is damaged is left out and counted, and nothing hangs.
+"""What a run's folder says of the run, read as it is found: what is damaged is left out and counted, and
+nothing hangs.
 
-A line of metrics.jsonl that a full disk, a power cut or an editor spoilt costs that line, and never the picture of the run.
+A line of metrics.jsonl that a full disk, a power cut or an editor spoilt costs that line, and never the
+picture of the run.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Metrics:
 
     @property
     def words(self) -> str:
-        """`2 lines of metrics.jsonl (the first: line 7) cannot be read and are left out`; "" when all could."""
+        """`2 lines of metrics.jsonl (the first: line 7) cannot be read and are left out`; "" when all
+        could."""
         rest = f"{METRICS} is too large: its last {self.unread} bytes are left out" if self.unread else ""
         return "; ".join(words for words in (self._damage, rest) if words)
 
@@ -45,7 +48,10 @@ class Metrics:
             return ""
         if self.damaged == 1:
             return f"line {self.first} of {METRICS} cannot be read and is left out"
-        return f"{self.damaged} lines of {METRICS} (the first: line {self.first}) cannot be read and are left out"
+        return (
+            f"{self.damaged} lines of {METRICS} (the first: line {self.first}) cannot be read and are"
+            " left out"
+        )
 
     def leave_out(self, line: int) -> None:
         self.damaged += 1
@@ -61,10 +67,12 @@ class Metrics:
 
 
 def read_metrics(folder: Path | str) -> Metrics:
-    """Every line that is one JSON object. A last line without its end is still being written: it is no damage.
+    """Every line that is one JSON object. A last line without its end is still being written: it is no
+    damage.
 
     Raises RepsftError when there is no such plain file.
     """
+    # NaN and Infinity are no JSON: a line that has them is damage like any other.
     path = Path(folder) / METRICS
     found = Metrics()
     decoder = json.JSONDecoder(parse_constant=_no_constant)
@@ -83,15 +91,19 @@ def read_metrics(folder: Path | str) -> Metrics:
                     found.lines.append(number)
                 elif line.endswith(b"\n"):
                     found.leave_out(number)
+            # Beyond what is read the rest is counted, so that a reader is told.
             if file.tell() >= MOST_BYTES:
                 found.unread = max(0, os.fstat(file.fileno()).st_size - file.tell())
     except OSError as error:
-        raise RepsftError(describe(str(path), f"cannot be read ({_why(error)})", todo="is this a run's folder?")) from error
+        raise RepsftError(
+            describe(str(path), f"cannot be read ({_why(error)})", todo="is this a run's folder?")
+        ) from error
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object. Raises OSError for what is no plain file of a sensible size, ValueError for what is no object."""
+    """One JSON object. Raises OSError for what is no plain file of a sensible size, ValueError for what is no
+    object."""
     with open_plain(path) as file:
         content = file.read(LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:

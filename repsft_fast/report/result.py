@@ -2,20 +2,21 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
-from uuid import uuid4
 
 from repsft_fast.errors import RepsftError, describe
+from repsft_fast.files import replace_file
 from repsft_fast.report.records import read_json
 
 FILE = "result.json"
 Code = Literal[
-    "token_accuracy", "plateau", "budget", "policy", "interrupted", "terminated", "nonfinite", "out_of_memory", "error"
+    "token_accuracy", "plateau", "budget", "policy",
+    "interrupted", "terminated", "nonfinite", "out_of_memory", "error",
 ]  # fmt: skip
-# Ending by a rule or by the budget is success. The process of an interrupted run exits like any interrupted program.
+# Ending by a rule or by the budget is success. The process of an interrupted run exits like any interrupted
+# program.
 EXIT_CODES: dict[str, int] = {
     "token_accuracy": 0,
     "plateau": 0,
@@ -75,25 +76,19 @@ class RunResult:
 def write(result: RunResult) -> Path:
     """Write result.json into the run's folder: whole or not at all, and on the disk when this returns.
 
-    A number that is not finite is null in it, and `more.not_finite` names its place: it is no reason to lose the others.
+    A number that is not finite is null in it, and `more.not_finite` names its place: it is no reason to lose
+    the others.
     """
-    folder = Path(result.folder)
-    target = folder / FILE
+    target = Path(result.folder) / FILE
     places: list[str] = []
     values = _writable({"success": result.success, **asdict(result)}, "", places)
     if places:
         values["more"]["not_finite"] = places
     text = json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    written = folder / f".{FILE}.{uuid4().hex}"
-    try:
-        with open(written, "xb") as file:  # whose mode is the umask's
-            file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair (in a path) as JSON spells it
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, target)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    # half a surrogate pair (in a path) as JSON spells it
+    data = text.encode("utf-8", "backslashreplace")
+    # an error after which the file stood there would make a success of a run that failed
+    replace_file(target, data, FILE, durable=False)
     return target
 
 
@@ -110,7 +105,9 @@ def read(folder: Path | str) -> RunResult:
         known = {f.name for f in fields(RunResult)}
         return RunResult(**{name: value for name, value in values.items() if name in known})
     except (OSError, ValueError, TypeError) as error:
-        raise RepsftError(describe(str(path), f"cannot be read ({error})", todo="is this a run's folder?")) from error
+        raise RepsftError(
+            describe(str(path), f"cannot be read ({error})", todo="is this a run's folder?")
+        ) from error
 
 
 _KINDS: dict[str, Any] = {
@@ -127,7 +124,10 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _writable(value: Any, place: str, places: list[str]) -> Any:
     """The value as JSON can write it. places: gets the names of the numbers that are not finite."""
     if isinstance(value, dict):
-        return {str(name): _writable(one, f"{place}.{name}" if place else str(name), places) for name, one in value.items()}
+        return {
+            str(name): _writable(one, f"{place}.{name}" if place else str(name), places)
+            for name, one in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_writable(one, f"{place}[{number}]", places) for number, one in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,7 +1,8 @@
 """Standard output and error as a run needs them: whatever becomes of the reader, the run goes on.
 
-A pipe whose reader left (`| head`), a terminal that was closed, a full disk under `> log.txt`, a stream that was closed before
-the program began, an encoding without the character: none of them is an error here. What went wrong is kept in `trouble`.
+A pipe whose reader left (`| head`), a terminal that was closed, a full disk under `> log.txt`, a stream that
+was closed before the program began, an encoding without the character: none of them is an error here. What
+went wrong is kept in `trouble`.
 """
 
 import errno
@@ -20,9 +21,9 @@ class Stream(io.TextIOBase):
     """A text stream that cannot fail. What is not here (buffer, name, reconfigure, …) is the stream's own.
 
     stream: None where there is none (Python's, when the descriptor was closed at start).
-    patience_s: how long one write may wait for a reader that does not read; then what does not fit is left out, and counted
-    once it reads again. None = for ever, as files do.
-    trouble: why nothing is written any more, "" while all is well; left: the reader closed its end, as `head` does.
+    patience_s: how long one write may wait for a reader that does not read; then what does not fit is left
+    out, and counted once it reads again. None = for ever, as files do. trouble: why nothing is written any
+    more, "" while all is well; left: the reader closed its end, as `head` does.
     """
 
     def __init__(self, stream: Any, *, patience_s: float | None = None):
@@ -40,7 +41,8 @@ class Stream(io.TextIOBase):
                 self._give(text)
             else:
                 self._give_patiently(text)
-        except BlockingIOError:  # a stream that its owner made non-blocking: what it took in part it gets with the next
+        # a stream that its owner made non-blocking: what it took in part it gets with the next
+        except BlockingIOError:
             self._left_out += text.count("\n")
         except (OSError, ValueError) as error:
             self._broken(error)
@@ -69,7 +71,8 @@ class Stream(io.TextIOBase):
                 os.close(self._own)
 
     def let_go(self) -> None:
-        """The last flush. One that fails would be tried again by Python when it ends, which then exits with code 120."""
+        """The last flush. One that fails would be tried again by Python when it ends, which then exits with
+        code 120."""
         with suppress(OSError, ValueError):
             if self.inner is not None:
                 os.set_blocking(self.inner.fileno(), True)
@@ -132,7 +135,8 @@ class Stream(io.TextIOBase):
         self._push()
 
     def _push(self) -> bool:
-        """Writes what was begun. Waits once, for `patience_s`; a reader that is known to be behind is not waited for again."""
+        """Writes what was begun. Waits once, for `patience_s`; a reader that is known to be behind is not
+        waited for again."""
         ends_at = time.monotonic() + (0.0 if self._behind else float(self.patience_s or 0.0))
         while self._begun:
             try:
@@ -157,19 +161,24 @@ class Stream(io.TextIOBase):
 
 
 def _opened_again(stream: Any) -> int:
-    """A pipe or terminal opened once more, so that not waiting is our own affair and not that of all who share it; else 0."""
+    """A pipe or terminal opened once more, so that not waiting is our own affair and not that of all who
+    share it; else 0."""
     try:
         number = stream.fileno()
         if os.isatty(number) or stat.S_ISFIFO(os.fstat(number).st_mode):
-            return os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (AttributeError, OSError, ValueError):  # not a file, not a system that has this, or another user's terminal
+            return os.open(
+                f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            )
+    # not a file, not a system that has this, or another user's terminal
+    except (AttributeError, OSError, ValueError):
         pass
     return 0
 
 
 @contextmanager
 def standing() -> Iterator[Stream]:
-    """sys.stdout (which is given) and sys.stderr as Streams, let go at the end, so that the exit code is the program's own."""
+    """sys.stdout (which is given) and sys.stderr as Streams, let go at the end, so that the exit code is the
+    program's own."""
     _fill_the_first_three()
     before = sys.stdout, sys.stderr
     out, err = Stream(sys.stdout), Stream(sys.stderr)
@@ -183,8 +192,8 @@ def standing() -> Iterator[Stream]:
 
 
 def _fill_the_first_three() -> None:
-    """Descriptors 0, 1 and 2 that were closed at start lead nowhere: else the next files opened would get their numbers, and
-    whatever a library prints there would land in them."""
+    """Descriptors 0, 1 and 2 that were closed at start lead nowhere: else the next files opened would get
+    their numbers, and whatever a library prints there would land in them."""
     for number in range(3):
         try:
             os.fstat(number)

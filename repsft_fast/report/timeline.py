@@ -1,4 +1,5 @@
-"""timeline.json: every evaluation, decision, snapshot and revert of a mixture's run, in order, and which were kept.
+"""timeline.json: every evaluation, decision, snapshot and revert of a mixture's run, in order, and which were
+kept.
 
 Made from metrics.jsonl and result.json alone, so that it can be made again at any time, for a killed run too.
 """
@@ -24,24 +25,29 @@ _NOT_NEEDED = ("kind", "update")
 def build(folder: Path | str) -> dict[str, Any]:
     """The timeline as JSON. Raises RepsftError for a folder without a mixture's evaluations.
 
-    evaluations  scores of every task (null: undefined), their standard errors, the pooled score; `branch` is "kept" on the
-                 way to where the run ended, "discarded" where a later stage began before them
+    evaluations  scores of every task (null: undefined), their standard errors, the pooled score; `branch` is
+                 "kept" on the way to where the run ended, "discarded" where a later stage began before them
     decisions    in words and figures; a `roll_back` names the moment gone back to and the task that left
     `epoch` counts epochs of the active mixture along the branch; `done` counts updates, discarded ones too.
     """
+    # A file changed by hand must not end in a traceback: what is not whole is left out and counted.
     folder = Path(folder)
     found = read_metrics(folder)
     found.keep(_is_whole)
     records = found.records
+
+    # A run without a mixture validates too; only a mixture's evaluations name where they can be gone back to.
     evaluations = [_plain(r) for r in records if r.get("kind") == "evaluation" and "moment" in r]
     tasks = list(dict.fromkeys(task for evaluation in evaluations for task in evaluation["scores"]))
     if not tasks:
         wrong = "holds no evaluation of tasks"
         raise RepsftError(describe(str(folder / "metrics.jsonl"), wrong, todo="is it a mixture's run?"))
+    # Which branch is which is known at the end alone: by where the later stages began.
     stages = [_plain(r) for r in records if r.get("kind") == "stage"]
     kept = kept_moments(evaluations, stages, _ended_at(records))
     for evaluation in evaluations:
         evaluation["branch"] = "kept" if evaluation["moment"] in kept else "discarded"
+    # A run that is under way has no result yet.
     result = result_or_nothing(folder / RESULT_FILE)
     more = result["more"] if isinstance(result.get("more"), dict) else {}
     return {
@@ -70,7 +76,8 @@ def _ended_at(records: Sequence[Mapping[str, Any]]) -> str | None:
 def kept_moments(
     evaluations: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], ended_at: str | None = None
 ) -> set[str]:
-    """Moments on the way from the base to where the run ended: each stage up to the moment the next one began at.
+    """Moments on the way from the base to where the run ended: each stage up to the moment the next one began
+    at.
 
     ended_at: the moment the last stage was taken back to, if it was.
     """
@@ -83,10 +90,11 @@ def kept_moments(
     stage = max(by_stage | starts, default=0)
     kept = set(by_stage.get(stage, []))
     start = ended_at if ended_at in home else starts.get(stage)
-    if start == ended_at is not None:
-        kept = set()
+    if start is not None and start == ended_at:
+        kept = set()  # nothing of the last stage
     ways: set[int] = set()
-    while start is not None and start in home and home[start] not in ways:  # a damaged stage may lead round in a ring
+    # a damaged stage may lead round in a ring
+    while start is not None and start in home and home[start] not in ways:
         stage = home[start]
         ways.add(stage)
         line = by_stage[stage]
@@ -98,7 +106,8 @@ def kept_moments(
 def write(folder: Path | str) -> Path:
     """timeline.json into the run's folder, whole or not at all."""
     text = json.dumps(build(folder), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    return write_whole(Path(folder) / FILE, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON spells it
+    # half a surrogate pair as JSON spells it
+    return write_whole(Path(folder) / FILE, text.encode("utf-8", "backslashreplace"))
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def _finite(value: Any) -> Any:
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
-    """Whether it has what the timeline and its picture are made from; one that was changed by hand or by chance may not."""
+    """Whether it has what the timeline and its picture are made from; one that was changed by hand or by
+    chance may not."""
     kind = record.get("kind")
     if not isinstance(kind, str):
         return False

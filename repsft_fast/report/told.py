@@ -1,4 +1,5 @@
-"""Errors on standard error, in the house's form. What they quote of others' text, the terminal shows and does not obey."""
+"""Errors on standard error, in the house's form. What they quote of others' text, the terminal shows and does
+not obey."""
 
 from __future__ import annotations
 
@@ -18,12 +19,15 @@ _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASK
 
 
 def print_error(error: RepsftError) -> None:
-    """In red on a terminal. What one rank refuses (exit code 2) all know and one of them tells, unless it alone knows it."""
+    """In red on a terminal. What one rank refuses (exit code 2) all know and one of them tells, unless it
+    alone knows it."""
     said = (os.environ.get(name, "").strip() for name in _RANKS)
     rank = next((int(text) for text in said if text.isascii() and text.isdecimal() and len(text) < 12), 0)
     sizes = (os.environ.get(name, "").strip() for name in _SIZES)
-    alone = next((size for size in sizes if size), "1") == "1"  # whatever number is left over: nobody else tells
-    if error.exit_code == ConfigError.exit_code and rank != 0 and not alone and not getattr(error, "every_rank", False):
+    # whatever number is left over: nobody else tells
+    alone = next((size for size in sizes if size), "1") == "1"
+    known_to_all = error.exit_code == ConfigError.exit_code and not error.every_rank
+    if known_to_all and rank != 0 and not alone:
         return
     console = visible.console(sys.stderr)
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
@@ -35,4 +39,8 @@ def print_error(error: RepsftError) -> None:
 
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python prints it; fit for sys.excepthook."""
-    print(visible.visible("".join(traceback.format_exception(kind, error, trace)), "\n"), end="", file=sys.stderr)
+    print(
+        visible.visible("".join(traceback.format_exception(kind, error, trace)), "\n"),
+        end="",
+        file=sys.stderr,
+    )

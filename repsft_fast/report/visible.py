@@ -1,8 +1,10 @@
-"""Text that came from elsewhere (rows, file names, task names, templates, models' answers), made fit to be shown.
+"""Text that came from elsewhere (rows, file names, task names, templates, models' answers), made fit to be
+shown.
 
-Such text is data: a terminal must not obey it, and a reader must see all of it. So what has no picture of its own (control
-characters, escape sequences, marks that turn the direction of writing, zero-width ones, spaces that are not the space,
-halves of surrogate pairs) is spelled as Python spells it, and what is printed is the same on a terminal and in a file.
+Such text is data: a terminal must not obey it, and a reader must see all of it. So what has no picture of its
+own (control characters, escape sequences, marks that turn the direction of writing, zero-width ones, spaces
+that are not the space, halves of surrogate pairs) is spelled as Python spells it, and what is printed is the
+same on a terminal and in a file.
 """
 
 import sys
@@ -11,7 +13,8 @@ from typing import Any, TextIO
 
 NEW_LINE = "⏎\n"  # a new line of the text is seen and made
 TAB = "⇥"
-# Without a picture although Unicode calls them letters or marks: fillers, joiners, vowels that are never drawn.
+# Without a picture although Unicode calls them letters or marks: fillers, joiners, vowels that are never
+# drawn.
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
 
 
@@ -51,14 +54,16 @@ def console(stream: TextIO | None = None, *, terminal: bool | None = None) -> An
 
 
 def show(to: Any, text: Any, style: str = "") -> None:
-    """Print a str or a rich Text whole, whatever the width: broken in two it could not be copied, nor be the same in a file."""
+    """Print a str or a rich Text whole, whatever the width: broken in two it could not be copied, nor be the
+    same in a file."""
     from rich.text import Text
 
     to.print(text if isinstance(text, Text) else Text(text, style=style), soft_wrap=True)
 
 
 def escaping(stream: TextIO | None = None) -> None:
-    """Where the stream cannot write a character (an ASCII terminal, a pipe under LANG=C), let it spell it and go on."""
+    """Where the stream cannot write a character (an ASCII terminal, a pipe under LANG=C), let it spell it and
+    go on."""
     stream = stream if stream is not None else sys.stdout
     encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "")
     if encoding not in ("utf8", "utf16", "utf32") and hasattr(stream, "reconfigure"):
@@ -71,10 +76,17 @@ def _shown(character: str) -> str:
         return character
     if character == "\t":
         return TAB
-    # Python calls controls, formats, surrogates, private and unassigned ones, and spaces but for the one, not printable.
+    # Python calls controls, formats, surrogates, private and unassigned ones, and spaces but for the one, not
+    # printable.
     return character if character.isprintable() and character not in _BLANK else _escape(character)
 
 
 def _escape(character: str) -> str:
     number = ord(character)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    return (
+        f"\\x{number:02x}"
+        if number < 0x100
+        else f"\\u{number:04x}"
+        if number < 0x10000
+        else f"\\U{number:08x}"
+    )

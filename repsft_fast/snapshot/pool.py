@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +27,12 @@ class _Entry:
 
 
 class SnapshotPool:
-    """Named snapshots of fixed live tensors. Sharded ones are kept as this rank's shards; nothing here communicates.
+    """Named snapshots of fixed live tensors. Sharded ones are kept as this rank's shards; nothing here
+    communicates.
 
     tensors     live storages under constant names (`RunState.tensors`)
-    *_bytes     budget of each tier on this rank. `keep` snapshots must fit at once, or SnapshotError is raised here, at start
-    include     keeps only tensors whose name it accepts: weights only, when a roll-back resets the optimizer
-    in_update   says whether an update is half done; without it, whether any tensor here holds a gradient
+    *_bytes     budget of each tier on this rank. `keep` snapshots must fit at once, or SnapshotError is
+                raised here, at start
     messages    what the user should know: a tier that is off or smaller than asked, and why
     takes, restores, bytes, seconds   work done on the critical path since the start
     """
@@ -47,14 +46,13 @@ class SnapshotPool:
         disk_bytes: int = 0,
         disk_folder: str | os.PathLike | None = None,
         keep: int,
-        include: Callable[[str], bool] | None = None,
-        in_update: Callable[[], bool] | None = None,
     ):
-        self._live = {name: t for name, t in tensors.items() if include is None or include(name)}
+        self._live = dict(tensors)
         layout = Layout([local(t) for t in self._live.values()])
         if not layout.bytes_each or keep < 1:
-            raise SnapshotError(describe("snapshot", "has nothing to keep", got=f"{len(self._live)} tensors, keep {keep}"))
-        self._in_update = in_update or (lambda: any(t.is_leaf and t.grad is not None for t in self._live.values()))
+            raise SnapshotError(
+                describe("snapshot", "has nothing to keep", got=f"{len(self._live)} tensors, keep {keep}")
+            )
         self._tiers = Tiers(layout, keep, (device_bytes, pinned_bytes, disk_bytes), disk_folder)
         self._addresses: list[int] = []
         self._bits: list[list[Tensor]] = []
@@ -107,37 +105,38 @@ class SnapshotPool:
         return self._seconds
 
     @torch.no_grad()
-    def take(self, name: str, values: Mapping[str, JSON], *, same_as: str | None = None) -> None:
-        """Keeps the state under `name`, with one reference. On a GPU a copy on the current stream, without a host sync.
+    def take(self, name: str, values: Mapping[str, JSON]) -> None:
+        """Keeps the state under `name`, with one reference. On a GPU a copy on the current stream, without a
+        host sync.
 
-        `same_as` names a snapshot which the state is expected to equal now: when it does, bit for bit, memory is shared.
-        Raises SnapshotError in the middle of an update, for a name in use, and when every place is taken.
+        Raises SnapshotError in the middle of an update (a tensor here holds a gradient), for a name in use,
+        and when every place is taken.
         """
         if name in self._entries:
-            raise SnapshotError(describe(f"snapshot {name}", "exists already", todo="release it first or use another name"))
-        if self._in_update():
+            raise SnapshotError(
+                describe(f"snapshot {name}", "exists already", todo="release it first or use another name")
+            )
+        if any(t.is_leaf and t.grad is not None for t in self._live.values()):
             raise SnapshotError(
                 describe(
-                    f"snapshot {name}", "asked for in the middle of an update", todo="finish the update and clear gradients"
+                    f"snapshot {name}",
+                    "asked for in the middle of an update",
+                    todo="finish the update and clear gradients",
                 )
             )
         text = encode_values(values)
         with self._timed():
-            stored = self._find(same_as).stored if same_as is not None else None
-            if stored is not None and self._equals_live(stored):
-                stored.names += 1
-            else:
-                stored = self._copy(name)
-            self._entries[name] = _Entry(stored, text)
+            self._entries[name] = _Entry(self._copy(name), text)
             self.takes += 1
         self._tiers.move_ahead()
 
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, JSON]:
-        """Puts the tensors back in place, drops their gradients and returns the values. The snapshot stays kept.
+        """Puts the tensors back in place, drops their gradients and returns the values. The snapshot stays
+        kept.
 
-        Raises SnapshotError listing the names there are when `name` is unknown, and when its file is damaged; both leave the
-        state untouched.
+        Raises SnapshotError listing the names there are when `name` is unknown, and when its file is damaged;
+        both leave the state untouched.
         """
         entry = self._find(name)
         self._tiers.settle()
@@ -151,10 +150,6 @@ class SnapshotPool:
             self.restores += 1
         return decode_values(entry.values)
 
-    def retain(self, name: str) -> None:
-        """One more reference to a kept snapshot: equal moments are stored once."""
-        self._find(name).references += 1
-
     def release(self, name: str) -> None:
         """One reference less; with the last the snapshot is gone and its slot free at once."""
         entry = self._find(name)
@@ -162,14 +157,14 @@ class SnapshotPool:
         if entry.references:
             return
         del self._entries[name]
-        entry.stored.names -= 1
-        if not entry.stored.names:
-            self._tiers.drop(entry.stored)
+        self._tiers.drop(entry.stored)
 
     def hold(self, name: str) -> dict[str, Tensor]:
-        """Frozen tensors of a snapshot for a reader in another thread; referenced and kept in place until `unhold`.
+        """Frozen tensors of a snapshot for a reader in another thread; referenced and kept in place until
+        `unhold`.
 
-        Waits until the copy is whole. DTensors come back as DTensors over the frozen shard; from disk they are read anew.
+        Waits until the copy is whole. DTensors come back as DTensors over the frozen shard; from disk they
+        are read anew.
         """
         entry = self._find(name)
         self._tiers.finish(entry.stored)
@@ -188,7 +183,8 @@ class SnapshotPool:
         self._tiers.close()
 
     def _live_bits(self) -> list[list[Tensor]]:
-        """Where the live tensors lie now. They do not move, and looking costs a third, at most, of making these views anew."""
+        """Where the live tensors lie now. They do not move, and looking costs a third, at most, of making
+        these views anew."""
         addresses = [_address(t) for t in self._live.values()]
         if addresses != self._addresses:
             shards = [local(t) for t in self._live.values()]
@@ -197,7 +193,9 @@ class SnapshotPool:
 
     def _find(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise SnapshotError(describe(f"snapshot {name}", "does not exist", expected=f"one of {sorted(self._entries)}"))
+            raise SnapshotError(
+                describe(f"snapshot {name}", "does not exist", expected=f"one of {sorted(self._entries)}")
+            )
         return self._entries[name]
 
     def _copy(self, name: str) -> Stored:
@@ -215,17 +213,11 @@ class SnapshotPool:
             self._tiers.write(stored, self._live_bits())
         except OSError as error:
             self._tiers.drop(stored)
-            raise SnapshotError(describe(f"snapshot {name}", "could not be written to disk", got=error)) from error
+            raise SnapshotError(
+                describe(f"snapshot {name}", "could not be written to disk", got=error)
+            ) from error
         self.bytes += self.bytes_each
         return stored
-
-    def _equals_live(self, stored: Stored) -> bool:
-        """Bit for bit, NaN included. Only for snapshots in memory: reading a file costs more than a new copy."""
-        self._tiers.after(stored)
-        if not stored.slot.views:
-            return False
-        pairs = zip(itertools.chain(*stored.slot.bits), itertools.chain(*self._live_bits()), strict=True)
-        return all(torch.equal(kept.to(live.device), live) for kept, live in pairs)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -251,4 +243,6 @@ def _like(live: Any, shard: Tensor) -> Tensor:
     if not hasattr(live, "to_local"):
         return shard
     shape, stride = live.shape, live.stride()
-    return type(live).from_local(shard, live.device_mesh, live.placements, run_check=False, shape=shape, stride=stride)
+    return type(live).from_local(
+        shard, live.device_mesh, live.placements, run_check=False, shape=shape, stride=stride
+    )

@@ -1,7 +1,8 @@
 """One slot: room for one snapshot, as a few flat buffers with a view per tensor, or as a file.
 
-Every tier lays a slot out alike, so that a move between tiers is one copy per buffer (`buffers`). Slots are allocated and their
-pages touched at the start: a copy into fresh memory costs many times a copy into memory that was written before.
+Every tier lays a slot out alike, so that a move between tiers is one copy per buffer (`buffers`). Slots are
+allocated and their pages touched at the start: a copy into fresh memory costs many times a copy into memory
+that was written before.
 """
 
 from __future__ import annotations
@@ -39,17 +40,27 @@ class SlotPlan:
 
 
 def plan_slots(
-    bytes_each: int, keep: int, *, device_bytes: int, pinned_bytes: int, disk_bytes: int = 0, pinned_each: int | None = None
+    bytes_each: int,
+    keep: int,
+    *,
+    device_bytes: int,
+    pinned_bytes: int,
+    disk_bytes: int = 0,
+    pinned_each: int | None = None,
 ) -> SlotPlan:
-    """Fills the fastest tier first. pinned_each: what one takes of pinned memory, where that is more than bytes_each.
+    """Fills the fastest tier first. pinned_each: what one takes of pinned memory, where that is more than
+    bytes_each.
 
     Raises SnapshotError with the numbers when `keep` snapshots do not fit.
     """
+    # Greedy is right: every slot is worth the same, and a faster tier is never worse.
     pinned_each = bytes_each if pinned_each is None else pinned_each
     counts, left = [], keep
     for budget, each in ((device_bytes, bytes_each), (pinned_bytes, pinned_each), (disk_bytes, bytes_each)):
         counts.append(min(left, budget // each))
         left -= counts[-1]
+
+    # Known at the start, before an hour of training asks for the one that does not fit.
     if left:
         more = f" ({pinned_each:,} of pinned memory)" if pinned_each != bytes_each else ""
         raise SnapshotError(
@@ -100,7 +111,13 @@ class Slot:
         bits: Sequence[list[Tensor]] = (),
         fd: int = -1,
     ):
-        self.level, self.buffers, self.views, self.bits, self.fd = level, list(buffers), list(views), list(bits), fd
+        self.level, self.buffers, self.views, self.bits, self.fd = (
+            level,
+            list(buffers),
+            list(views),
+            list(bits),
+            fd,
+        )
         self.sums: list[int] = []  # of a file: the checksum of every chunk
 
     def close(self) -> None:
@@ -138,14 +155,20 @@ class Layout:
     def in_memory(self, level: int, *, pin: bool = False) -> Slot:
         """A slot on the state's own devices (DEVICE) or on the host. Zeroed, which touches its pages."""
         buffers = [
-            torch.zeros(n, dtype=torch.uint8, device=d if level == DEVICE else "cpu", pin_memory=pin and d.type == "cuda")
+            torch.zeros(
+                n,
+                dtype=torch.uint8,
+                device=d if level == DEVICE else "cpu",
+                pin_memory=pin and d.type == "cuda",
+            )
             for d, n in self._buffers
         ]
         views = [part.view(buffers) for part in self._parts]
         return Slot(level, buffers, views, in_groups(views, self.groups))
 
     def on_disk(self, folder: str | os.PathLike) -> Slot:
-        """A file with its space reserved, without a name: it is gone with the process, however that ends. Raises OSError."""
+        """A file with its space reserved, without a name: it is gone with the process, however that ends.
+        Raises OSError."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < self.bytes_each:
             raise OSError(f"{folder} has less than {self.bytes_each:,} bytes free")
@@ -161,7 +184,8 @@ class Layout:
 
 
 def write_file(slot: Slot, buffers: Sequence[Tensor], ready: Any = None, side: Any = None) -> None:
-    """Writes the buffers one after another once `ready` (a CUDA event) has passed, copying on the stream `side`.
+    """Writes the buffers one after another once `ready` (a CUDA event) has passed, copying on the stream
+    `side`.
 
     Runs in a thread; host buffers are written from where they are. Raises OSError.
     """

@@ -1,7 +1,8 @@
 """The tiers: which slot a snapshot lies in, and how the coldest moves to a slower one off the critical path.
 
-device → pinned host copies run on a side stream, copies to disk in one thread. A move only reads its source, so a snapshot
-can be restored while it moves; it ends (slot swapped, old slot free) in the caller's thread at the next call, so no locks.
+device → pinned host copies run on a side stream, copies to disk in one thread. A move only reads its source,
+so a snapshot can be restored while it moves; it ends (slot swapped, old slot free) in the caller's thread at
+the next call, so no locks.
 """
 
 from __future__ import annotations
@@ -16,28 +17,40 @@ from torch import Tensor
 
 from repsft_fast.errors import SnapshotError, describe
 from repsft_fast.snapshot.copies import copy
-from repsft_fast.snapshot.slots import DEVICE, DISK, PINNED, TIER_NAMES, Layout, Slot, plan_slots, read_file, write_file
+from repsft_fast.snapshot.slots import (
+    DEVICE,
+    DISK,
+    PINNED,
+    TIER_NAMES,
+    Layout,
+    Slot,
+    plan_slots,
+    read_file,
+    write_file,
+)
 
 
 @dataclass
 class Stored:
-    """One copy of the state. Several names may share it."""
+    """One copy of the state."""
 
     slot: Slot
     used: int = 0  # when last used, counted in calls; the smallest is the coldest
-    names: int = 1
     holds: int = 0  # readers in other threads: while there are any it stays where it is
     move: tuple[Slot, Any] | None = None  # (target, CUDA event or future) of a move under way
     ready: Any = None  # CUDA event after which the slot's contents are whole
 
 
 class Tiers:
-    """Slots of every tier, allocated within the budgets. Raises SnapshotError when `keep` snapshots do not fit.
+    """Slots of every tier, allocated within the budgets. Raises SnapshotError when `keep` snapshots do not
+    fit.
 
     messages   tiers that were turned off, and why
     """
 
-    def __init__(self, layout: Layout, keep: int, budgets: tuple[int, int, int], disk_folder: str | os.PathLike | None):
+    def __init__(
+        self, layout: Layout, keep: int, budgets: tuple[int, int, int], disk_folder: str | os.PathLike | None
+    ):
         self.layout = layout
         self.messages: list[str] = []
         self.stored: list[Stored] = []
@@ -53,7 +66,9 @@ class Tiers:
 
     def _allocate(self, keep: int, budgets: list[int], folder: str | os.PathLike | None) -> None:
         if self.cuda is None and budgets[PINNED]:
-            budgets[PINNED] = self._turn_off(PINNED, "the state is in host memory already; raise the device budget instead")
+            budgets[PINNED] = self._turn_off(
+                PINNED, "the state is in host memory already; raise the device budget instead"
+            )
         if folder is None and budgets[DISK]:
             budgets[DISK] = self._turn_off(DISK, "no folder was given")
         while True:
@@ -75,7 +90,8 @@ class Tiers:
                 return
 
     def _fill(self, level: int, count: int, budgets: list[int], folder: str | os.PathLike | None) -> bool:
-        """Brings a tier to `count` free slots. False when the machine refuses: its budget is cut to what it gave."""
+        """Brings a tier to `count` free slots. False when the machine refuses: its budget is cut to what it
+        gave."""
         while len(self._free[level]) < count:
             try:
                 if level == DISK:
@@ -83,11 +99,15 @@ class Tiers:
                     slot = self.layout.on_disk(folder)
                 else:
                     slot = self.layout.in_memory(level, pin=level == PINNED)
-            except (RuntimeError, MemoryError, OSError) as error:  # torch's out-of-memory error is a RuntimeError
+            # torch's out-of-memory error is a RuntimeError
+            except (RuntimeError, MemoryError, OSError) as error:
                 got = len(self._free[level])
-                budgets[level] = got * (self.layout.pinned_each if level == PINNED else self.layout.bytes_each)
+                budgets[level] = got * (
+                    self.layout.pinned_each if level == PINNED else self.layout.bytes_each
+                )
                 self.messages.append(
-                    f"snapshot tier {TIER_NAMES[level]} keeps {got} instead of {count}: {str(error).splitlines()[0]}"
+                    f"snapshot tier {TIER_NAMES[level]} keeps {got} instead of {count}:"
+                    f" {str(error).splitlines()[0]}"
                 )
                 return False
             self._free[level].append(slot)
@@ -109,7 +129,8 @@ class Tiers:
         stored.used = self._clock
 
     def add(self) -> Stored | None:
-        """A new snapshot's place, in the fastest tier that has or can make room; None when every place is taken."""
+        """A new snapshot's place, in the fastest tier that has or can make room; None when every place is
+        taken."""
         slot = self._room(DEVICE)
         if slot is None:
             return None
@@ -130,7 +151,8 @@ class Tiers:
             torch.cuda.current_stream(self.cuda).wait_event(stored.ready)
 
     def write(self, stored: Stored, live: list[list[Tensor]]) -> None:
-        """Copies the state into the snapshot's slot; straight to disk only where no memory tier exists. Raises OSError.
+        """Copies the state into the snapshot's slot; straight to disk only where no memory tier exists.
+        Raises OSError.
 
         live: the bits of the live tensors in the groups of the layout.
         """
@@ -142,16 +164,21 @@ class Tiers:
             stored.ready = torch.cuda.current_stream(self.cuda).record_event()
 
     def in_memory(self, stored: Stored, name: str) -> Slot:
-        """The snapshot's slot, or a host copy of its file, verified. Raises SnapshotError when the file is damaged."""
+        """The snapshot's slot, or a host copy of its file, verified. Raises SnapshotError when the file is
+        damaged."""
         if stored.slot.level != DISK:
             return stored.slot
         staging = self.layout.in_memory(PINNED)
         try:
             intact = read_file(stored.slot, staging.buffers)
         except OSError as error:
-            raise SnapshotError(describe(f"snapshot {name}", "cannot be read back from disk", got=error)) from error
+            raise SnapshotError(
+                describe(f"snapshot {name}", "cannot be read back from disk", got=error)
+            ) from error
         if not intact:
-            raise SnapshotError(describe(f"snapshot {name}", "is damaged on disk", todo="go back to another one"))
+            raise SnapshotError(
+                describe(f"snapshot {name}", "is damaged on disk", todo="go back to another one")
+            )
         return staging
 
     def _room(self, level: int) -> Slot | None:
@@ -173,7 +200,8 @@ class Tiers:
         return self._free[level].pop() if self._free[level] else self._room(level + 1)
 
     def move_ahead(self) -> None:
-        """Starts moving the coldest off each full tier now, so that the next snapshot finds a slot without waiting."""
+        """Starts moving the coldest off each full tier now, so that the next snapshot finds a slot without
+        waiting."""
         for level in (DEVICE, PINNED):
             here = self._at(level)
             movable = [s for s in here if not s.holds]
@@ -205,7 +233,8 @@ class Tiers:
                     self.finish(stored)
 
     def finish(self, stored: Stored) -> None:
-        """Waits for a move, if any, points the snapshot at its new slot and frees the old. A failed move changes nothing."""
+        """Waits for a move, if any, points the snapshot at its new slot and frees the old. A failed move
+        changes nothing."""
         if stored.move is None:
             return
         (target, what), stored.move = stored.move, None

@@ -1,1 +1,2 @@
-"""The trainer's room: `trainer` is the loop, read it first; docs/architecture.md says what each file is for."""
+"""The trainer's room: `trainer` is the loop, read it first; docs/architecture.md says what each file is
+for."""

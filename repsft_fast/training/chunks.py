@@ -1,51 +1,48 @@
-"""Into how many chunks the head's logits go: decided once for a run, because their number decides how sums are rounded.
+"""Into how many chunks the head's logits go: decided once for a run, because their number decides how sums
+are rounded.
 
-A run's first process decides: what loss.chunk_bytes says; else, on a GPU, by the memory that weights, moments and gradients
-leave free (`ops.functional.gpu_chunk_bytes`, for the longest row there can be); else, on a CPU, None: by shape, the same at any
-time. The value stands in run.yaml and in every checkpoint, and a resumption takes it from there, whatever is free then. Halved
-rows after memory ran out keep it: they are held by it too.
+A run's first process decides: what loss.chunk_bytes says; else, on a GPU, by the memory that weights, moments
+and gradients leave free (`ops.row_pass.gpu_chunk_bytes`, for the longest row there can be); else, on a CPU,
+None: by shape, the same at any time. The value stands in run.yaml and in every checkpoint, and a resumption
+takes it from there, whatever is free then. Halved rows after memory ran out keep it: they are held by it too.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from repsft_fast.config import Config
-from repsft_fast.distributed import World, largest, local
-from repsft_fast.ops.functional import gpu_chunk_bytes, logits_dtype
-from repsft_fast.report.words import size
-
-if TYPE_CHECKING:
-    from repsft_fast.training.parts import Parts
-
-_MOST = 1 << 62  # what `largest` takes
+from repsft_fast.distributed import World, local, min_over_hosts
+from repsft_fast.ops.row_pass import gpu_chunk_bytes, logits_dtype
+from repsft_fast.report.format import size
+from repsft_fast.training.parts import Parts
 
 
 def decide(config: Config, world: World, model: Any) -> int | None:
-    """Bytes of logits held at once, the same on every rank; None: by shape. All ranks call it, once the optimizer is there."""
+    """Bytes of logits held at once, the same on every rank; None: by shape. All ranks call it, once the
+    optimizer is there."""
     if config.loss.chunk_bytes is not None:
         return int(config.loss.chunk_bytes)
     if world.device.type != "cuda":
         return None
-    total, room = _smallest(torch.cuda.get_device_properties(world.device).total_memory, room_bytes(world.device, model))
+    total, room = min_over_hosts(
+        world, torch.cuda.get_device_properties(world.device).total_memory, room_bytes(world.device, model)
+    )
     itemsize = logits_dtype(world.device, model.compute_dtype).itemsize
     vocabulary = model.get_output_embeddings().weight.shape[0]
     return gpu_chunk_bytes(config.batch.row_tokens, vocabulary, itemsize, total_bytes=total, room_bytes=room)
 
 
 def room_bytes(device: torch.device, model: Any) -> int:
-    """Memory of the GPU that is free, in the allocator's pool or not, less the gradients that are still to come."""
+    """Memory of the GPU that is free, in the allocator's pool or not, less the gradients that are still to
+    come."""
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     trained = (local(p) for p in model.parameters() if p.requires_grad and p.grad is None)
     return max(0, free - sum(p.numel() * p.element_size() for p in trained))
-
-
-def _smallest(*values: int) -> tuple[int, ...]:
-    return tuple(_MOST - value for value in largest(*(_MOST - value for value in values)))
 
 
 def use(model: Any, chunk_bytes: int | None) -> None:
@@ -59,14 +56,15 @@ def decided(parts: Parts) -> int | None:
 
 
 def resume(parts: Parts, saved: int | None) -> str | None:
-    """Take what the run before used (`saved`), unless loss.chunk_bytes asks for another; what to say about it, or None."""
+    """Take what the run before used (`saved`), unless loss.chunk_bytes asks for another; what to say about
+    it, or None."""
     now = decided(parts)  # as asked, or as this process has decided
     if now == saved:
         return None
     if parts.config.loss.chunk_bytes is not None:
         return (
-            f"loss.chunk_bytes is {_words(now)} as asked, and was {_words(saved)} before: sums are rounded otherwise from here "
-            "on, so the run will not equal one that was not interrupted bit for bit"
+            f"loss.chunk_bytes is {_words(now)} as asked, and was {_words(saved)} before: sums are rounded"
+            " otherwise from here on, so the run will not equal one that was not interrupted bit for bit"
         )
     use(parts.model, saved)
     return f"loss.chunk_bytes stays {_words(saved)}, as the run began; begun now it would be {_words(now)}"

@@ -1,8 +1,8 @@
 """How a run ends: weights on disk, result.json, the picture. Also when it ends badly.
 
-A checkpoint of the end stands before any of it (`Saver.save_end`), so whatever fails here can be done again: by --resume, which
-trains nothing then, or by `repsft export`. The model comes first and is written aside, then moved to its place; what only
-reports comes last and cannot fail the run.
+A checkpoint of the end stands before any of it (`Saver.save_end`), so whatever fails here can be done again:
+by --resume, which trains nothing then, or by `repsft export`. The model comes first and is written aside,
+then moved to its place; what only reports comes last and cannot fail the run.
 """
 
 from __future__ import annotations
@@ -15,80 +15,93 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repsft_fast import distributed
 from repsft_fast.errors import ModelError, RepsftError, TrainingError, describe
 from repsft_fast.models import save_pretrained
 from repsft_fast.policies.statistics import pooled
+from repsft_fast.report import pictures
 from repsft_fast.report import result as results
 from repsft_fast.report.result import RunResult
-from repsft_fast.training import made
+from repsft_fast.rundir import publish
+from repsft_fast.rundir.folder import ADAPTERS
+from repsft_fast.rundir.lock import FolderLost
+from repsft_fast.signals import CODES
 from repsft_fast.training.account import account, in_words
-from repsft_fast.training.conductor import BUDGET, Conductor
-from repsft_fast.training.examples import show_answers
-from repsft_fast.training.parts import Parts, versions
-from repsft_fast.training.scoring import TaskScorer, finite, line_of, standard_error
-from repsft_fast.training.signals import CODES
-from repsft_fast.training.standing import standing
-
-if TYPE_CHECKING:
-    from repsft_fast.config import Config
-    from repsft_fast.training.reporter import Reporter
-    from repsft_fast.training.saver import Saver
-
-ADAPTERS = "adapter"  # their folder in the run's, where the run's own is the merged model's
-PICTURE = "run.png"  # its module imports matplotlib, which takes half a second
+from repsft_fast.training.evaluation import TaskScorer, finite, line_of, show_answers
+from repsft_fast.training.outcome import mixture_result, result_of
+from repsft_fast.training.parts import Parts
+from repsft_fast.training.reporter import Reporter
+from repsft_fast.training.run import Run
+from repsft_fast.training.saver import Saver
 
 
-class FolderLost(TrainingError):
-    """The folder is no longer this run's alone: nothing more is written to it."""
-
-
-def finish(parts: Parts, reporter: Reporter, conductor: Conductor, saver: Saver | None = None) -> RunResult:
+def finish(run: Run) -> RunResult:
     """Save the model, write result.json and run.png, say goodbye. All ranks call it; the main one writes."""
+    parts, reporter, conductor = run.parts, run.reporter, run.conductor
     conductor.read_ledger()
+    # Before the result is put back, which takes the work of the branch it leaves with it.
     seconds, kept = time.perf_counter() - reporter.started, parts.progress.work.copy()
-    moment = conductor.put_back_result()
-    if moment is not None and parts.progress.updates == 0:
-        reporter.note(f"the result is the model as it was before training: no later moment scored better ({conductor.words})")
-    with again_later(parts, saver, "the model could not be saved"):
+    snapshot_id = conductor.restore_result()
+    if snapshot_id is not None and parts.progress.updates == 0:
+        words = "the result is the model as it was before training: no later moment scored better"
+        reporter.note(f"{words} ({conductor.end_reason})")
+    with _again_later(parts, run.saver, "the model could not be saved"):
         save_model(parts, reporter)
-    with again_later(parts, saver, "the model is saved, but the test split could not be scored"):
+    with _again_later(parts, run.saver, "the model is saved, but the test split could not be scored"):
         tested = evaluate_test(parts)
-    answers = show_answers(parts, reporter, parts.data.seen, parts.data.held_out)
-    more: dict[str, Any] = {"answers": answers, "moment": moment, "test": tested, "snapshots": conductor.moments.spent()}
+    more: dict[str, Any] = {
+        "answers": show_answers(parts, reporter, parts.data.seen, parts.data.held_out),
+        "moment": snapshot_id,
+        "test": tested,
+        "snapshots": run.snapshots.spent(),
+    }
     if parts.config.mixture.policy is not None:
-        more |= mixture_result(conductor, moment) | {"account": account(parts, conductor, seconds, kept)}
+        more |= mixture_result(conductor.history, run.snapshots, parts.config.mixture, snapshot_id)
+        more["account"] = account(parts, conductor.spans, seconds, kept)
         for line in in_words(more["account"]):
             reporter.note(line)
-    result = result_of(parts, reporter, code_of(conductor), conductor.words, conductor.last_epoch, **more)
-    with again_later(parts, saver, "the model is saved, but result.json could not be written"):
+    code = conductor.history.ended_by
+    result = result_of(parts, reporter, code, conductor.end_reason, conductor.last_epoch, **more)
+    with _again_later(parts, run.saver, "the model is saved, but result.json could not be written"):
         if parts.world.is_main:
             results.write(result)
     reporter.end(result.__dict__ | {"success": result.success})
-    if parts.world.is_main:
-        with reporter.only_reports("the picture of the run"):
-            draw(parts.config)
-        if reporter.troubles != result.more["troubles"]:
-            with suppress(OSError):
-                results.write(replace(result, more=result.more | {"troubles": list(reporter.troubles)}))
-    distributed.barrier("end of the run")
+    _draw(run, result)
+    distributed.barrier(parts.world, "end of the run")
     return result
 
 
-def last_look(parts: Parts, conductor: Conductor, saver: Saver) -> None:
-    """The end of a run is always validated. Where that is the best so far and the best is kept, a checkpoint holds it too."""
+def final_validation(run: Run) -> None:
+    """The end of a run is always validated. Where that is the best so far and the best is kept, a checkpoint
+    holds it too."""
+    parts = run.parts
     if parts.progress.ended_on(parts.config.evaluate.every_epochs):
         return
-    before = parts.progress.best
-    conductor.validate()
-    if parts.config.evaluate.keep == "best" and parts.progress.best != before:
-        saver.save_end(validated=True)
+    before = parts.lasting.best
+    run.conductor.validate()
+    if parts.config.evaluate.keep == "best" and parts.lasting.best != before:
+        run.saver.save_end(validated=True)
+
+
+def _draw(run: Run, result: RunResult) -> None:
+    """The picture, which is part of the report: if it fails, the result says so and stays what it is."""
+    config, reporter = run.parts.config, run.reporter
+    if not run.parts.world.is_main:
+        return
+    with reporter.only_reports("the picture of the run"):
+        pictures.draw(config.run.folder, mixture=config.mixture.policy is not None)
+    if reporter.troubles != result.more["troubles"]:
+        with suppress(OSError):
+            results.write(replace(result, more=result.more | {"troubles": list(reporter.troubles)}))
+
+
+# The model ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def again_later(parts: Parts, saver: Saver | None, what: str) -> Iterator[None]:
+def _again_later(parts: Parts, saver: Saver, what: str) -> Iterator[None]:
     """What fails inside is told with what was saved before it, and how to go on from there."""
     try:
         yield
@@ -96,163 +109,113 @@ def again_later(parts: Parts, saver: Saver | None, what: str) -> Iterator[None]:
         if distributed.of_the_wire(error):
             raise
         words = str(error) if isinstance(error, RepsftError) else f"{type(error).__name__}: {error}"
-        stands, on = "no checkpoint is there", f"--resume makes the run again from its beginning, in {parts.folder}"
-        if saver is not None and saver.last is not None:
-            on = f"--resume goes on from there, or `repsft export {parts.folder} --to FOLDER` writes the model elsewhere"
-        if saver is not None and saver.last is not None and not saver.failed:
-            stands = f"the end of the run is saved in {saver.last.name}"
-        elif saver is not None and saver.last is not None:
-            stands = f"the end could not be saved as a checkpoint either ({saver.failed}), the newest is {saver.last.name}"
-        lora = parts.config.model.lora
-        if lora is not None and lora.merge and (folder := parts.folder / ADAPTERS).is_dir():
-            stands += f"; the trained adapters are saved, whole, in {folder.absolute()}: peft can merge them"
-        todo = f"{stands}. Mend that, then {on}"
+        todo = f"{_saved_so_far(parts, saver)}. Mend that, then {_way_on(parts, saver)}"
         kind = ModelError if isinstance(error, ModelError) else TrainingError
         raise kind(describe(str(parts.folder), f"{what}: {words}", todo=todo)) from error
 
 
-def save_model(parts: Parts, reporter: Reporter) -> None:
-    """The trained model or adapters; adapters that are merged are saved first as they are, in a folder inside the run's."""
+def _saved_so_far(parts: Parts, saver: Saver) -> str:
+    """What stands on the disk though the end failed, in words."""
+    stands = "no checkpoint is there"
+    if saver.last is not None and not saver.failed:
+        stands = f"the end of the run is saved in {saver.last.name}"
+    elif saver.last is not None:
+        failed = f"the end could not be saved as a checkpoint either ({saver.failed})"
+        stands = f"{failed}, the newest is {saver.last.name}"
     lora = parts.config.model.lora
-    if lora is None or not lora.merge:
-        _save(parts, reporter, parts.folder, dtype="auto" if lora is not None else parts.config.model.save_dtype)
-        return
-    _save(parts, reporter, parts.folder / ADAPTERS)
-    _save(parts, reporter, parts.folder, dtype=parts.config.model.save_dtype, merge_lora=True)
+    if lora is not None and lora.merge and (folder := parts.folder / ADAPTERS).is_dir():
+        stands += f"; the trained adapters are saved, whole, in {folder.absolute()}: peft can merge them"
+    return stands
+
+
+def _way_on(parts: Parts, saver: Saver) -> str:
+    if saver.last is None:
+        return f"--resume makes the run again from its beginning, in {parts.folder}"
+    export = f"`repsft export {parts.folder} --to FOLDER` writes the model elsewhere"
+    return f"--resume goes on from there, or {export}"
+
+
+def save_model(parts: Parts, reporter: Reporter) -> None:
+    """The trained model or adapters; adapters that are merged are saved first as they are, in a folder inside
+    the run's."""
+    lora, dtype = parts.config.model.lora, parts.config.model.save_dtype
+    if lora is None:
+        _save(parts, reporter, parts.folder, dtype=dtype)
+    elif not lora.merge:
+        _save(parts, reporter, parts.folder, dtype="auto")
+    else:
+        _save(parts, reporter, parts.folder / ADAPTERS)
+        _save(parts, reporter, parts.folder, dtype=dtype, merge_lora=True)
 
 
 def _save(parts: Parts, reporter: Reporter, folder: Path, **how: Any) -> None:
-    """Written aside, on the disk, then moved to where it belongs: no half a model stands there, and nobody else's is lost."""
-    with distributed.together():
-        aside = made.stage(parts.folder) if parts.world.is_main else parts.folder  # where other ranks write nothing
+    """Written aside, on the disk, then moved to where it belongs: no half a model stands there, and nobody
+    else's is lost."""
+    main = parts.world.is_main
+    with distributed.raise_together(parts.world):
+        aside = publish.stage(parts.folder) if main else parts.folder  # where other ranks write nothing
     try:
         for text in save_pretrained(parts.model, parts.tokenizer, aside, world=parts.world, **how):
             reporter.note(text)
-        if parts.world.is_main:
-            made.publish(aside, folder)  # on the disk when it returns: a result that says success stands for its weights
+        # On the disk when it returns: a result that says success stands for its weights.
+        if main:
+            publish.publish(aside, folder)
     finally:
-        if parts.world.is_main:
+        if main:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def code_of(conductor: Conductor) -> str:
-    """The result's code for what ended the run."""
-    if conductor.words.startswith(BUDGET):
-        return "budget"
-    if conductor.parts.config.mixture.policy is not None:
-        return "policy"
-    if "has not risen" in conductor.words:
-        return "plateau"
-    return "token_accuracy" if conductor.words.startswith("token accuracy") else "budget"
+def evaluate_test(parts: Parts) -> dict[str, Any] | None:
+    """The test split, read once, here: means over all tasks and per task, exact match included. None without
+    one."""
+    if parts.data.test is None:
+        return None
+    if parts.config.mixture.policy is not None:
+        found = TaskScorer(parts, parts.data.test)()
+        measured = [task for task, score in found.scores.items() if score.n]
+        return {**found.line, "pooled": finite(pooled(found.scores, measured))}
+    return line_of(parts.scorer(parts.data.test)(parts.model), parts.data.task_names)
 
 
-def left(parts: Parts, reporter: Reporter, conductor: Conductor, saver: Saver) -> RunResult:
-    """A signal ended the run and its state is saved: result.json says where, and nothing else is done."""
+# Other ends -----------------------------------------------------------------------------------------------
+
+
+def result_of_signal(run: Run) -> RunResult:
+    """A signal ended the run: result.json says where its state is saved, or why not, and no more is done."""
+    parts, saver = run.parts, run.saver
     name = signal.Signals(saver.leaving).name
     last = f"; --resume goes on from {saver.last.name}" if saver.last is not None else ""
     saved = f"it could not be saved ({saver.failed})" if saver.failed else "saved"
     words = f"{name} after update {parts.progress.updates}: {saved}{last}"
-    result = result_of(parts, reporter, CODES[saver.leaving], words, conductor.last_epoch, signal=int(saver.leaving))
+    code, signaled = CODES[saver.leaving], int(saver.leaving)
+    result = result_of(parts, run.reporter, code, words, run.conductor.last_epoch, signal=signaled)
     if parts.world.is_main:
         _write(result)
-    reporter.end(result.__dict__ | {"success": result.success})
-    distributed.barrier("end of the run")
+    run.reporter.end(result.__dict__ | {"success": result.success})
+    distributed.barrier(parts.world, "end of the run")
     return result
 
 
-def interrupted(parts: Parts, reporter: Reporter, error: BaseException) -> None:
+def result_of_error(run: Run, error: BaseException) -> None:
     """Leave result.json behind when the run ends by an error, so that whoever finds the folder knows why."""
-    if not parts.world.is_main or isinstance(error, FolderLost):
+    if not run.parts.world.is_main or isinstance(error, FolderLost):
         return
-    code: Any = "error"
+    code = "error"
     if isinstance(error, KeyboardInterrupt):
         code = "interrupted"
-    elif isinstance(error, TrainingError) and getattr(error, "code", None):
-        code = error.code  # type: ignore[attr-defined]
+    elif isinstance(error, TrainingError) and error.code is not None:
+        code = error.code
     words = str(error) if isinstance(error, RepsftError) else f"{type(error).__name__}: {error}"
-    result = result_of(parts, reporter, code, words or type(error).__name__, {})
+    result = result_of(run.parts, run.reporter, code, words or type(error).__name__, {})
     _write(result)
-    reporter.end(result.__dict__ | {"success": False})
+    run.reporter.end(result.__dict__ | {"success": False})
 
 
 def _write(result: RunResult) -> None:
-    """result.json of a run that did not end well: what ended it is what the user has to know, not that a disk is full too."""
+    """result.json of a run that did not end well: what ended it is what the user has to know, not that a disk
+    is full too."""
     try:
         results.write(result)
     except OSError as problem:
         with suppress(OSError, ValueError):
             print(f"{results.FILE} could not be written: {problem}", file=sys.stderr, flush=True)
-
-
-def result_of(parts: Parts, reporter: Reporter, code: Any, words: str, last_epoch: dict[str, Any], **more: Any) -> RunResult:
-    progress = parts.progress
-    return RunResult(
-        code=code,
-        reason=words,
-        folder=str(parts.folder),
-        updates=progress.updates,
-        epochs=round(progress.epochs, 4),
-        token_accuracy=progress.token_accuracy,
-        seconds=time.perf_counter() - reporter.started,
-        tokens=progress.all_work.tokens,
-        trained_tokens=progress.all_work.trained,
-        seed=parts.config.run.seed,
-        loss=last_epoch.get("loss"),
-        validation_loss=(progress.best or {}).get("loss"),
-        tasks=last_epoch.get("tasks", {}),
-        versions=versions(parts.world.device),
-        more={
-            "vetoed": progress.vetoed,
-            "spiked": progress.spiked,
-            "read": dict(parts.data.files),
-            "dropped": dict(parts.data.dropped),
-            "work": progress.all_work.values(),
-            "troubles": list(reporter.troubles),
-            **more,
-        },
-    )
-
-
-def evaluate_test(parts: Parts) -> dict[str, Any] | None:
-    """The test split, read once, here: means over all tasks and per task, exact match included. None without one."""
-    if parts.data.test is None:
-        return None
-    if parts.config.mixture.policy is not None:
-        found = TaskScorer(parts, parts.data.test)()
-        return {**found.line, "pooled": finite(pooled(found.scores, [t for t, s in found.scores.items() if s.n]))}
-    return line_of(parts.scorer(parts.data.test)(parts.model), parts.data.task_names)
-
-
-def mixture_result(conductor: Conductor, moment: str | None) -> dict[str, Any]:
-    """How the tasks stood at the end, and each task's score in the result, with what it lost since its best."""
-    history = conductor.history
-    stood = standing(history, conductor.moments, conductor.parts.config.mixture)
-    found: dict[str, Any] = {"standing": stood, "evaluations": len(history.evaluations), "stages": len(history.stages)}
-    if moment is None:
-        return {"mixture": found}
-    at = history.moment(moment)
-    tasks = {}
-    for name, score in at.scores.items():
-        best = stood["tasks"][name]["best"]
-        forgotten = best - score.value if best is not None and score.defined else None
-        tasks[name] = {"score": finite(score.value), "error": standard_error(score), "below_its_best": forgotten}
-    found["result"] = {
-        "moment": moment,
-        "stage": at.stage,
-        "epochs": at.epochs,
-        "pooled": finite(pooled(at.scores, history.measured_tasks())),
-        "tasks": tasks,
-    }
-    return {"mixture": found}
-
-
-def draw(config: Config) -> None:
-    if config.mixture.policy is not None:
-        from repsft_fast.report import mixture_picture, timeline
-
-        timeline.write(config.run.folder)
-        mixture_picture.draw(config.run.folder)
-        return
-    from repsft_fast.report.picture import draw
-
-    draw(config.run.folder)

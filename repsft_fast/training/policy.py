@@ -1,67 +1,78 @@
-"""Which policy a run has: from settings to one of `policies`, and how many moments it may ask for."""
+"""Which policy a run has: from settings to one of `policies`, and what it needs of the run.
+
+Only `build_policy` needs the run's data. All else is answered from the settings, before there is a run.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, describe
-from repsft_fast.policies import BASELINES, BaselineSettings, History, Msft, MsftSettings, Saturation, SaturationSettings
+from repsft_fast.policies import History, Policy, Saturation, SaturationSettings, policy_class
 from repsft_fast.training.parts import Parts
 
 
-def build_policy(parts: Parts) -> Any:
-    """The policy of the settings; without `mixture.policy` the saturation rule over everything. ConfigError when impossible."""
-    mixture = parts.config.mixture
-    settings: Any
-    kind: Any
-    if mixture.policy is None:
-        settings, kind = _saturation(parts), Saturation
-    else:
-        _check_validation(parts)
-        rates = sampling_rates(parts.config, parts.data.task_names, parts.data.train.index.tasks)
-        settings, kind = _of_mixture(parts.config, rates)
-    if problems := settings.problems():
-        raise ConfigError(problems)
-    return kind(settings)
+def build_policy(parts: Parts) -> Policy:
+    """The policy of the settings; without `mixture.policy` the saturation rule over everything. ConfigError
+    when impossible."""
+    config = parts.config
+    if config.mixture.policy is None:
+        decays = parts.schedule.decays_on_demand
+        return _checked(Saturation, _saturation(config, budget_updates=parts.budget.updates, decays=decays))
+    _check_validation(parts)
+    rates = sampling_rates(config, parts.data.task_names, parts.data.train.index.tasks)
+    return _checked(policy_class(config.mixture.policy), _of_mixture(config, rates))
+
+
+def policy_of(config: Config) -> Policy:
+    """The policy of the settings as far as they alone say it: neither checked nor with the data's sampling
+    rates. What it decides is not the run's; what it would keep, need and name as the result is."""
+    kind: Any = policy_class(config.mixture.policy)
+    settings = _saturation(config) if config.mixture.policy is None else _of_mixture(config, {})
+    policy: Policy = kind(settings)
+    return policy
 
 
 def named_result(config: Config, history: History) -> str | None:
-    """The moment that the policy names as the result at this point of its table; None: the state. No data is needed for it."""
-    if config.mixture.policy is None or not history.stages:
-        return None
-    settings, kind = _of_mixture(config, {})
-    name: str | None = kind(settings).result(history)
-    return name
+    """The snapshot that the policy names as the result at this point of its table; None: the state. No data
+    is needed for it."""
+    return policy_of(config).result(history) if history.stages else None
 
 
-def moments_needed(parts: Parts, policy: Any) -> int:
+def accuracy_target(config: Config) -> float | None:
+    """The training pass's token accuracy at which the run, or a task's training, ends; None where none
+    does."""
+    return policy_of(config).accuracy_target
+
+
+def snapshots_needed(parts: Parts, policy: Policy) -> int:
     """Snapshots held at once, at most; 0 when none is gone back to."""
-    if parts.config.mixture.policy is None:
-        return 0
-    return policy.most_kept(len(parts.data.task_names)) + (parts.config.mixture.policy == "dynamix")
+    before_probe = 1 if policy.looks_ahead else 0
+    return policy.most_kept(len(parts.data.task_names)) + before_probe
 
 
 def weights_are_enough(config: Config) -> bool:
-    """Whether a moment is only its weights: roll-backs reset the optimizer, and nobody looks one update ahead."""
-    return config.mixture.optimizer == "reset" and config.mixture.policy != "dynamix"
+    """Whether a snapshot is only weights: roll-backs reset the optimizer, and nobody looks one update
+    ahead."""
+    return config.mixture.optimizer == "reset" and not policy_class(config.mixture.policy).looks_ahead
 
 
 def sampling_rates(config: Config, names: tuple[str, ...], tasks: np.ndarray) -> dict[str, float]:
-    """Rate of every task relative to its own size (1 = each sample once per epoch); empty for the natural mixture."""
+    """Rate of every task relative to its own size (1 = each sample once per epoch); empty for the natural
+    mixture."""
     mixture = config.mixture
     sizes = {name: int((tasks == i).sum()) for i, name in enumerate(names)}
     if mixture.weights is not None:
         missing = sorted(set(names) - set(mixture.weights))
         if missing:
-            raise ConfigError(
-                describe(
-                    "mixture.weights", "some tasks have none", got=missing, todo="give every task a weight, 0 to leave it out"
-                )
-            )
+            wrong, todo = "some tasks have none", "give every task a weight, 0 to leave it out"
+            raise ConfigError(describe("mixture.weights", wrong, got=missing, todo=todo))
         mass = dict(mixture.weights)
     elif mixture.temperature is not None:
         mass = _powers(sizes, mixture.temperature)
@@ -88,55 +99,46 @@ def _powers(sizes: dict[str, int], temperature: float) -> dict[str, float]:
     return {name: math.exp((math.log(size) - largest) / temperature) for name, size in sizes.items()}
 
 
-def _of_mixture(config: Config, rates: dict[str, float]) -> tuple[Any, Any]:
-    """(settings, kind) of the mixture's policy."""
-    mixture = config.mixture
-    common: dict[str, Any] = {
-        "compute_budget": float(mixture.compute_budget),
-        "evaluations_per_epoch": mixture.evaluations_per_epoch,
-        "weights": rates,
-    }
-    if mixture.policy == "msft":
-        return _msft(config, common), Msft
-    return BaselineSettings(**common), BASELINES[str(mixture.policy)]
+def _checked(kind: Any, settings: Any) -> Policy:
+    """ConfigError with everything that the settings say and cannot mean."""
+    if problems := settings.problems():
+        raise ConfigError(problems)
+    policy: Policy = kind(settings)
+    return policy
 
 
-def _saturation(parts: Parts) -> SaturationSettings:
-    config = parts.config
+def _of_mixture(config: Config, rates: Mapping[str, float]) -> Any:
+    """The settings of the mixture's policy: its fields that `mixture.*` has under the same name.
+
+    Two mean something else there: `weights` are the rates that the data makes of mixture.weights, and the
+    accuracy at which training data is memorised is stop's.
+    """
+    mixture, settings_type = config.mixture, policy_class(config.mixture.policy).settings_type
+    known = {field.name for field in fields(settings_type)}
+    given = {name: getattr(mixture, name) for name in known & set(type(mixture).model_fields)}
+    given["weights"] = dict(rates)
+    accuracy = config.stop.token_accuracy
+    if accuracy is not None and "token_accuracy" in known:
+        given["token_accuracy"] = accuracy
+    return settings_type(**given)
+
+
+def _saturation(config: Config, budget_updates: int | None = None, decays: bool = True) -> SaturationSettings:
+    """budget_updates and decays are known only with the run's data: without them, not what the run has."""
     return SaturationSettings(
         token_accuracy=config.stop.token_accuracy,
         plateau_epochs=config.stop.plateau_epochs,
         plateau_min_delta=config.stop.plateau_min_delta,
-        budget_updates=parts.budget.updates,
+        budget_updates=budget_updates,
         budget_tokens=config.budget.tokens,
-        decays=parts.schedule.decays_on_demand,
+        decays=decays,
         decay_fraction=config.schedule.decay_fraction,
     )
-
-
-def _msft(config: Config, common: dict[str, Any]) -> MsftSettings:
-    mixture = config.mixture
-    names = (
-        "rule",
-        "max_stages",
-        "exclude_on",
-        "optimizer",
-        "schedule",
-        "data",
-        "rehearsal",
-        "min_delta",
-        "min_progress",
-        "patience",
-        "z",
-    )
-    accuracy = config.stop.token_accuracy
-    given: dict[str, Any] = {name: getattr(mixture, name) for name in names}
-    if accuracy is not None:
-        given["token_accuracy"] = accuracy
-    return MsftSettings(**common, **given)
 
 
 def _check_validation(parts: Parts) -> None:
     if parts.validation is None:
         wrong = f"mixture.policy: {parts.config.mixture.policy} scores tasks and has no rows to score them on"
-        raise DataError(describe("data.validation", wrong, todo="set data.validation or data.validation_fraction"))
+        raise DataError(
+            describe("data.validation", wrong, todo="set data.validation or data.validation_fraction")
+        )

@@ -1,4 +1,5 @@
-"""One update ahead: what a single step on each task alone would do to that task's loss (DynamixSFT's reward)."""
+"""One update ahead: what a single step on each task alone would do to that task's loss (DynamixSFT's
+reward)."""
 
 from __future__ import annotations
 
@@ -7,37 +8,42 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from repsft_fast import seeded
 from repsft_fast.data.packing import pack, padded_length
 from repsft_fast.data.plan import Cursor, PlannedRow, Update, denominator
+from repsft_fast.distributed import all_sum
 from repsft_fast.errors import TrainingError, describe
-from repsft_fast.training.moments import Moments
 from repsft_fast.training.parts import Parts
-from repsft_fast.training.rows import row_bucket
+from repsft_fast.training.samples import row_bucket
+from repsft_fast.training.snapshots import Snapshots
 from repsft_fast.training.step import OutOfMemory, train_step
 
 NAME = "probe"
 
 
-def look_ahead(parts: Parts, moments: Moments, tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Mean loss of each task's probe batch before and after one update on it. The state is put back, bit for bit."""
-    moments.take(NAME)
+def look_ahead(parts: Parts, snapshots: Snapshots, tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Mean loss of each task's probe batch before and after one update on it. The state is put back, bit for
+    bit."""
+    snapshots.take(NAME)
     found: dict[str, tuple[float, float]] = {}
     try:
         for task in tasks:
             update = _batch(parts, parts.data.task_names.index(task))
             before = _loss(parts, update)
-            parts.spikes.begin_anew()  # one task's batch is no spike of the mixture; the window comes back with the moment
+            # one task's batch is no spike of the mixture; the window comes back with the snapshot
+            parts.spikes.begin_anew()
             train_step(parts, update)
             parts.ledger.read()  # the probe's own update is not part of the run's record
             found[task] = (before, _loss(parts, update))
-            parts.progress.probed.add(parts.work_of(update))
-            moments.restore(NAME)
+            parts.lasting.probed.add(parts.work_of(update))
+            snapshots.restore(NAME)
     except OutOfMemory as problem:
-        moments.restore(NAME)
-        todo = "lower batch.row_tokens" if parts.config.batch.pack else "lower data.max_tokens, in another folder"
+        snapshots.restore(NAME)
+        packed = parts.config.batch.pack
+        todo = "lower batch.row_tokens" if packed else "lower data.max_tokens, in another folder"
         raise TrainingError(describe("probe", f"out of memory ({problem})", todo=todo)) from problem
     finally:
-        moments.release(NAME)
+        snapshots.release(NAME)
     return found
 
 
@@ -45,28 +51,35 @@ def _batch(parts: Parts, task: int) -> Update:
     """As many samples of the task as an update has, drawn by (seed, update, task)."""
     index, progress = parts.data.train.index, parts.progress
     mine = np.flatnonzero(index.tasks == task)
-    draw = np.random.Generator(np.random.Philox(key=[parts.config.run.seed, progress.updates * 65_536 + task]))
     count = parts.config.batch.samples or max(1, int((parts.config.batch.tokens or 0) / index.lengths.mean()))
-    chosen = np.sort(draw.choice(mine, size=min(max(count, parts.world.size), len(mine)), replace=False))
+    key = parts.config.run.seed | (progress.updates * 65_536 + task) << 64
+    chosen = mine[seeded.choice(key, len(mine), min(max(count, parts.world.size), len(mine)))]
     lengths = index.lengths[chosen]
     bucket, capacity = row_bucket(parts.config, parts.world.device), parts.config.batch.row_tokens
     dealt = pack(lengths, capacity, bucket=bucket, ranks=parts.world.size, apart=parts.plan.apart)
     ranks = tuple(
         tuple(
-            PlannedRow(chosen[line], int(lengths[line].sum()), padded_length(int(lengths[line].sum()), capacity, bucket))
+            PlannedRow(
+                chosen[line],
+                int(lengths[line].sum()),
+                padded_length(int(lengths[line].sum()), capacity, bucket),
+            )
             for line in rows
         )
         for rows in dealt
     )
     average = parts.config.loss.average
-    return Update(Cursor(progress.stage, progress.epoch, progress.update), chosen, denominator(index, chosen, average), ranks)
+    return Update(
+        Cursor(progress.stage, progress.epoch, progress.update),
+        chosen,
+        denominator(index, chosen, average),
+        ranks,
+    )
 
 
 @torch.no_grad()
 def _loss(parts: Parts, update: Update) -> float:
     """The update's objective under today's weights, over all ranks."""
-    from repsft_fast.distributed import all_sum
-
     total = torch.zeros((), dtype=torch.float64, device=parts.world.device)
     for row in parts.rows(update):
         loss, _ = parts.model.loss(row)

@@ -1,16 +1,18 @@
-"""Where the run stands: the host half of the closed list of state. Everything here is JSON."""
+"""Where a run stands: what a roll-back takes back (`Progress`) and what it does not (`Lasting`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
 from repsft_fast.throughput import Work
 
 GUESSES = 16  # values that kept_guess takes
+# Names of fields in checkpoints, where the first versions wrote others.
+_WRITTEN = {"evaluated": "looked"}
 
 
 def crosses(before: Fraction, after: Fraction, every: float) -> bool:
@@ -21,7 +23,10 @@ def crosses(before: Fraction, after: Fraction, every: float) -> bool:
 
 @dataclass
 class Progress:
-    """The cursor (stage, epoch, update) names the *next* update. Counters are of the kept branch unless they say otherwise."""
+    """Of the kept branch: a roll-back puts all of it back.
+
+    The cursor (stage, epoch, update) names the *next* update.
+    """
 
     stage: int = 0  # key of the data order, as the plan takes it
     epoch: int = 0  # of the stage
@@ -34,19 +39,11 @@ class Progress:
     task_weights: dict[int, float] | None = None  # sampling weights; None = every sample once per epoch
     draws: int | None = None  # samples drawn per epoch under task_weights; None = as many as are active
     skip: list[int] = field(default_factory=list)  # samples left out of this epoch
-    vetoed: int = 0  # updates refused for non-finite numbers
-    refused_in_a_row: int = 0  # updates not taken since the last that was, not finite or spikes
-    spiked: int = 0  # updates that were loss spikes, applied or not
-    work: Work = field(default_factory=Work)  # of the kept branch
-    all_work: Work = field(default_factory=Work)  # discarded branches too
-    looked: Work = field(default_factory=Work)  # forward passes: of a mixture's evaluations, of samples that skip an epoch
-    probed: Work = field(default_factory=Work)  # updates made to look ahead and put back, two forward passes beside each
-    kept_guess: float = 1.0  # share of a row's trained positions that the head expects loss.skip_below to keep
+    work: Work = field(default_factory=Work)
+    kept_guess: float = (
+        1.0  # share of a row's trained positions that the head expects loss.skip_below to keep
+    )
     kept_most: float | None = None  # the largest such share seen in the running epoch; None = nothing counted
-    passed_over: list[Any] = field(default_factory=list)  # (stage, epoch, update) of updates refused before a revert
-    row_tokens: int | None = None  # shorter rows than the settings', after memory ran out
-    token_accuracy: float | None = None  # of the last judged epoch or probe
-    best: dict[str, Any] | None = None  # best validation so far
     reason: str | None = None  # set when the run has ended
 
     @property
@@ -65,18 +62,17 @@ class Progress:
         return crosses(done - Fraction(1, self.updates_in_epoch), done, every_epochs)
 
     def step_done(self, work: Work, updates_in_epoch: int) -> None:
-        self.update += 1
-        self.updates_in_epoch = updates_in_epoch
+        """One update was made: the cursor names the next."""
+        self.advance(updates_in_epoch)
         self.updates += 1
         self.work.add(work)
-        self.all_work.add(work)
 
-    def update_passed(self, updates_in_epoch: int) -> None:
-        """An update that was refused before a revert is not made again."""
+    def advance(self, updates_in_epoch: int) -> None:
+        """The cursor names the next update; the schedule's clock stands still, and nothing is counted."""
         self.update += 1
         self.updates_in_epoch = updates_in_epoch
 
-    def saw_kept(self, shares: Sequence[float]) -> None:
+    def record_kept_share(self, shares: Sequence[float]) -> None:
         """Shares of a row's trained positions that loss.skip_below kept, of updates of the running epoch."""
         if shares:
             self.kept_most = max(self.kept_most or 0.0, *shares)
@@ -90,6 +86,8 @@ class Progress:
         self.skip = []
 
     def next_stage(self, data_key: int, updates: int) -> None:
+        """Begin a stage at update `updates` of the schedule, in the order of samples that `data_key`
+        gives."""
         self.past_epochs = self.epochs
         self.stage, self.epoch, self.update, self.earlier, self.updates = data_key, 0, 0, "0", updates
         self.skip = []
@@ -101,26 +99,57 @@ class Progress:
         self._guess_kept(False)
 
     def _guess_kept(self, same_samples: bool) -> None:
-        """From the epoch that ended to the one that begins, with an eighth of room and in sixteenths, so that shapes are few.
+        """From the epoch that ended to the one that begins, with an eighth of room and in sixteenths, so that
+        shapes are few.
 
-        Only here, where neither logging nor saving decides when: sizes of products decide the rounding, and a run must not
-        depend on either. An epoch over other samples than the last begins with all rows.
+        Only here, where neither logging nor saving decides when: sizes of products decide the rounding, and a
+        run must not depend on either. An epoch over other samples than the last begins with all rows.
         """
         known = same_samples and self.kept_most is not None
         room = math.ceil((self.kept_most or 0.0) * 1.125 * GUESSES) if known else GUESSES
         self.kept_guess = min(max(room, 1), GUESSES) / GUESSES
         self.kept_most = None
 
-    def values(self) -> dict[str, Any]:
-        """As JSON; `load` takes it back."""
-        weights = None if self.task_weights is None else {str(task): w for task, w in self.task_weights.items()}
-        return {**asdict(self), "task_weights": weights}
 
-    def load(self, values: dict[str, Any]) -> None:
-        """Put saved values back."""
-        for name, value in values.items():
-            if name in ("work", "all_work", "looked", "probed"):
+@dataclass
+class Lasting:
+    """Of the whole run, discarded branches too: a roll-back leaves it as it is, a resumption puts it back."""
+
+    all_work: Work = field(default_factory=Work)
+    # forward passes: of a mixture's evaluations, of samples that skip an epoch
+    evaluated: Work = field(default_factory=Work)
+    # updates made to look ahead and put back, two forward passes beside each
+    probed: Work = field(default_factory=Work)
+    vetoed: int = 0  # updates refused for non-finite numbers
+    refused_in_a_row: int = 0  # updates not taken since the last that was, not finite or spikes
+    spiked: int = 0  # updates that were loss spikes, applied or not
+    # (stage, epoch, update) of updates refused before a revert
+    passed_over: list[Any] = field(default_factory=list)
+    row_tokens: int | None = None  # shorter rows than the settings', after memory ran out
+    token_accuracy: float | None = None  # of the last judged epoch or probe
+    best: dict[str, Any] | None = None  # best validation so far
+
+
+def values_of(*both: Progress | Lasting) -> dict[str, Any]:
+    """Both as one JSON object, as a checkpoint holds them; `load_values` takes it back."""
+    values: dict[str, Any] = {}
+    for half in both:
+        values |= {_WRITTEN.get(name, name): value for name, value in asdict(half).items()}
+    if (weights := values.get("task_weights")) is not None:
+        values["task_weights"] = {str(task): weight for task, weight in weights.items()}
+    return values
+
+
+def load_values(values: Mapping[str, Any], *both: Progress | Lasting) -> None:
+    """Put saved values back into these, each what is its own."""
+    for half in both:
+        for one in fields(half):
+            name = _WRITTEN.get(one.name, one.name)
+            if name not in values:  # an older version's checkpoint: as at the start
+                continue
+            value = values[name]
+            if one.name in ("work", "all_work", "evaluated", "probed"):
                 value = Work(**value)
-            elif name == "task_weights" and value is not None:
+            elif one.name == "task_weights" and value is not None:
                 value = {int(task): weight for task, weight in value.items()}
-            setattr(self, name, value)
+            setattr(half, one.name, value)

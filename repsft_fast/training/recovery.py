@@ -1,7 +1,9 @@
-"""When numbers go wrong or memory runs out: back to the newest safe state, or smaller rows, and on.
+"""When numbers go wrong or memory runs out: back to the last good state, or smaller rows, and on.
 
-numbers.on_nonfinite: revert   the newest snapshot in memory is put back and the refused update is passed over from then on
-numbers.on_spike: revert       the same for loss spikes; what they are judged by is kept, so that a new level is accepted
+numbers.on_nonfinite: revert   the newest snapshot in memory is put back and the refused update is passed over
+                               from then on
+numbers.on_spike: revert       the same for loss spikes; what they are judged by is kept, so that a new level
+                               is accepted
 numbers.on_out_of_memory: retry   rows are halved (law 2: the same gradients) and the update is made again
 """
 
@@ -15,77 +17,94 @@ import torch
 from repsft_fast.data.plan import Cursor
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.conductor import Conductor
-from repsft_fast.training.moments import Moments
-from repsft_fast.training.nonfinite import Refused, reverts
 from repsft_fast.training.parts import Parts
+from repsft_fast.training.refusals import Refused, reverts
 from repsft_fast.training.reporter import Reporter
-from repsft_fast.training.rows import build_plan, row_bucket
+from repsft_fast.training.samples import build_plan
+from repsft_fast.training.snapshots import Snapshots
 from repsft_fast.training.step import OutOfMemory
 
-REVERTS_AT_MOST = 8  # to one safe state: more, and it is not safe
+MAX_REVERTS = 8  # to one state: more, and it is not good
 
 
 class Recovery:
-    """Owns the safe state: taken whenever counters were read, were clean and a decision or checkpoint has just passed."""
+    """Owns the last good state: taken whenever counters were read, were clean and a decision or checkpoint
+    has just passed."""
 
-    def __init__(self, parts: Parts, moments: Moments, conductor: Conductor, reporter: Reporter):
-        self.parts, self.moments, self.conductor, self.reporter = parts, moments, conductor, reporter
+    def __init__(self, parts: Parts, snapshots: Snapshots, conductor: Conductor, reporter: Reporter):
+        self.parts, self.snapshots, self.conductor, self.reporter = parts, snapshots, conductor, reporter
         self.reverts = reverts(parts.config)
         self._marker: tuple[Any, ...] | None = None
         self._times = self._times_spiked = 0
 
-    def keep_safe(self, *, saved: bool = False) -> None:
-        """Called between updates. Remembers this state when the policy's table grew since the last, or `saved` says so."""
+    def snapshot_last_good(self, *, saved: bool = False) -> None:
+        """Called between updates. Remembers this state when the policy's table grew since the last, or
+        `saved` says so."""
         if not self.reverts:
             return
         history = self.conductor.history
         marker = (history.clock, len(history.decisions), self.parts.progress.stage, self.parts.progress.epoch)
         if saved or marker != self._marker:
             self.conductor.read_ledger()
-            self.moments.keep_safe()
+            self.snapshots.snapshot_last_good()
             self._marker, self._times, self._times_spiked = marker, 0, 0
             self.conductor.refusals.go_back_on_spikes = True
 
     def go_back(self, refused: Refused) -> None:
-        """Put the safe state back and pass the refused updates over from now on. TrainingError when that does not help: numbers
-        that are not finite end the run, spikes are skipped from here on, until the next safe state."""
+        """Put the last good state back and pass the refused updates over from now on. TrainingError when that
+        does not help: numbers that are not finite end the run, spikes are skipped from here on, until the
+        next good state."""
         progress = self.parts.progress
         if refused.spikes_alone:
             self._times_spiked += 1
-            self.conductor.refusals.go_back_on_spikes = self._times_spiked < REVERTS_AT_MOST
+            self.conductor.refusals.go_back_on_spikes = self._times_spiked < MAX_REVERTS
         else:
             self._times += 1
-        if self._times > REVERTS_AT_MOST:
+        if self._times > MAX_REVERTS:
             todo = "look at the samples named above, or begin in another folder with a lower optim.lr"
-            error = TrainingError(describe("training", f"went back {REVERTS_AT_MOST} times and is not finite again", todo=todo))
-            error.code = "nonfinite"  # type: ignore[attr-defined]
-            raise error
+            wrong = f"went back {MAX_REVERTS} times and is not finite again"
+            raise TrainingError(describe("training", wrong, todo=todo), code="nonfinite")
         after = progress.updates
         with self.parts.spikes.lasting():
-            self.moments.go_safe()
-        progress.passed_over = sorted({*map(tuple, progress.passed_over), *refused.cursors})
-        self.reporter.event("revert", {"from": after, "passed_over": [list(cursor) for cursor in refused.cursors]})
-        self.reporter.note(f"went back from update {after} to {progress.updates}; the refused update is passed over")
+            self.snapshots.revert_to_last_good()
+        self.parts.lasting.passed_over = sorted(
+            {*map(tuple, self.parts.lasting.passed_over), *refused.cursors}
+        )
+        self.reporter.event(
+            "revert", {"from": after, "passed_over": [list(cursor) for cursor in refused.cursors]}
+        )
+        self.reporter.note(
+            f"went back from update {after} to {progress.updates}; the refused update is passed over"
+        )
 
     def is_passed_over(self, cursor: Cursor) -> bool:
-        return (cursor.stage, cursor.epoch, cursor.update) in map(tuple, self.parts.progress.passed_over)
+        return (cursor.stage, cursor.epoch, cursor.update) in map(tuple, self.parts.lasting.passed_over)
 
     def retried(self, problem: OutOfMemory) -> bool:
-        """Halve the rows, so that the update is made again; False where that is not asked for or not possible.
+        """Halve the rows, so that the update is made again; False where that is not asked for or not
+        possible.
 
-        Not on several ranks: the others wait for this one in a message (a gather, a sum) that cannot be called back. All end
-        with this rank's words (`distributed.lost_rank`), and a resumed run takes the rows they name.
+        Not on several ranks: the others wait for this one in a message (a gather, a sum) that cannot be
+        called back. All end with this rank's words (`distributed.lost_rank`), and a resumed run takes the
+        rows they name.
         """
         parts, before = self.parts, row_tokens(self.parts)
         smaller = smaller_rows(parts)
-        if parts.config.numbers.on_out_of_memory == "stop" or smaller is None or problem.torn or parts.world.size > 1:
+        if (
+            parts.config.numbers.on_out_of_memory == "stop"
+            or smaller is None
+            or problem.torn
+            or parts.world.size > 1
+        ):
             return False
         gc.collect()
         if parts.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        parts.progress.row_tokens = smaller
+        parts.lasting.row_tokens = smaller
         use_row_tokens(parts)
-        self.reporter.note(f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}")
+        self.reporter.note(
+            f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}"
+        )
         return True
 
     def out_of_memory(self, problem: OutOfMemory) -> TrainingError:
@@ -98,32 +117,36 @@ class Recovery:
             if self.parts.plan.apart.alone_above == 0:
                 needs = "batch.pack is false, so that a row is one sample already"
             less = "lower data.max_tokens or use optim.name: adamw8bit"
-            todo = f"{needs}: set model.activation_checkpointing: full and --resume; or, in another folder, {less}"
+            todo = (
+                f"{needs}: set model.activation_checkpointing: full and --resume; or, in another folder,"
+                f" {less}"
+            )
         state = "nothing was changed"
         if problem.stuck:
             state = (
-                f"no weight was changed, but FSDP2 of torch {torch.__version__} cannot be put back after an error inside an "
-                "update (torch 2.13 can): start again, with --resume where there is a checkpoint"
+                f"no weight was changed, but FSDP2 of torch {torch.__version__} cannot be put back after an"
+                " error inside an update (torch 2.13 can): start again, with --resume where there is a"
+                " checkpoint"
             )
         elif problem.torn:
             state = "the state may be half an update ahead: --resume goes on from the last checkpoint"
         if self.parts.config.numbers.on_out_of_memory == "retry" and self.parts.world.size > 1:
             state += "; a retry works on one rank alone: the others wait inside a message of the old rows"
         where = f"update {self.parts.progress.updates + 1}"
-        error = TrainingError(describe(where, f"out of memory ({problem}); {state}", todo=todo))
-        error.code = "out_of_memory"  # type: ignore[attr-defined]
-        return error
+        words = describe(where, f"out of memory ({problem}); {state}", todo=todo)
+        return TrainingError(words, code="out_of_memory")
 
 
 def row_tokens(parts: Parts) -> int:
-    return parts.progress.row_tokens or parts.config.batch.row_tokens
+    return parts.lasting.row_tokens or parts.config.batch.row_tokens
 
 
 def smaller_rows(parts: Parts) -> int | None:
-    """Half the row, in whole buckets, and no shorter than the longest sample; None when there is nothing left to halve."""
+    """Half the row, in whole buckets, and no shorter than the longest sample; None when there is nothing left
+    to halve."""
     if parts.plan.apart.alone_above == 0:
         return None  # one sample a row: no setting of rows makes one shorter
-    bucket = row_bucket(parts.config, parts.world.device)
+    bucket = parts.plan.bucket_tokens
     longest = int(parts.data.train.index.lengths.max())
     wanted = max(row_tokens(parts) // 2, longest)
     smaller = -(-wanted // bucket) * bucket
@@ -132,5 +155,7 @@ def smaller_rows(parts: Parts) -> int | None:
 
 def use_row_tokens(parts: Parts) -> None:
     """Pack rows as the progress says, after a retry or a resumption."""
-    if parts.progress.row_tokens is not None:
-        parts.plan = build_plan(parts.config, parts.data.train.index, parts.world, row_tokens=parts.progress.row_tokens)
+    if parts.lasting.row_tokens is not None:
+        parts.plan = build_plan(
+            parts.config, parts.data.train.index, parts.world, row_tokens=parts.lasting.row_tokens
+        )

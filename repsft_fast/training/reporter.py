@@ -1,6 +1,8 @@
-"""What a run tells: metrics.jsonl, the live line and trackers, all on the main rank only. One method per kind of event.
+"""What a run tells: metrics.jsonl, the live line and trackers, all on the main rank only. One method per kind
+of event.
 
-Whatever happens to them, the run goes on: no method here raises. What went wrong is said once, counted, and in `troubles`.
+Whatever happens to them, the run goes on: no method here raises. What went wrong is said once, counted, and
+in `troubles`.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ from typing import Any
 from repsft_fast import distributed
 from repsft_fast.errors import RepsftError
 from repsft_fast.metrics import JsonLines, UpdateRecord, summarise
+from repsft_fast.report.format import rows_of
 from repsft_fast.report.live import Live
-from repsft_fast.report.words import rows_of
 from repsft_fast.throughput import Work, peak_memory_bytes
 from repsft_fast.trackers import FINISH_S, Trackers, check_there, failed_with
 from repsft_fast.training.parts import Parts
+from repsft_fast.training.policy import accuracy_target
 
 MOST_TROUBLES = 50  # distinct ones; of what goes wrong in ever new words the rest is only counted
 AFTER_A_FAILURE_S = 10.0  # so long a run that failed waits for its trackers
 
 
 class Reporter:
-    """Turns counters into records. Rates are over the time since the last reading, waiting for data told apart.
+    """Turns counters into records. Rates are over the time since the last reading, waiting for data told
+    apart.
 
     Building one raises ConfigError for trackers that are not there, on every rank; nothing raises afterwards.
     """
@@ -39,11 +43,11 @@ class Reporter:
         self.trackers: Trackers | None = None
         if main:
             self.lines = JsonLines(parts.folder / "metrics.jsonl", self.trouble)
-        with distributed.together():
+        with distributed.raise_together(parts.world):
             if main:
                 check_there(parts.config.log.trackers)
         self.started = self._last = time.perf_counter()
-        self._work = parts.progress.all_work.copy()
+        self._work = parts.lasting.all_work.copy()
         self._waited = 0.0
         self._apart = 0.0  # seconds since the last reading that went into evaluation, snapshots, saving
         self._speed: dict[str, Any] = {}
@@ -53,16 +57,19 @@ class Reporter:
         if self.parts.world.is_main:
             with self.only_reports("log.trackers"):
                 config = self.parts.config
-                self.trackers = Trackers(config.log.trackers, self.parts.folder, config.to_dict(), note=self.trouble)
+                self.trackers = Trackers(
+                    config.log.trackers, self.parts.folder, config.to_dict(), note=self.trouble
+                )
 
-    # What goes wrong -------------------------------------------------------------------------------------------------
+    # What goes wrong --------------------------------------------------------------------------------------
 
     @contextmanager
     def only_reports(self, what: str) -> Iterator[None]:
-        """What is done inside tells of the run and is no part of it: an error there becomes a trouble, and the run goes on.
+        """What is done inside tells of the run and is no part of it: an error there becomes a trouble, and
+        the run goes on.
 
-        Memory that the host has not for a picture is such an error; KeyboardInterrupt and SystemExit are not. No message
-        between ranks may be inside, for the others would wait for it.
+        Memory that the host has not for a picture is such an error; KeyboardInterrupt and SystemExit are not.
+        No message between ranks may be inside, for the others would wait for it.
         """
         try:
             yield
@@ -87,7 +94,7 @@ class Reporter:
         found = [text if times == 1 else f"{text} ({times} times)" for text, times in self._troubles.items()]
         return [*found, *([self.lines.missing] if self.lines.missing else [])]
 
-    # What is told ----------------------------------------------------------------------------------------------------
+    # What is told -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         with self.only_reports("the start"):
@@ -95,18 +102,16 @@ class Reporter:
 
     def _start(self) -> None:
         parts, config = self.parts, self.parts.config
-        mixture = config.mixture
-        judged = mixture.policy is None or (mixture.policy == "msft" and mixture.exclude_on == "saturation")
         self._show(
             self.live.start,
             {
                 "folder": str(parts.folder),
                 "updates": parts.budget.most,
-                "ends_by_rule": mixture.policy is not None,
+                "ends_by_rule": config.mixture.policy is not None,
                 "updates_per_epoch": parts.budget.updates_per_epoch,
                 "samples": len(parts.data.train.index),
                 "tasks": list(parts.data.task_names),
-                "target": config.stop.token_accuracy if judged else None,
+                "target": config.stop.token_accuracy if accuracy_target(config) is not None else None,
                 "device": str(parts.world.device),
                 "ranks": parts.world.size,
             },
@@ -116,18 +121,21 @@ class Reporter:
         for text in [*config.warnings, *parts.data.warnings]:
             self.note(text)
         if parts.data.dropped:
-            self.note("dropped: " + ", ".join(f"{n} × {reason}" for reason, n in sorted(parts.data.dropped.items())))
+            self.note(
+                "dropped: " + ", ".join(f"{n} × {reason}" for reason, n in sorted(parts.data.dropped.items()))
+            )
 
     def resumed(self, seconds: float) -> None:
-        """The run goes on: `seconds` of it were spent before, and the work done until now is not this reading's."""
+        """The run goes on: `seconds` of it were spent before, and the work done until now is not this
+        reading's."""
         self.started -= seconds
-        self._work = self.parts.progress.all_work.copy()
+        self._work = self.parts.lasting.all_work.copy()
 
-    def waited(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         """Time the loop stood still for its next update."""
         self._waited += seconds
 
-    def apart(self, seconds: float) -> None:
+    def exclude_seconds(self, seconds: float) -> None:
         """Time that was not training, so that tokens/s is the trainer's and not the evaluation's."""
         self._apart += seconds
 
@@ -161,7 +169,9 @@ class Reporter:
                 line |= speed
             self._write(line)
         schedule = self.parts.schedule  # read each time: a roll-back may take a decay back
-        ends_at = schedule.decay_start + (schedule.decay_length or 1) if schedule.decay_start is not None else None
+        ends_at = (
+            schedule.decay_start + (schedule.decay_length or 1) if schedule.decay_start is not None else None
+        )
         self._show(self.live.ends_at, ends_at)
         self._show(self.live.update, line)
 
@@ -192,7 +202,8 @@ class Reporter:
         self._show(self.live.evaluation, line)
 
     def mixture(self, standing: Mapping[str, Any]) -> None:
-        """How the tasks stand, after every decision. For the eye only: the lines of evaluations and decisions say it all."""
+        """How the tasks stand, after every decision. For the eye only: the lines of evaluations and decisions
+        say it all."""
         self._show(self.live.mixture, standing)
 
     def note(self, text: str) -> None:
@@ -232,7 +243,7 @@ class Reporter:
     def _measure(self) -> dict[str, Any]:
         now, parts = time.perf_counter(), self.parts
         seconds = max(now - self._last - self._apart, 1e-9)
-        done: Work = parts.progress.all_work.minus(self._work)
+        done: Work = parts.lasting.all_work.minus(self._work)
         flops = parts.shape.flops(done.tokens, done.trained, done.sum_squared_lengths)
         peak = parts.peak_flops
         self._speed = {
@@ -243,11 +254,11 @@ class Reporter:
             "mfu": flops / seconds / peak / parts.world.size if peak else None,
             "memory_bytes": peak_memory_bytes(parts.world.device),
             "data_wait_fraction": min(self._waited / seconds, 1.0),
-            "tokens": parts.progress.all_work.tokens,
-            "trained_tokens": parts.progress.all_work.trained,
-            "slots": parts.progress.all_work.slots,
+            "tokens": parts.lasting.all_work.tokens,
+            "trained_tokens": parts.lasting.all_work.trained,
+            "slots": parts.lasting.all_work.slots,
         }
-        self._last, self._work, self._waited, self._apart = now, parts.progress.all_work.copy(), 0.0, 0.0
+        self._last, self._work, self._waited, self._apart = now, parts.lasting.all_work.copy(), 0.0, 0.0
         return self._speed
 
 

@@ -1,25 +1,30 @@
-"""Loss spikes: whether an update is out of line with the updates before it, judged on the device, alike on every rank.
+"""Loss spikes: whether an update is out of line with the updates before it, judged on the device, alike on
+every rank.
 
-An update is a spike when its loss, or its gradient norm before clipping, lies more than SIGMAS standard deviations above the
-mean of the last WINDOW updates, once at least KNOWN are known. Mean and deviation are of the *logarithms*, floored:
+An update is a spike when its loss, or its gradient norm before clipping, lies more than SIGMAS standard
+deviations above the mean of the last WINDOW updates, once at least KNOWN are known. Mean and deviation are of
+the *logarithms*, floored:
 
-    loss: ln max(loss, 0.001)       deviation at least 0.02 (the limit at least 13 % up)     and the loss above 0.5
+    loss: ln max(loss, 0.001)       deviation at least 0.02 (the limit at least 13 % up)     and the loss
+                                    above 0.5
     norm: ln max(norm, the clip)    deviation at least 0.6 (37 times)
 
-Norms are products: their tails are heavy, and those of one-sample batches heaviest. Of 46 plain runs of tiny models (1 to 16
-samples an update, adamw, sgd, LoRA, repeated until memorised) the raw values gave 56 alarms in 16 runs; in 73, these rules give
-three in two: one where one sample in fifty is noise among memorised ones, batch 1 (the loss rose from 0.002 to 11.8), and one
-of LoRA that learned nothing at thirty times its learning rate (norms from 0.2 to 121). The highest of all others lay 5.8
-deviations up; with a floor of 0.5 two runs of one-sample batches at a high learning rate would have alarmed. A norm that the
-clip would leave as it is hurts nobody; where `optim.max_norm` is null, 1 stands for it.
+Norms are products: their tails are heavy, and those of one-sample batches heaviest. Of 46 plain runs of tiny
+models (1 to 16 samples an update, adamw, sgd, LoRA, repeated until memorised) the raw values gave 56 alarms
+in 16 runs; in 73, these rules give three in two: one where one sample in fifty is noise among memorised ones,
+batch 1 (the loss rose from 0.002 to 11.8), and one of LoRA that learned nothing at thirty times its learning
+rate (norms from 0.2 to 121). The highest of all others lay 5.8 deviations up; with a floor of 0.5 two runs of
+one-sample batches at a high learning rate would have alarmed. A norm that the clip would leave as it is hurts
+nobody; where `optim.max_norm` is null, 1 stands for it.
 
-What enters the window: every finite update that has a gradient, spikes too, but none higher than MOST deviations up: entering
-whole, a spike of 10,000 times would hide the next of 100 times for 128 updates. So after one the limit rises from 1.33 to 1.72
-times the mean, and a new level is accepted after 4 to 9 updates in a row (1.5 to 10,000 times; 16 at 1e300), where
-`nonfinite.REFUSED_IN_A_ROW` would end the run. Never a non-finite one.
+What enters the window: every finite update that has a gradient, spikes too, but none higher than MOST
+deviations up: entering whole, a spike of 10,000 times would hide the next of 100 times for 128 updates. So
+after one the limit rises from 1.33 to 1.72 times the mean, and a new level is accepted after 4 to 9 updates
+in a row (1.5 to 10,000 times; 16 at 1e300), where `refusals.REFUSED_IN_A_ROW` would end the run. Never a
+non-finite one.
 
-`numbers.on_spike` says what becomes of the update. Prior art: OLMo-core's SkipStepOptimizer (6 deviations of the last 128
-losses and norms), ZClip (arXiv 2504.02507, a z-score of the norm's running mean).
+`numbers.on_spike` says what becomes of the update. Prior art: OLMo-core's SkipStepOptimizer (6 deviations of
+the last 128 losses and norms), ZClip (arXiv 2504.02507, a z-score of the norm's running mean).
 """
 
 from __future__ import annotations
@@ -45,20 +50,24 @@ _FIXED = 2.0**32  # losses of the ranks add up as fixed point: the sum is the sa
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an update was judged by, as host numbers: of loss and norm each the middle of the window and the limit."""
+    """What an update was judged by, as host numbers: of loss and norm each the middle of the window and the
+    limit."""
 
     middle: tuple[float, float]  # exp of the mean of the logarithms
     limit: tuple[float, float]  # above it an update is a spike
 
 
 class Spikes:
-    """The window of the last updates, on the device and on the closed list of state; the same on every rank."""
+    """The window of the last updates, on the device and on the closed list of state; the same on every
+    rank."""
 
     def __init__(self, device: torch.device, world: World, max_norm: float | None):
         self.world = world
-        self._ring = torch.zeros(WINDOW, 2, dtype=torch.float64, device=device)  # the newest last; zeros where none is known
+        # the newest last; zeros where none is known
+        self._ring = torch.zeros(WINDOW, 2, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.float64, device=device)
-        self._judged: tuple[Tensor, Tensor] | None = None  # the open update's logarithms, and whether they enter
+        # the open update's logarithms, and whether they enter
+        self._judged: tuple[Tensor, Tensor] | None = None
         least, floor, loud = _bounds(max_norm)
         self._least = torch.tensor(least, dtype=torch.float64).to(device)
         self._floor = torch.tensor(floor, dtype=torch.float64).square().to(device)
@@ -83,13 +92,17 @@ class Spikes:
 
     @torch.no_grad()
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """([] bool finite, [JUDGED] fp64 as `verdict` reads them, [] fp64 the norm), the same on every rank. No host sync.
+        """([] bool finite, [JUDGED] fp64 as `verdict` reads them, [] fp64 the norm), the same on every rank.
+        No host sync.
 
-        loss: [] fp64 of this rank's rows; norm: [] fp64, the joint one. One message between ranks. The window is as before.
+        loss: [] fp64 of this rank's rows; norm: [] fp64, the joint one. One message between ranks. The window
+        is as before.
         """
         values, finite = self._of_all_ranks(loss, norm)
-        here = torch.maximum(values, self._least).log_()  # few small operations: each costs a launch in every update
-        mean = self._ring.sum(0) / self._count  # NaN while nothing is known, and no comparison with NaN is true
+        # few small operations: each costs a launch in every update
+        here = torch.maximum(values, self._least).log_()
+        # NaN while nothing is known, and no comparison with NaN is true
+        mean = self._ring.sum(0) / self._count
         variance = torch.addcmul(self._ring.square().sum(0) / self._count, mean, mean, value=-1.0)
         deviation = torch.maximum(variance, self._floor).sqrt_()
         limit = torch.maximum(mean.add(deviation, alpha=SIGMAS), self._loud)
@@ -115,7 +128,8 @@ class Spikes:
             return values, finite
         most = 2.0**62 / _FIXED / self.world.size
         fixed = (torch.nan_to_num(loss).clamp(-most, most) * _FIXED).round().to(torch.int64)
-        bits = norm.double().view(torch.int64) if self.world.is_main else torch.zeros_like(fixed)  # one rank's, to the bit
+        # one rank's, to the bit
+        bits = norm.double().view(torch.int64) if self.world.is_main else torch.zeros_like(fixed)
         told = all_sum(torch.stack((fixed, (~finite).to(torch.int64), bits)))
         return torch.stack((told[0].double() / _FIXED, told[2].view(torch.float64))), told[1] == 0
 
@@ -156,6 +170,7 @@ class Reference:
 
 
 def _bounds(max_norm: float | None) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
-    """(least values, least deviations of their logarithms, values at which a spike begins), each of loss and norm."""
+    """(least values, least deviations of their logarithms, values at which a spike begins), each of loss and
+    norm."""
     norm = UNCLIPPED if max_norm is None else max_norm
     return (LEAST_LOSS, norm), LEAST_DEVIATION, (LOUD_LOSS, norm)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from repsft_fast.data.plan import Update
-from repsft_fast.distributed import give_up, grad_norm, next_row
+from repsft_fast.distributed import abort_pass, begin_row, grad_norm
 from repsft_fast.ops.products import needed_share
-from repsft_fast.training.no_gradient import check_arrived
 from repsft_fast.training.parts import Parts
+from repsft_fast.training.refusals import check_gradients
 
 
 class OutOfMemory(Exception):
     """The device's memory ran out in an update.
 
-    torn: the run cannot go on from where it is: the optimizer had begun, so the state may be half changed; or (stuck) it had
-    not, but FSDP2 is in the middle of a pass that this torch offers no way out of.
+    torn: the run cannot go on from where it is: the optimizer had begun, so the state may be half changed; or
+    (stuck) it had not, but FSDP2 is in the middle of a pass that this torch offers no way out of.
     """
 
     def __init__(self, error: torch.OutOfMemoryError, *, torn: bool, stuck: bool = False):
@@ -31,39 +31,40 @@ class OutOfMemory(Exception):
 
 
 def train_step(parts: Parts, update: Update) -> None:
-    """Forward, backward and optimizer step over the samples of one update. OutOfMemory that is not torn leaves the state as it
-    was. TrainingError when gradients are missing."""
-    streams = _streams(parts)
+    """Forward, backward and optimizer step over the samples of one update. OutOfMemory that is not torn
+    leaves the state as it was. TrainingError when gradients are missing."""
+    streams = _rng_states(parts)
     try:
-        measure(parts, update)
-        check_arrived(parts, update)
+        forward_backward(parts, update)
+        check_gradients(parts, update)
         norm, clip, veto = clip_and_veto(parts)  # device scalars, the same on every rank
     except torch.OutOfMemoryError as error:
-        whole = forget(parts, streams)
+        whole = abandon_update(parts, streams)
         raise OutOfMemory(error, torn=False, stuck=not whole) from None  # its traceback holds the activations
     lr = parts.schedule.lr(parts.progress.updates)
     try:
         parts.optimizer.step(lr, found_inf=veto, clip=clip)
     except torch.OutOfMemoryError as error:
-        forget(parts, streams)
+        abandon_update(parts, streams)
         raise OutOfMemory(error, torn=True) from None
     parts.optimizer.zero_grad()
     parts.ledger.close(parts.progress.updates, lr, norm, veto)
     parts.spikes.enter()
 
 
-def measure(parts: Parts, update: Update) -> None:
+def forward_backward(parts: Parts, update: Update) -> None:
     """Gradients of the update, and what its rows counted."""
     seen = []
     skip_below = parts.config.loss.skip_below
     last = len(update.ranks[parts.world.rank])  # every rank has as many rows
-    for number, row in enumerate(parts.rows(update), 1):  # weights already hold 1 / the update's one denominator
+    # weights already hold 1 / the update's one denominator
+    for number, row in enumerate(parts.rows(update), 1):
         if number in (1, last):
-            next_row(parts.model, last=number == last)
+            begin_row(parts.model, last=number == last)
         loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
         loss.backward()
         kept = needed_share(stats.log10_miss, skip_below) if skip_below > 0.0 else None
-        parts.ledger.add(loss, stats.by(row.row_tasks, parts.num_tasks), kept)  # stays on the device
+        parts.ledger.add(loss, stats.sum_by(row.position_tasks, parts.num_tasks), kept)  # stays on the device
         if parts.sample_stats is not None:
             seen.append((row, stats))
     if parts.sample_stats is not None:
@@ -71,30 +72,34 @@ def measure(parts: Parts, update: Update) -> None:
             parts.sample_stats.add(row, stats)
 
 
-def forget(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> bool:
-    """Undo a half made update: gradients, counts, gathered weights, random streams. Returns whether that was possible."""
+def abandon_update(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> bool:
+    """Undo a half made update: gradients, counts, gathered weights, random streams. Returns whether that was
+    possible."""
     parts.optimizer.zero_grad()
     parts.ledger.drop_open()
-    whole = give_up(parts.model)
+    whole = abort_pass(parts.model)
     torch.set_rng_state(streams[0])
     if streams[1] is not None:
         torch.cuda.set_rng_state(streams[1], parts.world.device)
     return whole
 
 
-def _streams(parts: Parts) -> tuple[Tensor, Tensor | None]:
+def _rng_states(parts: Parts) -> tuple[Tensor, Tensor | None]:
     """Where the random streams stand; of a GPU's the host knows, so nothing waits."""
     device = parts.world.device
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def clip_and_veto(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor]:
-    """([] norm before clipping, [] factor for every gradient or None, [] fp32 1.0 where the step must not be taken).
+    """([] norm before clipping, [] factor for every gradient or None, [] fp32 1.0 where the step must not be
+    taken).
 
-    The veto rises when the joint norm or any rank's loss is not finite, and on a spike unless spikes are only logged; the
-    factor goes to the optimizer, so that clipping costs no pass over the gradients of its own.
+    The veto rises when the joint norm or any rank's loss is not finite, and on a spike unless spikes are only
+    logged; the factor goes to the optimizer, so that clipping costs no pass over the gradients of its own.
     """
-    finite, judged, norm = parts.spikes.judge(parts.ledger.open_loss(), grad_norm(parts.optimizer.names.values()))
+    finite, judged, norm = parts.spikes.judge(
+        parts.ledger.open_loss(), grad_norm(parts.optimizer.names.values())
+    )
     parts.ledger.judged(judged)
     refused = ~finite if parts.config.numbers.on_spike == "log" else ~finite | (judged[0] > 0.0)
     veto = refused.float()

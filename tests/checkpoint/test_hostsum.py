@@ -1,4 +1,5 @@
-"""The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is what is summed."""
+"""The checksum of host memory: the number csrc_triton.state_hash defines, in any blocks; and what is read is
+what is summed."""
 
 import os
 import shutil
@@ -118,7 +119,18 @@ class TestBytesOfAFileLargerThanABlock:
         assert checkpoint.verify(folder / "gen-00000000") == []
 
     @pytest.mark.parametrize(
-        "at", [0, 7, READ_BLOCK_BYTES - 1, READ_BLOCK_BYTES, 2 * READ_BLOCK_BYTES - 8, 2 * READ_BLOCK_BYTES, -9, -4, -1]
+        "at",
+        [
+            0,
+            7,
+            READ_BLOCK_BYTES - 1,
+            READ_BLOCK_BYTES,
+            2 * READ_BLOCK_BYTES - 8,
+            2 * READ_BLOCK_BYTES,
+            -9,
+            -4,
+            -1,
+        ],
     )
     def test_one_bit_in_any_block_is_damage_and_nothing_is_loaded(self, folder, at):
         path = self.shard(folder)
@@ -154,7 +166,8 @@ class TestBytesOfAFileLargerThanABlock:
             data.flush()
 
     def test_what_is_summed_is_the_memory_that_is_loaded(self, folder, monkeypatch):
-        """A bit that flips between the disk and the tensor, in the read itself, is seen: the sum is of the tensor's memory."""
+        """A bit that flips between the disk and the tensor, in the read itself, is seen: the sum is of the
+        tensor's memory."""
         plain = shards.read_exactly
 
         def flips(fd, into, offset, where):

@@ -1,4 +1,5 @@
-"""Where the seconds of a save are booked: every kind by itself, and the wait for an earlier save apart from the copy."""
+"""Where the seconds of a save are booked: every kind by itself, and the wait for an earlier save apart from
+the copy."""
 
 from types import SimpleNamespace
 
@@ -8,10 +9,10 @@ import torch
 from repsft_fast.checkpoint import BackgroundWriter, background, files, seconds, shards, writer
 from repsft_fast.checkpoint.seconds import SaveSeconds
 from repsft_fast.training import saver as saving
-from repsft_fast.training.moments import Moments
 from repsft_fast.training.saver import Saver
+from repsft_fast.training.snapshots import Snapshots
 from repsft_fast.training.trainer import train
-from tests import runs
+from tests.helpers import runs
 
 KINDS = ("copy", "hash", "look", "write", "fsync", "model", "wait")
 STEP = 1.0
@@ -118,12 +119,18 @@ class TestInARun:
             monkeypatch.setattr(holder, name, moved)
 
         moving(Saver, "wait", self.WAIT)
-        moving(Moments, "freeze", self.COPY)
+        moving(Snapshots, "freeze", self.COPY)
         moving(saving.Conductor, "read_ledger", self.LEDGER)
-        monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
+        monkeypatch.setattr(
+            saving, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+        )
 
         def run(**changes):
-            train(runs.settings(tmp_path, budget__updates=4, budget__epochs=None, stop__token_accuracy=None, **changes))
+            train(
+                runs.settings(
+                    tmp_path, budget__updates=4, budget__epochs=None, stop__token_accuracy=None, **changes
+                )
+            )
             return runs.metrics(tmp_path)
 
         return run
@@ -136,12 +143,16 @@ class TestInARun:
         assert {line["waited_seconds"] for line in saves} == {self.WAIT}
 
     def test_a_save_without_room_for_a_copy_waits_for_its_own_writer_too(self, lines, monkeypatch):
-        monkeypatch.setattr(Moments, "freezes", False)
+        monkeypatch.setattr(Snapshots, "freezes", False)
         saves = [line for line in lines(checkpoint__every_updates=2) if line.get("why") == "due"]
-        assert [(line["stall_seconds"], line["waited_seconds"]) for line in saves] == [(self.COPY, 2 * self.WAIT)]
+        assert [(line["stall_seconds"], line["waited_seconds"]) for line in saves] == [
+            (self.COPY, 2 * self.WAIT)
+        ]
 
     def test_what_the_writer_did_is_written_down(self, lines):
-        written = [line for line in lines(checkpoint__every_updates=2) if line["kind"] == "checkpoint_written"]
+        written = [
+            line for line in lines(checkpoint__every_updates=2) if line["kind"] == "checkpoint_written"
+        ]
         assert written
         for line in written:
             assert all(line[f"{kind}_seconds"] >= 0 for kind in KINDS)

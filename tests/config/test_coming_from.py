@@ -1,4 +1,5 @@
-"""Other trainers' settings lead to ours: every name in every spelling, and everything that is said to be set here can be."""
+"""Other trainers' settings lead to ours: every name in every spelling, and everything that is said to be set
+here can be."""
 
 import ast
 import collections
@@ -14,11 +15,17 @@ from repsft_fast.config import Config, setting_names, unknown_setting
 from repsft_fast.config.coming_from import coming_from_page
 from repsft_fast.config.foreign import NAMES, SECTIONS, nearly, ours
 from repsft_fast.config.foreign_values import SCALARS, VALUES
-from repsft_fast.config.page import sections
+from repsft_fast.config.reference import sections
 from repsft_fast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST = {"run.folder": "r", "model.path": "m", "data.train": {"a": "a", "b": "b"}, "data.validation": "v", "budget.epochs": 3}
+LEAST = {
+    "run.folder": "r",
+    "model.path": "m",
+    "data.train": {"a": "a", "b": "b"},
+    "data.validation": "v",
+    "budget.epochs": 3,
+}
 THEIRS = {name: here for here, names in NAMES.items() for name in names.split()}
 SETTING = re.compile(r"(?<![\w/.])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
 FILES = {"config.json", "result.json", "run.png", "metrics.jsonl", "docs", "cluster.md", "data.md"}
@@ -59,7 +66,10 @@ class TestTheTable:
         words = [word for words in VALUES[setting].values() for word in words.split()]
         assert len(set(words)) == len(words)
         for here in VALUES[setting]:
-            Config.of({**LEAST, "budget.updates": 9, "budget.epochs": 9}, {setting: yaml.safe_load(here.partition(",")[0])})
+            Config.of(
+                {**LEAST, "budget.updates": 9, "budget.epochs": 9},
+                {setting: yaml.safe_load(here.partition(",")[0])},
+            )
         for word in words:
             given = "" if word == "-" else word
             given = yaml.safe_load(word) if setting.startswith(("budget", "optim.max")) else given
@@ -105,7 +115,17 @@ def test_a_setting_of_theirs_is_never_applied():
 
 @pytest.mark.parametrize(
     "spelled",
-    ["optim.LR", "optim_lr", "OPTIM_LR", "Optim.lr", "optim.Lr", "optimizer.lr", "Optimizer.LR", "lr", "optim.lerning_rate"],
+    [
+        "optim.LR",
+        "optim_lr",
+        "OPTIM_LR",
+        "Optim.lr",
+        "optim.Lr",
+        "optimizer.lr",
+        "Optimizer.LR",
+        "lr",
+        "optim.lerning_rate",
+    ],
 )
 def test_our_own_names_in_other_spellings(spelled):
     expected = "optim" if spelled == "Optim.lr" else r"optim\.lr"
@@ -154,7 +174,11 @@ def test_short_words_are_alike_by_chance():
 
 
 def test_a_section_is_meant_only_where_one_was_written():
-    sentences = [unknown_setting(name) for section in sections() for name in (section.upper(), f"{section}s", section[:-1])]
+    sentences = [
+        unknown_setting(name)
+        for section in sections()
+        for name in (section.upper(), f"{section}s", section[:-1])
+    ]
     meant = {found[1] for text in sentences if (found := re.search(r"did you mean ([\w.]+)\?", text))}
     assert len(meant) > 9
     assert not meant & set(sections())
@@ -172,13 +196,17 @@ def test_a_name_with_a_new_line_stays_one_line():
 def test_whole_settings_files_of_others(tmp_path):
     """Line by line; a section that is known as a whole is told once."""
     (tmp_path / "run.yaml").write_text(
-        "base_model: owner/name\ndatasets:\n  - path: x\n    type: alpaca\nadapter: lora\nlora_r: 8\nsequence_len: 2048\n"
-        "micro_batch_size: 2\nnum_epochs: 3\noptimizer: adamw_bnb_8bit\nlr_scheduler: cosine\nlearning_rate: 0.0002\n"
-        "bf16: auto\nval_set_size: 0.05\nload_in_8bit: true\nspecial_tokens:\n  pad_token: x\n"
+        "base_model: owner/name\ndatasets:\n  - path: x\n    type: alpaca\nadapter: lora\nlora_r:"
+        " 8\nsequence_len: 2048\nmicro_batch_size: 2\nnum_epochs: 3\noptimizer: adamw_bnb_8bit\nlr_scheduler:"
+        " cosine\nlearning_rate: 0.0002\nbf16: auto\nval_set_size: 0.05\nload_in_8bit:"
+        " true\nspecial_tokens:\n  pad_token: x\n"
     )
     with pytest.raises(ConfigError) as caught:
         Config.of(tmp_path / "run.yaml", LEAST)
-    found = [re.fullmatch(r"(\w+) is not a setting; .+ \(run.yaml line \d+\)", problem) for problem in caught.value.problems]
+    found = [
+        re.fullmatch(r"(\w+) is not a setting; .+ \(run.yaml line \d+\)", problem)
+        for problem in caught.value.problems
+    ]
     assert all(found)
     assert [match[1] for match in found][:4] == ["base_model", "datasets", "adapter", "lora_r"]
     assert len(found) == 14
@@ -203,7 +231,17 @@ def test_whole_settings_files_of_others(tmp_path):
 def test_on_the_command_line_and_in_the_environment(monkeypatch):
     monkeypatch.setenv("REPSFT_NUM_TRAIN_EPOCHS", "3")
     with pytest.raises(ConfigError) as caught:
-        run(["inspect", "--learning-rate", "1e-5", "--per_device_train_batch_size=8", "--bf16", "--model", "owner/name"])
+        run(
+            [
+                "inspect",
+                "--learning-rate",
+                "1e-5",
+                "--per_device_train_batch_size=8",
+                "--bf16",
+                "--model",
+                "owner/name",
+            ]
+        )
     told = "\n".join(caught.value.problems)
     for words in (
         "learning-rate is not a setting; did you mean optim.lr?",
@@ -244,7 +282,9 @@ def test_hugging_faces_own_lists_are_covered():
 
 def fields(package, file, name):
     """The fields of a dataclass, read from its source: its package takes seconds to import."""
-    tree = ast.parse(Path(importlib.util.find_spec(package).origin).with_name(file).read_text(encoding="utf-8"))
+    tree = ast.parse(
+        Path(importlib.util.find_spec(package).origin).with_name(file).read_text(encoding="utf-8")
+    )
     (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     return [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
 

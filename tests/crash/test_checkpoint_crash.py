@@ -1,4 +1,5 @@
-"""kill -9 at every named moment and at random ones: what resumes is a known state, and nothing whole is ever lost."""
+"""kill -9 at every named moment and at random ones: what resumes is a known state, and nothing whole is ever
+lost."""
 
 import random
 import socket
@@ -6,11 +7,12 @@ import time
 
 import pytest
 import torch
-from checkpoint_jobs import save_next, state
 
 from repsft_fast import checkpoint
 from repsft_fast.checkpoint.writer import leftovers
 from repsft_fast.errors import CheckpointError
+from tests.helpers.checkpoint_jobs import save_next, state
+from tests.helpers.forkserver import ForkServer
 
 SAVES = 2
 
@@ -25,7 +27,8 @@ def loaded(folder, numel=3000):
 
 
 def expected(points):
-    """The state that must resume after these crash points were passed: LATEST's rename is the moment of truth.
+    """The state that must resume after these crash points were passed: LATEST's rename is the moment of
+    truth.
 
     Before there is any LATEST, a renamed generation serves already.
     """
@@ -34,8 +37,18 @@ def expected(points):
 
 
 @pytest.fixture(scope="session")
+def server():
+    started = ForkServer(preload=["torch", "tests.helpers.checkpoint_jobs"])
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def points(server, tmp_path_factory):
-    outcome = server.run("checkpoint_jobs:save_some", {"folder": str(tmp_path_factory.mktemp("points")), "saves": SAVES})
+    outcome = server.run(
+        "tests.helpers.checkpoint_jobs:save_some",
+        {"folder": str(tmp_path_factory.mktemp("points")), "saves": SAVES},
+    )
     assert outcome.exit_code == 0, outcome.output
     return outcome.result
 
@@ -51,7 +64,9 @@ def test_the_named_points_cover_every_kind_of_moment(points):
 def test_a_kill_at_every_named_point(server, points, tmp_path):
     for i in range(len(points)):
         folder = tmp_path / str(i)
-        outcome = server.run("checkpoint_jobs:save_some", {"folder": str(folder), "saves": SAVES, "kill_at": i})
+        outcome = server.run(
+            "tests.helpers.checkpoint_jobs:save_some", {"folder": str(folder), "saves": SAVES, "kill_at": i}
+        )
         assert outcome.killed, (points[i], outcome)
         n = expected(points[: i + 1])
         if n is None:
@@ -68,7 +83,9 @@ def kill_at_random(server, folder, kills, seed):
     """Kills a run again and again; returns the last state. Only kills in the middle of a save are counted."""
     rng, numel, last, amid = random.Random(seed), 200_000, -1, 0
     while amid < kills:
-        child = server.spawn("checkpoint_jobs:save_forever", {"folder": str(folder), "numel": numel})
+        child = server.spawn(
+            "tests.helpers.checkpoint_jobs:save_forever", {"folder": str(folder), "numel": numel}
+        )
         time.sleep(rng.uniform(0.005, 0.15))
         child.kill()
         assert child.wait().killed
@@ -93,9 +110,13 @@ def test_many_kills_at_random_moments(server, tmp_path, seed):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_mid_save_costs_nothing(server, tmp_path, rank):
-    """Rank 0 waits a bounded time for a dead rank and fails cleanly; a dead rank 0 leaves only what `clean` removes."""
+    """Rank 0 waits a bounded time for a dead rank and fails cleanly; a dead rank 0 leaves only what `clean`
+    removes."""
     passed = [
-        server.spawn("checkpoint_jobs:save_as_rank", {"folder": str(tmp_path / "all"), "rank": r, "world_size": 2})
+        server.spawn(
+            "tests.helpers.checkpoint_jobs:save_as_rank",
+            {"folder": str(tmp_path / "all"), "rank": r, "world_size": 2},
+        )
         for r in (1, 0)
     ]
     whole = [child.wait() for child in passed]
@@ -107,7 +128,10 @@ def test_a_rank_killed_mid_save_costs_nothing(server, tmp_path, rank):
         checkpoint.save(folder, 0, {"w": state(0)["w"]}, {"n": 0})
         job = {"folder": str(folder), "world_size": 2}
         children = [
-            server.spawn("checkpoint_jobs:save_as_rank", {**job, "rank": r, "kill_at": kill_at if r == rank else None})
+            server.spawn(
+                "tests.helpers.checkpoint_jobs:save_as_rank",
+                {**job, "rank": r, "kill_at": kill_at if r == rank else None},
+            )
             for r in (1, 0)
         ]
         outcomes = {r: child.wait() for r, child in zip((1, 0), children)}
@@ -116,7 +140,9 @@ def test_a_rank_killed_mid_save_costs_nothing(server, tmp_path, rank):
         n = checkpoint.resume(folder, live).values["n"]
         assert torch.equal(live["w"], state(n)["w"])
         done = whole[1 - rank].result[: kill_at + 1]
-        assert n == int("LATEST: after rename" in done or (rank == 1 and done[-1] == "part: after fsync" and n == 1))
+        assert n == int(
+            "LATEST: after rename" in done or (rank == 1 and done[-1] == "part: after fsync" and n == 1)
+        )
         if rank == 1 and n == 0:
             assert outcomes[0].exit_code == 1
             assert "waited 1 s for the parts of ranks [1]" in outcomes[0].output
@@ -126,15 +152,26 @@ def test_a_rank_killed_mid_save_costs_nothing(server, tmp_path, rank):
 
 
 def test_dtensors_of_two_ranks(server, tmp_path):
-    """FSDP2 shards over gloo: frozen, saved, loaded and reverted by each rank without communication, then read by one rank."""
+    """FSDP2 shards over gloo: frozen, saved, loaded and reverted by each rank without communication, then
+    read by one rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     job = {"folder": str(tmp_path), "world_size": 2, "port": port}
-    outcomes = [c.wait() for c in [server.spawn("checkpoint_jobs:dtensor_rank", {**job, "rank": r}) for r in range(2)]]
+    outcomes = [
+        c.wait()
+        for c in [
+            server.spawn("tests.helpers.checkpoint_jobs:dtensor_rank", {**job, "rank": r}) for r in range(2)
+        ]
+    ]
     for rank, outcome in enumerate(outcomes):
         assert outcome.exit_code == 0, outcome.output
-        assert outcome.result == {"restored": True, "reverted": True, "values": {"rank": rank}, "resharded": False}
+        assert outcome.result == {
+            "restored": True,
+            "reverted": True,
+            "values": {"rank": rank},
+            "resharded": False,
+        }
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     live = {name: torch.zeros_like(p) for name, p in model.named_parameters()}

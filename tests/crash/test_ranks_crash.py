@@ -1,26 +1,21 @@
-"""Random kills of whole runs on two ranks: one rank or both, at a random moment, resumed until the run ends as the whole one.
+"""Random kills of whole runs on two ranks: one rank or both, at a random moment, resumed until the run ends
+as the whole one.
 
-A kill counts only when it landed: the process died of SIGKILL while the run's folder held a run and no result. `pytest -m slow`
-makes 100 of them; with the 200 of test_run_crash that is the soak of issue 5.
+A kill counts only when it landed: the process died of SIGKILL while the run's folder held a run and no
+result. `pytest -m slow` makes 100 of them; with the 200 of test_run_crash that is the soak of issue 5.
 """
 
 import json
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE)]
-
-import rank_jobs  # noqa: E402
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
-from ranks import _free_port  # noqa: E402
+from tests.helpers import rank_jobs, run_jobs, runs
+from tests.helpers.forkserver import ForkServer
+from tests.helpers.ranks import _free_port
 
 MEETING_S = 15.0  # they are started together: a rank that has not come by then was killed before it could
 ENDS_S = 30.0  # the survivor of a kill at any moment
@@ -29,7 +24,7 @@ CHANGES = {"budget__epochs": 4, "checkpoint__every_updates": 2, "stop__token_acc
 
 @pytest.fixture(scope="module")
 def server():
-    started = ForkServer(rank_jobs.PRELOAD, [str(HERE), str(HERE.parent)])
+    started = ForkServer(rank_jobs.PRELOAD)
     yield started
     started.close()
 
@@ -38,7 +33,7 @@ def start(server, settings, resume):
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     arguments = {"settings": settings, "resume": resume, "meeting_s": MEETING_S}
     ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [server.spawn("rank_jobs:train", arguments, environment) for environment in ranks]
+    return [server.spawn("tests.helpers.rank_jobs:train", arguments, environment) for environment in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +57,14 @@ def left_alone(child, dead, folder):
     outcome = child.wait(ENDS_S)
     if not ended(folder):
         assert outcome.exit_code == 1, outcome.output
-        assert re.search(rf"rank {dead} (is gone|had come and is gone|has not come)", outcome.output), outcome.output
+        assert re.search(rf"rank {dead} (is gone|had come and is gone|has not come)", outcome.output), (
+            outcome.output
+        )
 
 
 class Reach:
-    """How late kills are drawn: a run is as long as the machine is busy, and that changes while a hundred are killed."""
+    """How late kills are drawn: a run is as long as the machine is busy, and that changes while a hundred are
+    killed."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -98,7 +96,9 @@ def killed_and_resumed(server, expected, reach, draw, tmp_path):
     outcomes = [child.wait(90) for child in start(server, settings, (folder / "run.yaml").exists())]
     assert [o.exit_code for o in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
     assert (outcomes[0].result, run_jobs.lines(folder)) == expected
-    left = [p.name for p in Path(folder, "checkpoints").iterdir() if p.name.startswith((".writing", ".trash"))]
+    left = [
+        p.name for p in Path(folder, "checkpoints").iterdir() if p.name.startswith((".writing", ".trash"))
+    ]
     assert left == []
     return landed
 

@@ -1,25 +1,20 @@
-"""Kills over every kind of --resume: of runs that had ended or not, were moved, lost their model, got a larger budget.
+"""Kills over every kind of --resume: of runs that had ended or not, were moved, lost their model, got a
+larger budget.
 
-A story is drawn from a seed: a run with a small budget, ended or killed, then some steps, each killed at a random moment or
-at a named point of a save and made again; at last it ends undisturbed. The oracle is the run that had the last budget from
-the start. A kill that did not land is not counted.
+A story is drawn from a seed: a run with a small budget, ended or killed, then some steps, each killed at a
+random moment or at a named point of a save and made again; at last it ends undisturbed. The oracle is the run
+that had the last budget from the start. A kill that did not land is not counted.
 """
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE)]
-
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
-from test_run_crash import POINTS  # noqa: E402
+from tests.crash.test_run_crash import POINTS
+from tests.helpers import run_jobs, runs
 
 KINDS = {
     "wsd": {},
@@ -36,13 +31,6 @@ def settings_of(kind, folder, epochs):
 
 
 @pytest.fixture(scope="module")
-def server():
-    started = ForkServer(run_jobs.PRELOAD, [str(HERE), str(HERE.parent)])
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
     """By kind and budget: what the run that had it all along gives. And seconds of the longest."""
     found, seconds = {}, 0.0
@@ -50,7 +38,9 @@ def whole(server, tmp_path_factory):
         for epochs in EPOCHS:
             folder = tmp_path_factory.mktemp("whole")
             began = time.monotonic()
-            outcome = server.run("run_jobs:train", {"settings": settings_of(kind, folder, epochs)})
+            outcome = server.run(
+                "tests.helpers.run_jobs:train", {"settings": settings_of(kind, folder, epochs)}
+            )
             assert outcome.exit_code == 0, outcome.output
             found[kind, epochs] = outcome.result, computed(folder / "run"), model(folder / "run")
             seconds = max(seconds, time.monotonic() - began)
@@ -65,7 +55,11 @@ def computed(folder):
 
 
 def model(folder):
-    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+    name = (
+        "adapter_model.safetensors"
+        if (folder / "adapter_model.safetensors").exists()
+        else "model.safetensors"
+    )
     return (folder / name).read_bytes()
 
 
@@ -78,7 +72,12 @@ def story(seed, server, whole, tmp_path):
     settings = settings_of(kind, tmp_path, EPOCHS[at])
     folder, landed = tmp_path / "run", attempt(server, settings, draw, seconds)
     for number, step in enumerate(draw.choices(STEPS, k=4)):
-        if step == "raise" and at + 1 < len(EPOCHS) and (folder / "run.yaml").exists() and has_checkpoint(folder):
+        if (
+            step == "raise"
+            and at + 1 < len(EPOCHS)
+            and (folder / "run.yaml").exists()
+            and has_checkpoint(folder)
+        ):
             at += 1
             settings["budget"] = {"epochs": EPOCHS[at]}
         elif step == "move" and folder.exists():
@@ -90,7 +89,9 @@ def story(seed, server, whole, tmp_path):
         elif step == "lose the result" and has_checkpoint(folder):
             (folder / "result.json").unlink(missing_ok=True)
         landed += attempt(server, settings, draw, seconds)
-    outcome = server.run("run_jobs:train", {"settings": settings, "resume": (folder / "run.yaml").exists()})
+    outcome = server.run(
+        "tests.helpers.run_jobs:train", {"settings": settings, "resume": (folder / "run.yaml").exists()}
+    )
     assert outcome.exit_code == 0, outcome.output
     result, lines, weights = expected[kind, EPOCHS[at]]
     assert computed(folder) == lines
@@ -114,7 +115,7 @@ def attempt(server, settings, draw, seconds):
     how = draw.choice(("moment", "moment", "point", "end"))
     if how == "point":
         arguments |= {"kill_at": draw.choice(POINTS), "kill_time": draw.randint(1, 3)}
-    child = server.spawn("run_jobs:train", arguments)
+    child = server.spawn("tests.helpers.run_jobs:train", arguments)
     if how == "moment":
         time.sleep(draw.uniform(0.05, seconds))
         child.kill()

@@ -1,32 +1,40 @@
-"""The 8-bit AdamW kernel in Triton's CPU interpreter against its plain torch truth: the same bits, everywhere."""
+"""The 8-bit AdamW kernel in Triton's CPU interpreter against its plain torch truth: the same bits,
+everywhere."""
 
 import pytest
 import torch
 import triton
-import triton.experimental.gluon.nvidia  # Triton imports it at the first launch, and it insists on the compiled functions
+
+# Triton imports it at the first launch, and it insists on the compiled functions
+import triton.experimental.gluon.nvidia
 from triton.runtime.interpreter import InterpretedFunction
 
 from csrc_triton import adamw8bit
-from repsft_fast.ops import adamw8bit_reference as reference
+from repsft_fast.optim import adamw8bit_reference as reference
 from repsft_fast.optim import build_optimizer, state_tensors
-from repsft_fast.training.syncs import SyncCounter
-from tests.gpu.adamw_sides import moments
+from repsft_fast.selftest.syncs import SyncCounter
+from tests.helpers.adamw_sides import moments
 
 BLOCK = reference.BLOCK
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """What TRITON_INTERPRET=1 does at import, for these tests only: every jitted function of ours and of the language."""
+    """What TRITON_INTERPRET=1 does at import, for these tests only: every jitted function of ours and of the
+    language."""
     for module in (adamw8bit, triton.language, triton.language.standard):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
 
 
-def scalars(step: int, *, veto=0.0, clip=1.0, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999)) -> reference.Scalars:
+def scalars(
+    step: int, *, veto=0.0, clip=1.0, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999)
+) -> reference.Scalars:
     first, second = reference.corrections(*betas, torch.tensor(step))
-    return reference.Scalars(lr, *betas, 1e-8, weight_decay, first, second, torch.tensor(clip), torch.tensor(veto))
+    return reference.Scalars(
+        lr, *betas, 1e-8, weight_decay, first, second, torch.tensor(clip), torch.tensor(veto)
+    )
 
 
 class Both:
@@ -44,7 +52,9 @@ class Both:
 
     def update(self, step: int, grads: list[torch.Tensor], **settings) -> int:
         s, count = scalars(step, **settings), torch.tensor(step)
-        launches = self.launcher(list(zip(self.weights, grads, self.moments, self.keys, self.firsts)), s, count)
+        launches = self.launcher(
+            list(zip(self.weights, grads, self.moments, self.keys, self.firsts)), s, count
+        )
         for w, g, m, key, first in zip(self.plain_weights, grads, self.plain_moments, self.keys, self.firsts):
             flat = {name: t.view(-1) for name, t in m.items()}
             reference.update_(w.view(-1), g.reshape(-1), flat, s, reference.update_key(key, count), first)
@@ -71,7 +81,8 @@ def test_the_same_bits_as_the_reference(weight_dtype, grad_dtype):
     both = Both(SHAPES, weight_dtype)
     for step in range(1, 5):
         launches = both.update(step, gradients(SHAPES, grad_dtype, step), clip=0.7, lr=1e-2 / step)
-        assert launches == 3  # all 8-bit tensors in one; 32-bit ones of a multiple of 16 elements, and the others
+        # all 8-bit tensors in one; 32-bit ones of a multiple of 16 elements, and the others
+        assert launches == 3
         both.check()
 
 
@@ -93,7 +104,9 @@ def test_a_veto_writes_nothing():
     assert all(torch.equal(m[k], t) for m, n in zip(both.moments, kept[1]) for k, t in n.items())
 
 
-IGNORE_OVERFLOW = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+IGNORE_OVERFLOW = pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"
+)
 
 
 @IGNORE_OVERFLOW
@@ -124,7 +137,8 @@ def test_memory_around_the_tensors_is_left_alone(dtype):
 
     both.weights = [fenced(weight, float("nan")) for weight in both.weights]
     both.moments = [
-        {name: fenced(t, 255 if t.dtype == torch.uint8 else float("nan")) for name, t in m.items()} for m in both.moments
+        {name: fenced(t, 255 if t.dtype == torch.uint8 else float("nan")) for name, t in m.items()}
+        for m in both.moments
     ]
     grads = [fenced(g, float("nan")) for g in gradients([(9, 512), (13,)], torch.float32, 1)]
     both.update(1, grads)
@@ -135,7 +149,8 @@ def test_memory_around_the_tensors_is_left_alone(dtype):
 
 
 class Far(adamw8bit.Launcher):
-    """The same launch as if the tensors were the end of larger ones of `beyond` tiles more, none of which is touched."""
+    """The same launch as if the tensors were the end of larger ones of `beyond` tiles more, none of which is
+    touched."""
 
     beyond = 2**21 + 5  # 2^32 elements and a few
 
@@ -157,7 +172,8 @@ class Far(adamw8bit.Launcher):
 
 
 def test_tensors_of_more_than_2_to_the_32_elements():
-    """Only the last tiles of such tensors are launched: offsets within a tensor are 64-bit, and no memory is needed."""
+    """Only the last tiles of such tensors are launched: offsets within a tensor are 64-bit, and no memory is
+    needed."""
     shapes = [(9, 512), (33, 65)]
     both = Both(shapes, torch.bfloat16, firsts=[256 * (2**25 + 3), 2**33 + 77])
     both.launcher = Far()
@@ -205,11 +221,14 @@ def test_blocks_of_equal_values_at_the_end_of_an_octave(value):
 
 
 def test_the_moments_of_tiny_and_huge_gradients():
-    """Blocks at either end of the codes' range: all zero, below the least scale, and spread over more than 15 octaves."""
+    """Blocks at either end of the codes' range: all zero, below the least scale, and spread over more than 15
+    octaves."""
     both = Both([(16, 256)], torch.float32)
     both.weights[0] *= 1e-3
     both.plain_weights[0] *= 1e-3
-    size = torch.logspace(-42, 18, 16, dtype=torch.float64)[:, None] * torch.logspace(-8, 0, 256, dtype=torch.float64)
+    size = torch.logspace(-42, 18, 16, dtype=torch.float64)[:, None] * torch.logspace(
+        -8, 0, 256, dtype=torch.float64
+    )
     size[3] = 0
     for step in (1, 2, 3):
         both.update(step, [(size * gradients([(16, 256)], torch.float32, 0)[0]).float()], betas=(0.5, 0.75))
@@ -217,10 +236,12 @@ def test_the_moments_of_tiny_and_huge_gradients():
 
 
 def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
-    """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the device."""
+    """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the
+    device."""
     torch.manual_seed(0)
     named = [
-        (f"p{i}", torch.nn.Parameter(torch.randn(s).bfloat16())) for i, s in enumerate([(16, 256), (9, 512), (64,), (48,)])
+        (f"p{i}", torch.nn.Parameter(torch.randn(s).bfloat16()))
+        for i, s in enumerate([(16, 256), (9, 512), (64,), (48,)])
     ]
     named.append(("without a gradient", torch.nn.Parameter(torch.randn(16, 256))))
     other = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in named]
@@ -241,7 +262,8 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
             ours.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
         assert update == 0 or syncs.found == {}  # the first builds its table, on the host
         plain.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
-    assert len(ours.inner._launcher._plans) == 2  # one launcher for the optimizer's life, and one table a group
+    # one launcher for the optimizer's life, and one table a group
+    assert len(ours.inner._launcher._plans) == 2
     assert launches == [(2, 1), (2, 1)] * 4  # matrices, which decay, in one group, vectors in the other
     theirs = state_tensors(plain)
     for name, value in state_tensors(ours).items():
@@ -314,5 +336,9 @@ def test_contracts_are_checked():
         launcher([(weight, weight, moments((16, 256)), (0, 0), 128)], scalars(1), torch.tensor(1))
     narrow = {name: torch.zeros(1, 128, dtype=torch.uint8) for name in moments((16, 256))}
     with pytest.raises(ValueError, match="whole blocks"):
-        launcher([(weight[:1, :128].clone(), weight[:1, :128].clone(), narrow, (0, 0), 0)], scalars(1), torch.tensor(1))
+        launcher(
+            [(weight[:1, :128].clone(), weight[:1, :128].clone(), narrow, (0, 0), 0)],
+            scalars(1),
+            torch.tensor(1),
+        )
     assert launcher([], scalars(1), torch.tensor(1)) == 0

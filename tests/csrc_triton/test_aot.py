@@ -27,7 +27,9 @@ def compiled():
     """In a process of its own: the interpreter, once used, leaves Triton unable to compile."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
-    run = subprocess.run([sys.executable, "-c", MEASURE], env=env, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=env, capture_output=True, text=True, timeout=280
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 
@@ -52,7 +54,8 @@ def test_the_row_kernel_neither_spills_nor_narrows(measured):
 
 
 def test_one_exponential_per_logit_and_pass(measured):
-    """A thread handles 16 logits of a 2,048-column block on 4 warps; two more per block and row: the rescaling, the loss."""
+    """A thread handles 16 logits of a 2,048-column block on 4 warps; two more per block and row: the
+    rescaling, the loss."""
     for arch in measured.values():
         per_thread = 2048 // 128
         assert arch["cross_entropy_rows/bf16/block2048/forward"]["exponential"] == per_thread + 2
@@ -84,7 +87,8 @@ def test_a_spill_and_a_narrow_access_are_problems_without_a_table(measured):
 
 
 def test_forgetting_the_padding_is_seen(compiled):
-    """With a row stride that is not a multiple of 16 the compiler must fall back to narrow accesses: the check has teeth."""
+    """With a row stride that is not a multiple of 16 the compiler must fall back to narrow accesses: the
+    check has teeth."""
     assert "load_16_bytes" not in compiled["unpadded"]
 
 

@@ -1,24 +1,26 @@
-"""The row kernel in Triton's CPU interpreter against the float64 reference: every output, odd shapes, hard rows.
+"""The row kernel in Triton's CPU interpreter against the float64 reference: every output, odd shapes, hard
+rows.
 
-bf16 is left to the GPU suite: the interpreter truncates where the hardware rounds. Law 3 (errors beside plain torch's) is in
-tests/laws/test_law3_kernel_error.py.
+bf16 is left to the GPU suite: the interpreter truncates where the hardware rounds. Law 3 (errors beside plain
+torch's) is in tests/laws/test_law3_kernel_error.py.
 """
 
 import math
 
 import pytest
 import torch
-from interpreter import interpret
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_triton import cross_entropy as kernels
 from csrc_triton.launch import padded_columns, row_block
-from repsft_fast.ops import functional, products
+from repsft_fast.ops import products, row_pass
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_reference
 from repsft_fast.row import IGNORE_INDEX
+from tests.helpers.interpreter import interpret
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FP32_ROUNDING = 3e-7  # of a whole gradient, as a norm: 1e-7 to 2e-7 over seeds
 ORDER = ("loss", "entropy", "top1_probability", "margin", "log10_miss")
 
@@ -38,19 +40,32 @@ class Rows:
         self.logits.copy_(logits)
         self.exact = self.logits.double()
         self.targets = targets
-        self.weights = torch.rand(self.count, generator=torch.Generator().manual_seed(9)) if weights is None else weights
+        self.weights = (
+            torch.rand(self.count, generator=torch.Generator().manual_seed(9)) if weights is None else weights
+        )
         self.table = torch.full((5, self.count + 3), math.nan)
         self.flags = torch.full((2, self.count + 3), 7, dtype=torch.uint8)
 
     def run(self, *, gradient=True, start=1, **options):
         kernels.cross_entropy_rows_fwd(
-            self.logits, self.targets, self.weights, self.table, self.flags, start, gradient=gradient, **options
+            self.logits,
+            self.targets,
+            self.weights,
+            self.table,
+            self.flags,
+            start,
+            gradient=gradient,
+            **options,
         )
         inside = slice(start, start + self.count)
         outside = [i for i in range(self.count + 3) if not start <= i < start + self.count]
         assert self.table[:, outside].isnan().all()
         assert (self.flags[:, outside] == 7).all()
-        return dict(zip(ORDER, self.table[:, inside])), self.flags[0, inside].bool(), self.flags[1, inside].bool()
+        return (
+            dict(zip(ORDER, self.table[:, inside])),
+            self.flags[0, inside].bool(),
+            self.flags[1, inside].bool(),
+        )
 
     def truth(self, **options):
         return cross_entropy_rows(self.exact, self.targets, self.weights.double(), **options)
@@ -74,7 +89,9 @@ def test_every_output_and_the_gradient(vocabulary, dtype, softcap):
     assert torch.equal(correct, stats.correct)
     assert not memorised.any()
     one_rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(rows.logits.double(), gradient, rtol=one_rounding + 4e-6, atol=one_rounding * 1e-4)
+    torch.testing.assert_close(
+        rows.logits.double(), gradient, rtol=one_rounding + 4e-6, atol=one_rounding * 1e-4
+    )
     assert (rows.buffer[:, vocabulary:] == 0).all()
 
 
@@ -107,7 +124,8 @@ def test_without_statistics_loss_and_gradient_are_the_same_bits(softcap):
 
 
 def test_memorised_tokens_keep_their_relative_precision():
-    """p(target) up to 1 − e⁻⁸⁰: losses and gradients to a relative 1e-5, the rounding of d = M + log S − x_t ≈ −80."""
+    """p(target) up to 1 − e⁻⁸⁰: losses and gradients to a relative 1e-5, the rounding of d = M + log S − x_t
+    ≈ −80."""
     leads = torch.tensor([5.0, 17.0, 30.0, 60.0, 80.0])
     logits = torch.zeros(5, 33)
     logits[:, 4] = leads
@@ -178,7 +196,8 @@ def test_a_target_without_mass_leaves_the_entropy_of_the_others():
     assert float(numbers["entropy"][0]) == pytest.approx(-float((others * others.log()).sum()), rel=2e-6)
 
 
-@pytest.mark.parametrize("padding", [math.nan, 0.0])  # undefined at first; a chunk's gradient leaves zeros there
+# undefined at first; a chunk's gradient leaves zeros there
+@pytest.mark.parametrize("padding", [math.nan, 0.0])
 @pytest.mark.parametrize("target", [-1, IGNORE_INDEX, 40, 2**40, -(2**40)])
 def test_a_target_out_of_range_is_nan_and_reads_nothing_outside(target, padding):
     rows = random_rows(3, 40)
@@ -226,7 +245,9 @@ class TestContract:
         with pytest.raises(ValueError, match="aligned to 16 bytes"):
             self.launch(logits=torch.zeros(2 * 48 + 1)[1:].view(2, 48)[:, :33])
 
-    @pytest.mark.parametrize("change", [{"targets": torch.zeros(2)}, {"weights": torch.zeros(3)}, {"start": 3}])
+    @pytest.mark.parametrize(
+        "change", [{"targets": torch.zeros(2)}, {"weights": torch.zeros(3)}, {"start": 3}]
+    )
     def test_vectors_of_another_shape_or_place_are_refused(self, change):
         with pytest.raises(ValueError, match="csrc_triton: expected"):
             self.launch(**change)
@@ -282,13 +303,15 @@ class TestHead:
 
     def test_no_sync(self):
         from csrc_triton import launch
-        from repsft_fast.training.syncs import SyncCounter
+        from repsft_fast.selftest.syncs import SyncCounter
 
         hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
         launches = []
         with pytest.MonkeyPatch.context() as patch, SyncCounter() as syncs:
             patch.setattr(kernels, "cross_entropy_rows_fwd", lambda *_, **options: launches.append(options))
-            loss, _ = linear_cross_entropy(hidden, head, torch.arange(5), None, torch.arange(5), skip_below=0.01)
+            loss, _ = linear_cross_entropy(
+                hidden, head, torch.arange(5), None, torch.arange(5), skip_below=0.01
+            )
             loss.backward()
         assert syncs.found == {}
         assert len(launches) == 1
@@ -318,7 +341,11 @@ class TestFinishedInBackward:
         """The head gradients finished in backward: (rows, whether a scale came)."""
         found = []
         finish = products.Unfinished.finish
-        note = lambda self, scale: (found.append((len(self.hidden), scale is not None)), finish(self, scale))[1]  # noqa: E731
+
+        def note(self, scale):
+            found.append((len(self.hidden), scale is not None))
+            return finish(self, scale)
+
         monkeypatch.setattr(products.Unfinished, "finish", note)
         return found
 
@@ -393,13 +420,16 @@ class TestFinishedInBackward:
         gradient, hidden = (torch.randn(64, n, generator=generator).bfloat16() for n in (40, 8))
         factor = None if scale is None else torch.tensor(scale)
         wide, narrow = (
-            products.Unfinished(gradient, hidden.clone(), dtype).finish(factor) for dtype in (torch.float32, torch.bfloat16)
+            products.Unfinished(gradient, hidden.clone(), dtype).finish(factor)
+            for dtype in (torch.float32, torch.bfloat16)
         )
         assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
         exact = gradient.double().T @ hidden.double() * (scale or 1.0)
-        allowed = FP32_ROUNDING if scale is None else 2.0**-9  # hidden · scale is rounded to bf16, nothing else
+        # hidden · scale is rounded to bf16, nothing else
+        allowed = FP32_ROUNDING if scale is None else 2.0**-9
         assert (wide - exact).norm() < allowed * exact.norm()
-        assert (narrow - wide).norm() < 2.0**-9 * wide.norm()  # one rounding to bf16 is 0.8 of this, two are 1.1
+        # one rounding to bf16 is 0.8 of this, two are 1.1
+        assert (narrow - wide).norm() < 2.0**-9 * wide.norm()
 
     def test_the_gradient_arrives_as_the_parameter_takes_it(self):
         head = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -426,7 +456,10 @@ class TestFinishedInBackward:
         assert len(finished) == (frozen == "hidden")
 
     def test_chunks_of_one_call_share_a_buffer_and_calls_do_not(self):
-        passes = [functional.KernelRows(torch.arange(4), torch.ones(4), 40, softcap=None, skip_below=0.0) for _ in range(2)]
+        passes = [
+            row_pass.KernelRows(torch.arange(4), torch.ones(4), 40, softcap=None, skip_below=0.0)
+            for _ in range(2)
+        ]
         first, later = passes[0].buffer(4, torch.float32), passes[0].buffer(3, torch.float32)
         assert first.data_ptr() == later.data_ptr()
         assert later.shape == (3, 40)

@@ -1,17 +1,19 @@
-"""Rows left out without asking how many: against the full products with zeros in them, in Triton's interpreter."""
+"""Rows left out without asking how many: against the full products with zeros in them, in Triton's
+interpreter."""
 
 import math
 
 import pytest
 import torch
-from interpreter import interpret
 
 from csrc_triton import kept_rows
 from repsft_fast.ops import products
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
-from repsft_fast.training.syncs import SyncCounter
+from repsft_fast.selftest.syncs import SyncCounter
+from tests.helpers.interpreter import interpret
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 N, H, V = 90, 24, 77
 TAU = 2.0**-6
 
@@ -122,11 +124,14 @@ def test_nothing_is_read_and_no_shape_depends_on_the_count():
             sizes.append((*gradient.shape, room))
 
         with pytest.MonkeyPatch.context() as patch, SyncCounter() as syncs:
-            # The interpreter itself copies operands to the host: what is counted is what stands around the kernels.
+            # The interpreter itself copies operands to the host: what is counted is what stands around the
+            # kernels.
             patch.setattr("csrc_triton.cross_entropy.cross_entropy_rows_fwd", lambda *_, **__: None)
             patch.setattr(kept_rows, "kept_hidden", note)
             patch.setattr(kept_rows, "kept_head", note)
-            linear_cross_entropy(hidden, head, targets, weights, rows, skip_below=TAU, kept_share=0.4)[0].backward()
+            linear_cross_entropy(hidden, head, targets, weights, rows, skip_below=TAU, kept_share=0.4)[
+                0
+            ].backward()
         assert syncs.found == {}
         shapes.append(sizes)
     assert shapes[0] == shapes[1] == shapes[2]
@@ -158,4 +163,6 @@ def test_wrong_operands_are_refused():
     with pytest.raises(ValueError, match="count contiguous"):
         kept_rows.kept_hidden(gradient, head, order, torch.tensor(4), 0, torch.zeros(4, 8))
     with pytest.raises(ValueError, match="accumulator"):
-        kept_rows.kept_head(gradient, torch.zeros(4, 8), order, torch.tensor([4]), 0, torch.zeros(16, 8).half())
+        kept_rows.kept_head(
+            gradient, torch.zeros(4, 8), order, torch.tensor([4]), 0, torch.zeros(16, 8).half()
+        )

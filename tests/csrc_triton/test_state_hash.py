@@ -1,4 +1,5 @@
-"""The checksum equals its definition word by word, in plain torch and in the kernel, and sees what an XOR does not."""
+"""The checksum equals its definition word by word, in plain torch and in the kernel, and sees what an XOR
+does not."""
 
 import os
 import subprocess
@@ -33,7 +34,8 @@ def test_plain_equals_the_definition(n):
 def test_chunks_do_not_show():
     data = random_bytes(8 * (2 * CHUNK_WORDS + 3))
     parts = [
-        state_hash._sum_plain(w, first=f) for w, f in ((data[:800].view(torch.int64), 0), (data[800:].view(torch.int64), 100))
+        state_hash._sum_plain(w, first=f)
+        for w, f in ((data[:800].view(torch.int64), 0), (data[800:].view(torch.int64), 100))
     ]
     whole = state_hash._sum_plain(data.view(torch.int64))
     assert (parts[0] + parts[1]).item() == whole.item()
@@ -54,11 +56,15 @@ print("equal")
 def test_the_kernel_equals_plain_torch():
     """In a process of its own: Triton reads TRITON_INTERPRET once, when the kernel is defined."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=120
+    )
     assert run.stdout == "equal\n", run.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn]
+)
 def test_every_single_bit_counts(dtype):
     data = torch.zeros(24, dtype=torch.uint8)
     seen = {checksum(data.view(dtype)).item()}

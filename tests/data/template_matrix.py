@@ -2,10 +2,11 @@
 
     python -m tests.data.template_matrix [NAME …] [--originals FOLDER] [--write] [--detail]
 
-Prints a line per template: how many kinds are trained (exactly the asked turns, all they say, nothing else), refused by name,
-dropped because nothing is asked for. Exit code 1 where a mask is wrong. --originals also runs FOLDER/NAME.jinja, the public
-templates that the files of tests/templates are shortened from. --write keeps what came out in tests/templates/results.json,
-so that a kind which is refused where it was trained is seen.
+Prints a line per template: how many kinds are trained (exactly the asked turns, all they say, nothing else),
+refused by name, dropped because nothing is asked for. Exit code 1 where a mask is wrong. --originals also
+runs FOLDER/NAME.jinja, the public templates that the files of tests/templates are shortened from. --write
+keeps what came out in tests/templates/results.json, so that a kind which is refused where it was trained is
+seen.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.independent_masks import Template, Verdict, judge
+from tests.helpers.marked_chats import Case, answer, quoted, result, said, shared
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-
-from tests.independent_masks import Template, Verdict, judge  # noqa: E402
-from tests.marked_chats import Case, answer, quoted, result, said, shared  # noqa: E402
-
 TEMPLATES = ROOT / "tests" / "templates"
 RESULTS = TEMPLATES / "results.json"
 
@@ -45,21 +44,38 @@ KINDS: dict[str, Case] = {
     "calls in parallel": Case((USER, answer(empty=True, calls=(CALL, OTHER_CALL))), tools=2),
     "call, result, answer": Case((SYSTEM, USER, ONLY_CALL, result(), ANSWER), tools=1),
     "calls, results, answer": Case(
-        (USER, answer(empty=True, calls=(CALL, OTHER_CALL)), result(), result(1, 1), ANSWER, USER, ANSWER), tools=2
+        (USER, answer(empty=True, calls=(CALL, OTHER_CALL)), result(), result(1, 1), ANSWER, USER, ANSWER),
+        tools=2,
     ),
     "call after call": Case((USER, ONLY_CALL, result(), ONLY_CALL, result(), ANSWER), tools=1),
     "call not offered": Case((USER, ONLY_CALL, result(), ANSWER)),
     "call without arguments": Case((USER, answer(empty=True, calls=(None,))), tools=1),
     "nested arguments": Case(
-        (USER, answer(empty=True, calls=({shared("k", 0): {"deep": [1, 23456, {"er": ""}]}, shared("k", 1): ["", ""]},))),
+        (
+            USER,
+            answer(
+                empty=True,
+                calls=({shared("k", 0): {"deep": [1, 23456, {"er": ""}]}, shared("k", 1): ["", ""]},),
+            ),
+        ),
         tools=1,
     ),
     "numbers and null": Case(
-        (USER, answer(empty=True, calls=({shared("k", 0): None, shared("k", 1): 98765.5, shared("k", 2): True, "text": ""},))),
+        (
+            USER,
+            answer(
+                empty=True,
+                calls=({shared("k", 0): None, shared("k", 1): 98765.5, shared("k", 2): True, "text": ""},),
+            ),
+        ),
         tools=1,
     ),
-    "arguments to escape": Case((USER, answer(empty=True, calls=({shared("k", 0): ' "a"\n<b> für \\ 你好 '},))), tools=1),
-    "call with reasoning": Case((USER, answer(empty=True, reasoning="field", calls=(CALL,)), result(), THOUGHT), tools=1),
+    "arguments to escape": Case(
+        (USER, answer(empty=True, calls=({shared("k", 0): ' "a"\n<b> für \\ 你好 '},))), tools=1
+    ),
+    "call with reasoning": Case(
+        (USER, answer(empty=True, reasoning="field", calls=(CALL,)), result(), THOUGHT), tools=1
+    ),
     "reasoning in its field": Case((USER, THOUGHT)),
     "reasoning in the content": Case((USER, THINK)),
     "reasoning in every turn": Case((USER, THOUGHT, USER, THOUGHT)),
@@ -82,13 +98,21 @@ KINDS: dict[str, Case] = {
     "two assistants": Case((USER, ANSWER, ANSWER, USER, ANSWER)),
     "system in the middle": Case((USER, ANSWER, SYSTEM, USER, ANSWER)),
     "tool after user": Case((USER, result(), ANSWER)),
-    "white space": Case((USER, answer(lead="\n  ", trail=" \n\n"), USER, answer("\n\n  two\tthree \n", lead=" ", trail="\n"))),
+    "white space": Case(
+        (USER, answer(lead="\n  ", trail=" \n\n"), USER, answer("\n\n  two\tthree \n", lead=" ", trail="\n"))
+    ),
     "special tokens quoted": Case((said("user", f" {quoted(1)} x {quoted(0)}"), QUOTING, USER, QUOTING)),
     "unicode": Case(
-        (said("user", " é "), answer(" für 你好 \U0001f600 \u202e e\u0301 \u200d "), USER, answer(" ß\u00a0\u2028ﬁ "))
+        (
+            said("user", " é "),
+            answer(" für 你好 \U0001f600 \u202e e\u0301 \u200d "),
+            USER,
+            answer(" ß\u00a0\u2028ﬁ "),
+        )
     ),
 }
-LONG = Case((SYSTEM, *(USER, ANSWER, USER, answer(lead="\n", trail=" \n")) * 18))  # past which prefixes are not all rendered
+# past which prefixes are not all rendered
+LONG = Case((SYSTEM, *(USER, ANSWER, USER, answer(lead="\n", trail=" \n")) * 18))
 # In CI: the kinds at which templates and masks differ most.
 FEW = (
     "several", "system", "call beside content", "calls, results, answer", "reasoning in every turn", "reasoning in the content",
@@ -100,7 +124,8 @@ ENDS: dict[str, tuple[str, ...]] = {
     "command_r7b_tools": ("<|END_OF_TURN_TOKEN|>",),  # <|START_OF_TURN_TOKEN|> behind it opens the next turn
     "diffusion_gemma_training": ("<turn|>", "<tool_call|>"),
     "gemma_4": ("<turn|>", "<|tool_response>"),  # <|"|> behind an argument closes the argument only
-    "glm_4_5_training": ("<|user|>", "<|observation|>", "<|system|>"),  # the next role's name ends a turn, inside its block
+    # the next role's name ends a turn, inside its block
+    "glm_4_5_training": ("<|user|>", "<|observation|>", "<|system|>"),
     "gpt_oss": ("<|return|>", "<|call|>", "<|end|>"),
     "gpt_oss_training": ("<|return|>", "<|call|>", "<|end|>"),  # <|end|> where more turns follow
 }
@@ -109,7 +134,9 @@ ENDS: dict[str, tuple[str, ...]] = {
 def table() -> dict[str, dict[str, Any]]:
     """name → what is known of the template, from the parts of the table."""
     entries = [
-        entry for part in sorted(TEMPLATES.glob("part_*.json")) for entry in json.loads(part.read_text(encoding="utf-8"))
+        entry
+        for part in sorted(TEMPLATES.glob("part_*.json"))
+        for entry in json.loads(part.read_text(encoding="utf-8"))
     ]
     return {entry["name"]: entry for entry in sorted(entries, key=lambda entry: str(entry["name"]))}
 
@@ -149,7 +176,10 @@ def recorded() -> dict[str, Any]:
 
 def write(results: dict[str, Any]) -> None:
     """Sorted, a line per template."""
-    lines = [f"{json.dumps(name)}: {json.dumps(result, sort_keys=True)}" for name, result in sorted(results.items())]
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(result, sort_keys=True)}"
+        for name, result in sorted(results.items())
+    ]
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -159,7 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", help="templates (all)")
     parser.add_argument("--originals", type=Path, help="a folder of public templates, NAME.jinja")
-    parser.add_argument("--write", action="store_true", help="keep the results in tests/templates/results.json")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the results in tests/templates/results.json"
+    )
     parser.add_argument("--detail", action="store_true", help="why each kind is refused, and what is wrong")
     given = parser.parse_args(arguments)
     before, results, wrong = recorded(), {}, 0
@@ -199,10 +231,17 @@ def _print(name: str, runs: dict[str, dict[str, Verdict]], kept: dict[str, Any],
         for kind in KINDS:
             short, original = runs["short"][kind], runs["original"][kind]
             if short.outcome != original.outcome:
-                print(f"    {kind}: short {short.outcome} ({short.reason}), original {original.outcome} ({original.reason})")
+                print(
+                    f"    {kind}: short {short.outcome} ({short.reason}), original {original.outcome}"
+                    f" ({original.reason})"
+                )
     wrong = 0
     for which, verdicts in runs.items():
-        listed = {kind: outcome for outcome in ("refused", "dropped") for kind in (kept.get(which) or {}).get(outcome, [])}
+        listed = {
+            kind: outcome
+            for outcome in ("refused", "dropped")
+            for kind in (kept.get(which) or {}).get(outcome, [])
+        }
         for kind, verdict in verdicts.items():
             was = listed.get(kind, "trained")
             if kept.get(which) and was != verdict.outcome:

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import byte_level
 
 from repsft_fast.data.columns import FORMATS
 from repsft_fast.data.load import DataSettings, load
+from tests.helpers.chat_tokenizers import byte_level
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|`]+) \| `(\{.*\})` \| `(.+)` \|$", PAGE, re.MULTILINE)
@@ -38,15 +38,25 @@ def test_every_example_trains_what_the_page_says(tmp_path, name, row, trained):
 
 
 def test_every_form_has_an_example():
-    forms = {form for form, shape in FORMATS.items() for _, row, _ in ROWS if shape.missing(json.loads(row)) is None}
+    forms = {
+        form
+        for form, shape in FORMATS.items()
+        for _, row, _ in ROWS
+        if shape.missing(json.loads(row)) is None
+    }
     assert forms == set(FORMATS)
     assert len(ROWS) == PAGE.partition("\n## Turns")[0].count("\n| ") - 1
 
 
 def test_every_setting_the_page_names_is_one():
-    from repsft_fast.config.page import settings
+    from repsft_fast.config.reference import settings
 
     named = set(re.findall(r"`((?:data|tokenizer)\.[a-z_]+)", PAGE))
     assert named <= set(settings())
-    assert {"data.on_bad_row", "data.ignore_columns", "tokenizer.special_tokens", "tokenizer.template_kwargs"} <= named
+    assert {
+        "data.on_bad_row",
+        "data.ignore_columns",
+        "tokenizer.special_tokens",
+        "tokenizer.template_kwargs",
+    } <= named
     assert DataSettings().on_bad_row == "raise"

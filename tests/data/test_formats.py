@@ -13,7 +13,10 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ({"messages": TURNS}, "messages", Conversation(TURNS)),
         ({"messages": [{"role": "developer", "content": "s"}, *TURNS]}, "messages", None),
         (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": "s",
+            },
             "conversations",
             Conversation([{"role": "system", "content": "s"}, *TURNS]),
         ),
@@ -26,7 +29,11 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ({"query": "q", "response": "a"}, "query", Pair("q", "a", chat=True)),
         ({"text": "t", "messages": None}, "text", Text("t")),
         ({"input_ids": [1, 2, 3]}, "input_ids", [Pretokenised([1, 2, 3], [True] * 3)]),
-        ({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, "input_ids", [Pretokenised([1, 2, 3], [False, True, False])]),
+        (
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, -100]},
+            "input_ids",
+            [Pretokenised([1, 2, 3], [False, True, False])],
+        ),
         (
             {"input_ids": [0, 0, 1, 2], "labels": [-100, -100, -100, 2], "attention_mask": [0, 0, 1, 1]},
             "input_ids",
@@ -106,7 +113,11 @@ def turn(role, content="x"):
         ({"input_ids": [1, 2], "labels": [1]}, "input_ids", ["labels", "length", "got 1"]),
         ({"input_ids": [1, 2], "labels": [1, 3]}, "input_ids", ["labels[1]", "got 3", "not shifted"]),
         ({"input_ids": [1, 2], "labels": [1, -1]}, "input_ids", ["labels[1]", "got -1"]),
-        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}, "input_ids", ["attention_mask hides"]),
+        (
+            {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]},
+            "input_ids",
+            ["attention_mask hides"],
+        ),
     ],
 )
 def test_a_bad_row_names_its_place_and_field(row, form, words):

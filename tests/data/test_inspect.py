@@ -1,10 +1,10 @@
 import pytest
-from chat_tokenizers import byte_level, metaspace
 from hypothesis import given
 from hypothesis import strategies as st
 
 from repsft_fast.data.inspect import TaskSummary, histogram, summarise, view
 from repsft_fast.data.sample import Loaded, Sample
+from tests.helpers.chat_tokenizers import byte_level, metaspace
 
 
 def test_a_sample_is_shown_token_by_token():
@@ -27,7 +27,9 @@ def test_a_sample_is_shown_token_by_token():
 def test_half_a_character_is_spelled_as_the_vocabulary_spells_it():
     tokenizer = byte_level()
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
-    assert [token.text for token in view(Sample([*ids[:1], *ids], [False, True, True]), tokenizer).tokens] == ["Ã", "é", ""]
+    assert [
+        token.text for token in view(Sample([*ids[:1], *ids], [False, True, True]), tokenizer).tokens
+    ] == ["Ã", "é", ""]
     assert [token.text for token in view(Sample(ids, [False, True]), tokenizer).tokens] == ["Ã", "©"], (
         "trained in one half only"
     )
@@ -36,7 +38,11 @@ def test_half_a_character_is_spelled_as_the_vocabulary_spells_it():
 @pytest.mark.parametrize("make", [byte_level, metaspace])
 def test_the_tokens_texts_make_the_whole_text(make):
     tokenizer = make()
-    text = "how a hat, a house\nand a <|im_end|> there" if make is metaspace else "a 日本語 and a 🙂 he\n\n  two<think>"
+    text = (
+        "how a hat, a house\nand a <|im_end|> there"
+        if make is metaspace
+        else "a 日本語 and a 🙂 he\n\n  two<think>"
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = view(Sample(ids, [False, *[True] * (len(ids) - 1)]), tokenizer)
     assert "".join(token.text for token in shown.tokens) == tokenizer.decode(ids)
@@ -57,7 +63,10 @@ def test_a_histogram_covers_every_length_once(lengths, bins):
 
 
 def test_the_summary_counts_samples_tokens_duplicates_and_drops():
-    samples = [Sample([1] * n, [False] * (n - 2) + [True] * 2, task) for n, task in ((3, "a"), (5, "b"), (5, "b"), (9, "a"))]
+    samples = [
+        Sample([1] * n, [False] * (n - 2) + [True] * 2, task)
+        for n, task in ((3, "a"), (5, "b"), (5, "b"), (9, "a"))
+    ]
     summary = summarise(Loaded(samples, {"over-long": 3}, ["look"]), bins=2)
     assert summary.tasks == {"a": TaskSummary(2, 10, 4), "b": TaskSummary(2, 8, 4)}
     assert summary.positions == {"min": 2, "median": 4, "p95": 8, "max": 8, "total": 18}

@@ -1,16 +1,19 @@
 import json
+import os
 from dataclasses import replace
 
 import pytest
-from chat_tokenizers import BLOCKS, byte_level, trained_text
 from safetensors import safe_open
 
-from repsft_fast.data import cache
-from repsft_fast.data import load as load_module
+from repsft_fast.data import cache, sample_builder
 from repsft_fast.data.load import DataSettings, load, load_splits
+from repsft_fast.data.sample_builder import SampleBuilder
 from repsft_fast.errors import DataError
+from tests.helpers.chat_tokenizers import BLOCKS, byte_level, trained_text
 
-ROWS = [{"query": f"question {n}", "response": f"answer {n}", "level": n % 3, "share": 0.5 + n} for n in range(7)]
+ROWS = [
+    {"query": f"question {n}", "response": f"answer {n}", "level": n % 3, "share": 0.5 + n} for n in range(7)
+]
 IDS = [{"input_ids": list(range(5 + n)), "labels": [-100, -100, *range(2, 5 + n)]} for n in range(6)]
 
 
@@ -46,7 +49,9 @@ def test_every_kind_of_source_gives_the_same_samples(tmp_path, write):
         (tmp_path / "folder" / part).write_text("\n".join(map(json.dumps, rows)))
     for name in ("rows.parquet", "arrow", "splits", "rows.json", "object.json", "lines.json", "folder"):
         loaded = load(tmp_path / name, tokenizer)
-        assert [replace(sample, source="") for sample in loaded.samples] == [replace(s, source="") for s in expected], name
+        assert [replace(sample, source="") for sample in loaded.samples] == [
+            replace(s, source="") for s in expected
+        ], name
         assert name in loaded.samples[0].source
     assert len(load(tmp_path / "splits", tokenizer, DataSettings(split="other")).samples) == 1
 
@@ -65,7 +70,10 @@ def test_turns_and_tools_survive_arrow(tmp_path, write):
     import datasets
 
     rows = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": None},
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "tools": None,
+        },
         {
             "messages": [
                 {"role": "system", "content": "s"},
@@ -86,7 +94,9 @@ def test_tasks_by_source_or_by_column(write):
     a, b = write(ROWS[:3], "a.jsonl"), write(ROWS[3:], "b.jsonl")
     assert [s.task for s in load({"x": a, "y": [b]}, tokenizer).samples] == ["x"] * 3 + ["y"] * 4
     assert {s.task for s in load([a, b], tokenizer).samples} == {"default"}
-    assert [s.task for s in load([a, b], tokenizer, DataSettings(task_column="level")).samples] == list("0120120")
+    assert [s.task for s in load([a, b], tokenizer, DataSettings(task_column="level")).samples] == list(
+        "0120120"
+    )
     with pytest.raises(DataError, match=r"a.jsonl:1, field 'kind'"):
         load(a, tokenizer, DataSettings(task_column="kind"))
     with pytest.raises(DataError, match="contradicts"):
@@ -99,7 +109,9 @@ def test_weights(write):
     assert [s.weight for s in loaded.samples] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert loaded.dropped == {"weight 0": 1}
     with pytest.raises(DataError, match=r"none of its 2 rows is usable .2 × weight 0"):
-        load(write([row | {"share": 0} for row in ROWS[:2]]), byte_level(), DataSettings(weight_column="share"))
+        load(
+            write([row | {"share": 0} for row in ROWS[:2]]), byte_level(), DataSettings(weight_column="share")
+        )
 
 
 def test_weights_that_sum_to_infinity(write):
@@ -135,7 +147,9 @@ def test_truncation_that_leaves_no_target_is_a_drop(write):
     loaded = load(write(rows), None, DataSettings(max_tokens=4, overlong="truncate"))
     assert len(loaded.samples) == 1
     assert loaded.dropped == {"over-long, and truncation leaves no target": 1}
-    assert [s.positions for s in load(write(rows), None, DataSettings(max_tokens=5, overlong="truncate")).samples] == [5, 4]
+    assert [
+        s.positions for s in load(write(rows), None, DataSettings(max_tokens=5, overlong="truncate")).samples
+    ] == [5, 4]
 
 
 def test_rows_with_nothing_to_train_on_are_dropped_and_counted(write):
@@ -151,14 +165,21 @@ def test_rows_with_nothing_to_train_on_are_dropped_and_counted(write):
         assert (len(loaded.samples), dict(loaded.dropped)) == (1, {"no assistant turn to train on": 3})
     text = load(write([{"text": t} for t in ("", " \n", "<|im_end|><|begin|>", "words")]), byte_level())
     assert (len(text.samples), dict(text.dropped)) == (1, {"no text, or only special tokens": 3})
-    masked = [{"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [], "labels": []}, {"input_ids": [3]}, IDS[0]]
+    masked = [
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"input_ids": [], "labels": []},
+        {"input_ids": [3]},
+        IDS[0],
+    ]
     loaded = load(write(masked), None)
     assert dict(loaded.dropped) == {"no trained token": 2, "no text, or only special tokens": 1}
 
 
 def test_samples_are_a_nested_subset(write):
     path = write(IDS)
-    small, large = ({s.source for s in load(path, None, DataSettings(samples=n, seed=5)).samples} for n in (2, 4))
+    small, large = (
+        {s.source for s in load(path, None, DataSettings(samples=n, seed=5)).samples} for n in (2, 4)
+    )
     assert len(small) == 2
     assert small < large
     with pytest.raises(DataError, match="more than there is, expected at most 6, got 7"):
@@ -172,13 +193,19 @@ def test_one_sample_is_enough(write):
 def test_chunks_do_not_show(write, monkeypatch):
     rows = [row for pair in zip(ROWS, [{"query": "q", "response": ""}] * 7) for row in pair]
     whole = load(write(rows), byte_level())
-    monkeypatch.setattr(load_module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(sample_builder, "CHUNK_ROWS", 3)
     assert load(write(rows), byte_level()) == whole
     assert whole.dropped == {"no assistant turn to train on": 7}
 
 
 def test_settings_are_checked():
-    for bad in ({"format": "chat"}, {"train_on": "some"}, {"overlong": "cut"}, {"max_tokens": 0}, {"samples": 0}):
+    for bad in (
+        {"format": "chat"},
+        {"train_on": "some"},
+        {"overlong": "cut"},
+        {"max_tokens": 0},
+        {"samples": 0},
+    ):
         with pytest.raises(DataError, match=f"data.{next(iter(bad))}"):
             DataSettings(**bad)
 
@@ -199,17 +226,19 @@ class TestCache:
     def builds(self, monkeypatch):
         """How often samples were built rather than read."""
         calls = []
-        build = load_module._Builder.__call__
+        build = SampleBuilder.__call__
 
         def counted(self, sources):
             calls.append(1)
             return build(self, sources)
 
-        monkeypatch.setattr(load_module._Builder, "__call__", counted)
+        monkeypatch.setattr(SampleBuilder, "__call__", counted)
         return calls
 
     def test_the_second_load_reads_and_equals_the_first(self, write, settings, builds):
-        path = write([*ROWS, {"query": "q<|im_end|>", "response": " "}, {"query": "q<|im_end|>", "response": "b"}])
+        path = write(
+            [*ROWS, {"query": "q<|im_end|>", "response": " "}, {"query": "q<|im_end|>", "response": "b"}]
+        )
         settings = replace(settings, weight_column=None, max_tokens=50)
         plain = load(path, byte_level(), replace(settings, cache_folder=None))
         first, second = (load(path, byte_level(), settings) for _ in range(2))
@@ -221,11 +250,26 @@ class TestCache:
 
     def test_samples_and_seed_share_one_entry(self, write, settings, builds):
         for count, seed in ((2, 1), (3, 1), (3, 2)):
-            assert len(load(write(ROWS), byte_level(), replace(settings, samples=count, seed=seed)).samples) == count
+            assert (
+                len(load(write(ROWS), byte_level(), replace(settings, samples=count, seed=seed)).samples)
+                == count
+            )
         assert len(builds) == 1
 
     @pytest.mark.parametrize(
-        "change", ["content", "template", "tokenizer", "train_on", "max_tokens", "weight", "vocab", "task", "special", "format"]
+        "change",
+        [
+            "content",
+            "template",
+            "tokenizer",
+            "train_on",
+            "max_tokens",
+            "weight",
+            "vocab",
+            "task",
+            "special",
+            "format",
+        ],
     )
     def test_whatever_decides_the_samples_is_in_the_key(self, write, settings, builds, change):
         path = write(ROWS)
@@ -284,11 +328,13 @@ class TestCache:
         assert kept is None
         assert "another data set" in str(damage)
 
-    def test_a_folder_that_cannot_be_written_is_a_warning_and_leaves_nothing(self, write, settings, tmp_path, monkeypatch):
+    def test_a_folder_that_cannot_be_written_is_a_warning_and_leaves_nothing(
+        self, write, settings, tmp_path, monkeypatch
+    ):
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(cache.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
         loaded = load(write(ROWS), byte_level(), settings)
         assert len(loaded.samples) == 7
         assert "No space left on device" in loaded.warnings[0]
@@ -297,7 +343,9 @@ class TestCache:
 
 def test_load_splits_holds_out_before_it_draws_the_subset(write):
     path = write([{"input_ids": [n, n + 1, n + 2]} for n in range(40)])
-    small, large = (load_splits(path, None, DataSettings(samples=n), validation=0.1, test=4)[0] for n in (8, 16))
+    small, large = (
+        load_splits(path, None, DataSettings(samples=n), validation=0.1, test=4)[0] for n in (8, 16)
+    )
     assert (len(small.train), len(small.validation), len(small.test)) == (8, 4, 4)
     assert small.validation == large.validation
     assert {s.source for s in small.train} < {s.source for s in large.train}
@@ -308,12 +356,18 @@ def test_load_splits_carves_without_leaks_and_says_where_copies_leave_a_split_sh
     splits, loaded = load_splits(write([{"input_ids": [n % 3, 1, 2]} for n in range(12)]), None, validation=5)
     assert (len(splits.train), len(splits.validation)) == (8, 4)
     assert not {tuple(s.ids) for s in splits.train} & {tuple(s.ids) for s in splits.validation}
-    short = ["task 'default': 4 validation samples where 5 were asked for, because copies of a sample stay together"]
+    short = [
+        "task 'default': 4 validation samples where 5 were asked for, because copies of a sample stay"
+        " together"
+    ]
     assert loaded.warnings == splits.warnings == short
 
 
 def test_load_splits_with_sources_of_their_own_counts_shared_rows(write):
-    train, validation = write(IDS, "train.jsonl"), write([*IDS[:2], {"input_ids": [5, 5]}, {"input_ids": []}], "val.jsonl")
+    train, validation = (
+        write(IDS, "train.jsonl"),
+        write([*IDS[:2], {"input_ids": [5, 5]}, {"input_ids": []}], "val.jsonl"),
+    )
     splits, loaded = load_splits(train, None, validation=validation)
     assert len(splits.validation) == 3
     assert loaded.warnings == ["2 of 3 validation samples are also in train, token for token"]

@@ -87,7 +87,9 @@ class TestProperties:
         lengths, capacity, bucket, ranks = problem
         first = pack(lengths, capacity, bucket=bucket, ranks=ranks)
         second = pack(lengths.copy(), capacity, bucket=bucket, ranks=ranks)
-        assert [[row.tolist() for row in rows] for rows in first] == [[row.tolist() for row in rows] for rows in second]
+        assert [[row.tolist() for row in rows] for rows in first] == [
+            [row.tolist() for row in rows] for rows in second
+        ]
 
     @given(st.integers(0, 10_000), st.integers(1, 500), st.integers(1, 300))
     def test_padded_length_is_the_next_bucket_within_the_capacity(self, real, bucket, spare):
@@ -113,7 +115,9 @@ class TestEdges:
         assert sorted(sorted(row.tolist()) for row in rows) == [[0, 2], [1], [3], [4]]
 
     def test_a_sample_one_past_the_capacity_is_named(self):
-        with pytest.raises(DataError, match=r"sample 1: is longer than a row, expected at most 8 positions, got 9; raise"):
+        with pytest.raises(
+            DataError, match=r"sample 1: is longer than a row, expected at most 8 positions, got 9; raise"
+        ):
             pack(np.array([8, 9]), 8)
 
     def test_a_sample_without_positions_is_named(self):
@@ -142,7 +146,8 @@ class TestEdges:
         assert [len(rows[0]) for rows in dealt] == [2, 2]
 
     @pytest.mark.parametrize(
-        ("name", "bad"), [("batch.row_tokens", (0, 1, 1)), ("batch.bucket_tokens", (8, 0, 1)), ("ranks", (8, 1, 0))]
+        ("name", "bad"),
+        [("batch.row_tokens", (0, 1, 1)), ("batch.bucket_tokens", (8, 0, 1)), ("ranks", (8, 1, 0))],
     )
     def test_impossible_arguments_are_named(self, name, bad):
         capacity, bucket, ranks = bad
@@ -162,7 +167,8 @@ class TestQuality:
         [(1024, 128, 0.98), (4096, 1024, 0.98), (8192, 1024, 0.98), (8192, 2048, 0.98), (1024, 256, 0.98)],
     )
     def test_computed_slots_are_real_at_8_rows_per_update(self, capacity, median, least):
-        """The default bucket, 128. The last case has 26 samples for 9 rows, buckets of T/8: best-fit alone gives 97.5 %."""
+        """The default bucket, 128. The last case has 26 samples for 9 rows, buckets of T/8: best-fit alone
+        gives 97.5 %."""
         rng = np.random.default_rng(0)
         real = computed = 0
         for _ in range(40):
@@ -193,7 +199,8 @@ class TestQuality:
             assert squares.max() / squares.mean() < 1.15
 
     def test_rows_that_run_together_are_alike(self):
-        """Ranks wait for each other at every microbatch: the n-th rows must not mix the costliest and the cheapest."""
+        """Ranks wait for each other at every microbatch: the n-th rows must not mix the costliest and the
+        cheapest."""
         lengths = np.array([64] * 4 + [33] * 4 + [31] * 4)
         dealt = pack(lengths, 64, ranks=4)
         together = zip(*([int(lengths[row].sum()) for row in rows] for rows in dealt))
@@ -208,6 +215,6 @@ def test_a_row_longer_than_all_samples_together_changes_nothing_and_costs_nothin
         for capacity in (bucket * (int(lengths.sum()) + 1), bucket * 10**15)
     ]
     assert rows[0] == rows[1]
-    assert [sorted(row) for row in pack(lengths, bucket * 10**15, bucket=bucket)[0]] == [list(range(len(lengths)))] * bool(
-        len(lengths)
-    )
+    assert [sorted(row) for row in pack(lengths, bucket * 10**15, bucket=bucket)[0]] == [
+        list(range(len(lengths)))
+    ] * bool(len(lengths))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repsft_fast.data.plan import Ahead, Cursor, Plan, SampleIndex, denominator, summary
+from repsft_fast.data.plan import Cursor, Plan, Prefetcher, SampleIndex, denominator, summary
 from repsft_fast.errors import ConfigError, DataError
 
 FIXED_ORDER = [2, 6, 0, 5, 3, 7, 1, 8, 4, 9]
@@ -22,7 +22,9 @@ def make_index(lengths, tasks=None, trained=None, weights=None, names=None) -> S
 
 def make_plan(index=None, **changes) -> Plan:
     settings = {"seed": 7, "row_tokens": 64, "bucket_tokens": 8, "batch_samples": 4} | changes
-    return Plan(make_index(range(1, 31), tasks=[i % 3 for i in range(30)]) if index is None else index, **settings)
+    return Plan(
+        make_index(range(1, 31), tasks=[i % 3 for i in range(30)]) if index is None else index, **settings
+    )
 
 
 class TestUpdates:
@@ -77,7 +79,9 @@ class TestUpdates:
 
     def test_utilisation_is_real_over_computed(self):
         index = make_index([3, 3, 5])
-        assert make_plan(index, batch_samples=1, bucket_tokens=8).epoch(0, 0).utilisation() == pytest.approx(11 / 24)
+        assert make_plan(index, batch_samples=1, bucket_tokens=8).epoch(0, 0).utilisation() == pytest.approx(
+            11 / 24
+        )
         assert make_plan(index, batch_samples=3, bucket_tokens=1).epoch(0, 0).utilisation() == 1.0
 
 
@@ -103,7 +107,8 @@ class TestOrder:
         assert plan.epoch(1, 2).order.tolist() == same.epoch(np.int64(1), np.int32(2)).order.tolist()
 
     def test_the_order_is_fixed_for_ever(self):
-        """A change here changes what every old checkpoint resumes to: bump the checkpoint format if it must."""
+        """A change here changes what every old checkpoint resumes to: bump the checkpoint format if it
+        must."""
         assert make_plan(make_index([1] * 10)).epoch(0, 0).order.tolist() == FIXED_ORDER
 
     def test_every_place_is_equally_likely(self):
@@ -123,7 +128,9 @@ class TestOrder:
     @pytest.mark.parametrize("active", [[0, 2], (2, 0), {0, 2}, frozenset([2, 0]), np.array([0, 2])])
     def test_the_kind_of_collection_does_not_matter(self, active):
         plan = make_plan()
-        assert plan.epoch(1, 1, active=active).order.tolist() == plan.epoch(1, 1, active=[0, 2]).order.tolist()
+        assert (
+            plan.epoch(1, 1, active=active).order.tolist() == plan.epoch(1, 1, active=[0, 2]).order.tolist()
+        )
 
 
 class TestTaskWeights:
@@ -139,7 +146,10 @@ class TestTaskWeights:
         # binomial standard deviations are 27, 25 and 16; five of them
         assert np.abs(counts - [1800, 900, 300]).max() < 135
 
-    @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.lists(st.floats(0.01, 10), min_size=5, max_size=5))
+    @given(
+        st.lists(st.integers(0, 4), min_size=1, max_size=60),
+        st.lists(st.floats(0.01, 10), min_size=5, max_size=5),
+    )
     def test_within_a_task_every_sample_comes_once_before_any_comes_again(self, tasks, weights):
         index = make_index([1] * len(tasks), tasks=tasks, names=tuple("abcde"))
         order = make_plan(index).epoch(0, 0, task_weights=dict(enumerate(weights))).order
@@ -181,7 +191,8 @@ class TestTaskWeights:
     def test_the_same_weights_draw_the_same_samples(self):
         plan = make_plan()
         draws = [
-            plan.epoch(1, 2, task_weights=weights).order.tolist() for weights in ({0: 1, 1: 2, 2: 3}, {2: 3.0, 0: 1.0, 1: 2.0})
+            plan.epoch(1, 2, task_weights=weights).order.tolist()
+            for weights in ({0: 1, 1: 2, 2: 3}, {2: 3.0, 0: 1.0, 1: 2.0})
         ]
         assert draws[0] == draws[1]
         assert draws[0] != plan.epoch(1, 3, task_weights={0: 1, 1: 2, 2: 3}).order.tolist()
@@ -230,7 +241,9 @@ class TestBadSettings:
             make_plan(make_index([]))
 
     def test_more_ranks_than_samples_in_an_update(self):
-        with pytest.raises(ConfigError, match=r"batch\.samples: gives fewer samples per update than there are ranks"):
+        with pytest.raises(
+            ConfigError, match=r"batch\.samples: gives fewer samples per update than there are ranks"
+        ):
             make_plan(ranks=5, batch_samples=4)
         assert len(make_plan(ranks=4, batch_samples=4).epoch(0, 0)) == 8
 
@@ -243,7 +256,9 @@ class TestBadSettings:
             make_plan(ranks=4, batch_tokens=40)
 
     def test_a_sample_longer_than_a_row_is_named(self):
-        with pytest.raises(DataError, match="sample 1: is longer than a row, expected at most 64 positions, got 65"):
+        with pytest.raises(
+            DataError, match="sample 1: is longer than a row, expected at most 64 positions, got 65"
+        ):
             make_plan(make_index([64, 65, 63]))
 
     @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
@@ -287,7 +302,9 @@ class TestDenominator:
     def test_an_update_carries_it(self):
         weights = [0.1, 0.2, 0.3, 0.7, 1e16, 1.0, 1 / 3, 1e-9] * 5
         for average in ("sample", "token"):
-            plan = make_plan(make_index([5] * 40, trained=range(1, 41), weights=weights), batch_samples=7, average=average)
+            plan = make_plan(
+                make_index([5] * 40, trained=range(1, 41), weights=weights), batch_samples=7, average=average
+            )
             for update in plan.epoch(0, 0):
                 assert update.denominator == denominator(plan.index, update.samples, average)
 
@@ -304,14 +321,14 @@ class TestAhead:
     @pytest.mark.parametrize("depth", [0, 1, 2, 100])
     def test_it_gives_the_same_updates_in_the_same_order(self, start, depth):
         epoch = make_plan().epoch(0, 0)
-        ahead = [update.cursor.update for update in Ahead(epoch, start, depth)]
+        ahead = [update.cursor.update for update in Prefetcher(epoch, start, depth)]
         assert ahead == list(range(start, len(epoch)))
 
     def test_no_more_than_depth_are_packed_before_they_are_asked_for(self):
         epoch, packed = make_plan(batch_samples=1).epoch(0, 0), []
         pack_one = epoch.update
         epoch.update = lambda i: packed.append(i) or pack_one(i)
-        for taken, _ in enumerate(Ahead(epoch, depth=3), start=1):
+        for taken, _ in enumerate(Prefetcher(epoch, depth=3), start=1):
             assert len(packed) <= taken + 3
         assert packed == list(range(30))
 
@@ -326,7 +343,7 @@ class TestAhead:
             return pack_one(i)
 
         epoch.update = slow
-        updates = iter(Ahead(epoch, depth=8))
+        updates = iter(Prefetcher(epoch, depth=8))
         next(updates)
         threading.Timer(0.05, go.set).start()
         updates.close()
@@ -334,7 +351,7 @@ class TestAhead:
 
     def test_leaving_early_stops_the_thread(self):
         before = threading.active_count()
-        for _ in Ahead(make_plan().epoch(0, 0)):
+        for _ in Prefetcher(make_plan().epoch(0, 0)):
             assert threading.active_count() == before + 1
             break
         assert threading.active_count() == before
@@ -343,12 +360,14 @@ class TestAhead:
         epoch = make_plan().epoch(0, 0)
         epoch.plan.row_tokens = 1
         with pytest.raises(DataError, match="longer than a row"):
-            list(Ahead(epoch))
+            list(Prefetcher(epoch))
 
 
 class TestSummary:
     def test_figures(self):
-        plan = make_plan(make_index([3, 3, 5, 7], trained=[1, 2, 3, 4]), batch_samples=2, bucket_tokens=8, row_tokens=16)
+        plan = make_plan(
+            make_index([3, 3, 5, 7], trained=[1, 2, 3, 4]), batch_samples=2, bucket_tokens=8, row_tokens=16
+        )
         figures = summary(plan, 10)
         assert (figures.samples, figures.epochs, figures.updates) == (4, 10, 20)
         assert (figures.rows, figures.real_tokens, figures.trained_tokens) == (20, 180, 100)

@@ -6,10 +6,11 @@ import json
 import lzma
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
-from repsft_fast.data import filetypes, folders, sources
+from repsft_fast.data import filetypes, folder_walk, text_rows
 from repsft_fast.data.sources import list_sources, open_rows
 from repsft_fast.errors import DataError
 
@@ -45,7 +46,11 @@ def lay(tmp_path, monkeypatch):
 
 def read(spec, split="train", **options):
     """The texts of every row, in order."""
-    return [row["text"] for source in list_sources(spec, split, **options) for row, _ in open_rows(source, split)[0]]
+    return [
+        row["text"]
+        for source in list_sources(spec, split, **options)
+        for row, _ in open_rows(source, split)[0]
+    ]
 
 
 def notes(spec, split="train"):
@@ -82,7 +87,11 @@ SHARDS = [f"data/train-{n:05d}-of-00002.parquet" for n in range(2)]
             "test_sft",
             ["data/test_sft-00000-of-00001.parquet"],
         ),
-        (["data/sft-00000-of-00001.jsonl", "data/dpo-00000-of-00001.jsonl"], "sft", ["data/sft-00000-of-00001.jsonl"]),
+        (
+            ["data/sft-00000-of-00001.jsonl", "data/dpo-00000-of-00001.jsonl"],
+            "sft",
+            ["data/sft-00000-of-00001.jsonl"],
+        ),
         (
             ["data-00000-of-00002.jsonl", "data-00001-of-00002.jsonl"],
             "train",
@@ -90,10 +99,22 @@ SHARDS = [f"data/train-{n:05d}-of-00002.parquet" for n in range(2)]
         ),
         (["data/data-00000-of-00001.jsonl"], "train", ["data/data-00000-of-00001.jsonl"]),
         (["a.jsonl", "b.csv"], "train", ["a.jsonl", "b.csv"]),
-        (["latest.jsonl", "contest.jsonl", "devil.jsonl"], "train", ["contest.jsonl", "devil.jsonl", "latest.jsonl"]),
+        (
+            ["latest.jsonl", "contest.jsonl", "devil.jsonl"],
+            "train",
+            ["contest.jsonl", "devil.jsonl", "latest.jsonl"],
+        ),
         (["x.parquet/part-0.jsonl"], "train", ["x.parquet/part-0.jsonl"]),
-        (["a.jsonl", ".hidden.jsonl", ".cache/b.jsonl", "_delta_log/0.json", "a.jsonl.lock", "_SUCCESS"], "train", ["a.jsonl"]),
-        (["a.jsonl", "dataset_info.json", "state.json.bak", ".gitattributes", "README.md"], "train", ["a.jsonl"]),
+        (
+            ["a.jsonl", ".hidden.jsonl", ".cache/b.jsonl", "_delta_log/0.json", "a.jsonl.lock", "_SUCCESS"],
+            "train",
+            ["a.jsonl"],
+        ),
+        (
+            ["a.jsonl", "dataset_info.json", "state.json.bak", ".gitattributes", "README.md"],
+            "train",
+            ["a.jsonl"],
+        ),
     ],
 )
 def test_a_folder_gives_the_files_of_its_split(lay, files, split, expected):
@@ -108,6 +129,7 @@ def test_a_folder_gives_the_files_of_its_split(lay, files, split, expected):
     [
         (["test.jsonl", "validation.jsonl"], "train", r"d: has no split train, expected test \| validation"),
         (["train.jsonl"], "test", r"has no split test, expected train"),
+        (["train.jsonl"], "extra", r"has no split extra, expected train"),
         (["a.jsonl"], "test", r"has no split test: no file of it names a split.*set data.split: train"),
         (["a.jsonl"], "train[:10%]", r"data.split: is not the name of a split of d"),
         (["train_test.jsonl"], "train", r"names two\), expected test or train"),
@@ -123,18 +145,34 @@ def test_a_folder_gives_the_files_of_its_split(lay, files, split, expected):
             "train",
             r"several sets of shards: train_gen, train_sft",
         ),
-        (["main/train.jsonl", "socratic/train.jsonl"], "train", r"several places: d/main, d/socratic.*name one \(d/socratic\)"),
+        (
+            ["main/train.jsonl", "socratic/train.jsonl"],
+            "train",
+            r"several places: d/main, d/socratic.*name one \(d/socratic\)",
+        ),
         (["a/x.jsonl", "b/y.jsonl"], "train", r"several places: d/a, d/b"),
         (["train.jsonl", "old/train.jsonl"], "train", r"several places: d, d/old"),
         (["train.jsonl", "train/a.jsonl"], "train", r"several places: d, d/train"),
         (["a.jsonl", "data/b.jsonl"], "train", r"several places"),
         (["a/b/x.jsonl"], "train", r"its data deeper: d/a/b; name d/a/b"),
         (["a/b/train/x.jsonl"], "train", r"its data deeper: d/a/b/train; name d/a/b"),
-        (["train.jsonl", "train.parquet"], "train", r"train.jsonl and train.parquet: the same rows in two forms"),
+        (
+            ["train.jsonl", "train.parquet"],
+            "train",
+            r"train.jsonl and train.parquet: the same rows in two forms",
+        ),
         (["train.jsonl", "train.json"], "train", r"two forms"),
         (["train.jsonl", "train-00000-of-00001.jsonl"], "train", r"train.jsonl and its shards"),
-        (["train-00000-of-00003.jsonl", "train-00001-of-00003.jsonl"], "train", r"shards of train once each, got 2 of 3"),
-        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "train", r"shards of train once each, got 2 of 3"),
+        (
+            ["train-00000-of-00003.jsonl", "train-00001-of-00003.jsonl"],
+            "train",
+            r"shards of train once each, got 2 of 3",
+        ),
+        (
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            "train",
+            r"shards of train once each, got 2 of 3",
+        ),
         (
             ["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
             "train",
@@ -180,7 +218,9 @@ def test_the_same_rows_for_training_and_validation_are_refused(lay, tmp_path):
     assert read("d", "validation", beside=train) == ["validation.jsonl"]
     os.link(folder / "train.jsonl", folder / "hard.jsonl")
     for same in ("d/train.jsonl", "d/hard.jsonl", str(folder / "train.jsonl")):
-        with pytest.raises(DataError, match=r"is held out and read for training too \(d/train.jsonl\); .*validation_fraction"):
+        with pytest.raises(
+            DataError, match=r"is held out and read for training too \(d/train.jsonl\); .*validation_fraction"
+        ):
             list_sources(same, "validation", beside=train)
     rows = datasets.Dataset.from_list([{"text": "t"}])
     rows.save_to_disk(tmp_path / "one")
@@ -223,7 +263,11 @@ CARD = "---\nlicense: mit\nconfigs:\n- config_name: {name}\n  data_files:\n{file
 @pytest.mark.parametrize(
     ("files", "split", "expected"),
     [
-        ('  - split: train\n    path: "a.jsonl"\n  - split: test\n    path: "train.jsonl"\n', "train", ["a.jsonl"]),
+        (
+            '  - split: train\n    path: "a.jsonl"\n  - split: test\n    path: "train.jsonl"\n',
+            "train",
+            ["a.jsonl"],
+        ),
         ('  - split: train\n    path: ["a.jsonl", "x/**/*.jsonl"]\n', "train", ["a.jsonl", "x/b.jsonl"]),
         ("  - split: dpo\n    path: x/b.*\n", "dpo", ["x/b.jsonl"]),
         ("  - split: train\n    path: a.*\n  - split: test\n    path: not-fetched-*\n", "train", ["a.jsonl"]),
@@ -244,13 +288,21 @@ def test_the_card_says_which_file_is_which_split(lay, files, split, expected):
         ),
         (CARD.format(name="x", files="  - split: train\n    path: ../a.jsonl\n"), "leads out of the folder"),
         (
-            CARD.format(name="x", files="  - split: test\n    path: a.jsonl\n  - split: train\n    path: '*.jsonl'\n"),
+            CARD.format(
+                name="x", files="  - split: test\n    path: a.jsonl\n  - split: train\n    path: '*.jsonl'\n"
+            ),
             "says that a.jsonl is train and test",
         ),
-        (CARD.format(name="x", files="  - split: test\n    path: a.jsonl\n"), "has no split train, expected test"),
+        (
+            CARD.format(name="x", files="  - split: test\n    path: a.jsonl\n"),
+            "has no split train, expected test",
+        ),
         (CARD.format(name="x", files="  - split: 7\n    path: a.jsonl\n"), "are no paths"),
         (
-            "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n",
+            (
+                "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files:"
+                " b.jsonl}\n---\n"
+            ),
             r"several subsets.*a \| b",
         ),
         ("---\nconfigs: 7\n---\n", "no list of subsets"),
@@ -263,7 +315,13 @@ def test_a_card_that_contradicts_the_folder_is_refused(lay, head, words):
 
 
 @pytest.mark.parametrize(
-    "head", ["# no head", "---\nlicense: mit\n---\n", "---\nconfigs: [\n---\n", "---\nconfigs:\n- config_name: default\n---\n"]
+    "head",
+    [
+        "# no head",
+        "---\nlicense: mit\n---\n",
+        "---\nconfigs: [\n---\n",
+        "---\nconfigs:\n- config_name: default\n---\n",
+    ],
 )
 def test_a_card_that_says_nothing_of_files(lay, head):
     (lay("a.jsonl") / "README.md").write_text(head)
@@ -325,12 +383,17 @@ PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 )
 def test_packed_files_are_read_as_the_files_in_them(lay, tmp_path, packed, name, content, places):
     lay()
-    plain, file = tmp_path / "d" / name, tmp_path / "d" / f"{name}.{packed.upper() if name.isupper() else packed}"
+    plain, file = (
+        tmp_path / "d" / name,
+        tmp_path / "d" / f"{name}.{packed.upper() if name.isupper() else packed}",
+    )
     plain.write_bytes(content)
     file.write_bytes(PACKERS[packed](content))
     for source in list_sources([str(plain), str(file)]):
         rows, _ = open_rows(source, "train")
-        assert [(row["text"], where) for row, where in rows] == [(t, f"{source.name}:{n}") for t, n in zip("ab", places)]
+        assert [(row["text"], where) for row, where in rows] == [
+            (t, f"{source.name}:{n}") for t, n in zip("ab", places)
+        ]
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -347,8 +410,8 @@ def test_torn_packed_files_name_the_file(lay, tmp_path, packed, name):
 
 def test_bombs_are_stopped_at_the_limits(lay, tmp_path, monkeypatch):
     lay()
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**16)
-    monkeypatch.setattr(sources, "MAX_JSON_BYTES", 2**16)
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 2**16)
+    monkeypatch.setattr(text_rows, "MAX_JSON_BYTES", 2**16)
     for name, content, words in (
         ("a.jsonl.gz", b" " * 2**20, "a.jsonl.gz:1: is too long a line"),
         ("b.json.gz", b" " * 2**20, "b.json.gz: is too large"),
@@ -418,7 +481,9 @@ def test_a_file_that_is_not_what_its_name_says(lay, tmp_path, name, content, wor
         read(f"d/{name}")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zst", "a.zip", "a.pkl", "a.xlsx", "a.parquet.gz", "a.xyz", "a"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl.zst", "a.zip", "a.pkl", "a.xlsx", "a.parquet.gz", "a.xyz", "a"]
+)
 def test_kinds_that_are_not_read_name_the_way_out(lay, name):
     lay(name)
     with pytest.raises(DataError, match=rf"d/{name}: is a kind of file we do not read.*; \w") as caught:
@@ -467,7 +532,7 @@ def test_a_loop_of_folders_and_an_endless_folder(lay, monkeypatch):
     with pytest.raises(DataError, match="d/again: is a link to a folder above it"):
         list_sources("d")
     (folder / "again").unlink()
-    monkeypatch.setattr(folders, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(folder_walk, "MAX_ENTRIES", 3)
     lay("b.jsonl", "c.jsonl", "e.jsonl")
     with pytest.raises(DataError, match="more than 3 files and folders"):
         list_sources("d")
@@ -480,12 +545,12 @@ def test_what_may_not_be_read_is_an_error(lay, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(folders.os, "scandir", refuse)
+        patched.setattr(folder_walk.os, "scandir", refuse)
         with pytest.raises(DataError, match=r"d: cannot be read .Permission denied"):
             list_sources("d")
     source = list_sources("d/a.jsonl")[0]
     rows, _ = open_rows(source, "train")
-    monkeypatch.setattr(sources, "open_bytes", refuse)
+    monkeypatch.setattr(text_rows, "open_bytes", refuse)
     with pytest.raises(DataError, match=r"a.jsonl:?.*: cannot be read .Permission denied"):
         list(rows)
 
@@ -545,7 +610,12 @@ def test_the_same_rows_twice(lay):
 
 def test_merged_and_the_hash_of_what_is_read(lay, tmp_path):
     lay("a.jsonl", "b.csv", "c.parquet", "e.json")
-    assert {source.name[2]: source.merged for source in list_sources("d")} == {"a": False, "b": True, "c": True, "e": False}
+    assert {source.name[2]: source.merged for source in list_sources("d")} == {
+        "a": False,
+        "b": True,
+        "c": True,
+        "e": False,
+    }
     file = tmp_path / "d" / "f.jsonl.gz"
     digests = set()
     for text in ("one", "two"):
@@ -555,4 +625,4 @@ def test_merged_and_the_hash_of_what_is_read(lay, tmp_path):
 
 
 def test_every_suffix_of_the_list_is_read():
-    assert all(filetypes.kind_of(sources.Path(f"rows{suffix}")) for suffix in filetypes.SUFFIXES)
+    assert all(filetypes.kind_of(Path(f"rows{suffix}")) for suffix in filetypes.SUFFIXES)

@@ -10,7 +10,9 @@ from repsft_fast.errors import DataError
 
 
 def samples(count, tasks=("a",)):
-    return [Sample([n, n + 1], [False, True], tasks[n % len(tasks)], source=f"f:{n + 1}") for n in range(count)]
+    return [
+        Sample([n, n + 1], [False, True], tasks[n % len(tasks)], source=f"f:{n + 1}") for n in range(count)
+    ]
 
 
 @given(st.integers(1, 60), st.integers(0, 2**40), st.data())
@@ -71,11 +73,21 @@ def test_sizes_that_cannot_be(sizes, words):
 
 def test_shared_samples_are_counted():
     everything = samples(10)
-    other = [Sample([3, 4], [False, True], "b"), Sample([3, 4, 5], [False, True, True]), Sample([3, 4], [False, True])]
+    other = [
+        Sample([3, 4], [False, True], "b"),
+        Sample([3, 4, 5], [False, True, True]),
+        Sample([3, 4], [False, True]),
+    ]
     assert overlap(everything, other) == 2
-    assert overlap_warnings(everything, other, []) == ["2 of 3 validation samples are also in train, token for token"]
-    assert overlap_warnings(everything, [], other[:1]) == ["1 of 1 test samples are also in train, token for token"]
-    assert overlap_warnings([], other, other[:1]) == ["1 of 1 test samples are also in validation, token for token"]
+    assert overlap_warnings(everything, other, []) == [
+        "2 of 3 validation samples are also in train, token for token"
+    ]
+    assert overlap_warnings(everything, [], other[:1]) == [
+        "1 of 1 test samples are also in train, token for token"
+    ]
+    assert overlap_warnings([], other, other[:1]) == [
+        "1 of 1 test samples are also in validation, token for token"
+    ]
 
 
 @given(st.lists(st.integers(0, 12), min_size=8, max_size=40), st.integers(1, 3), st.integers(0, 9))
@@ -99,7 +111,9 @@ def test_copies_go_the_same_way_and_a_split_that_they_leave_short_says_so():
     assert (len(splits.validation), len(splits.test), splits.warnings) == (6, 4, [])
     short = carve(doubled, validation=5)
     assert len(short.validation) == 4
-    assert short.warnings == ["task 'a': 4 validation samples where 5 were asked for, because copies of a sample stay together"]
+    assert short.warnings == [
+        "task 'a': 4 validation samples where 5 were asked for, because copies of a sample stay together"
+    ]
     assert overlap(short.train, short.validation) == 0
 
 
@@ -111,7 +125,9 @@ def test_copies_in_another_task_go_the_same_way():
 
 
 def test_nothing_but_copies_cannot_be_carved():
-    with pytest.raises(DataError, match="task 'a', validation: would be empty: its samples are copies; remove copies"):
+    with pytest.raises(
+        DataError, match="task 'a', validation: would be empty: its samples are copies; remove copies"
+    ):
         carve([Sample([1, 2], [False, True], "a")] * 8, validation=0.25)
 
 

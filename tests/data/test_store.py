@@ -68,9 +68,9 @@ class TestRow:
         x = IGNORE_INDEX
         assert row.targets.tolist() == [12, x, x, 7, 8, 10, x, x]
         assert row.weights.tolist() == [0.125, 0, 0, 0.25, 0.25, 0.25, 0, 0]
-        assert row.trained_rows.tolist() == [0, 3, 4, 5]
-        assert row.row_tasks.tolist() == [0, 0, 0, 1]
-        assert row.row_segments.tolist() == [0, 1, 1, 2]
+        assert row.trained_positions.tolist() == [0, 3, 4, 5]
+        assert row.position_tasks.tolist() == [0, 0, 0, 1]
+        assert row.position_segments.tolist() == [0, 1, 1, 2]
         assert row.cu_seqlens.tolist() == [0, 2, 5, 6, 8, 8, 8, 8, 8]
         assert row.segment_lengths == (2, 3, 1, 2)
         assert (row.samples, row.real_tokens, row.num_segments) == ((2, 0, 1), 6, 3)
@@ -100,22 +100,32 @@ class TestRow:
         assert row.positions.tolist() == [[0] * 5]
         assert row.targets.tolist() == [IGNORE_INDEX] * 5
         assert row.weights.tolist() == [0.0] * 5
-        assert [t.numel() for t in (row.trained_rows, row.row_tasks, row.row_segments)] == [0, 0, 0]
+        assert [t.numel() for t in (row.trained_positions, row.position_tasks, row.position_segments)] == [
+            0,
+            0,
+            0,
+        ]
         assert (row.segment_lengths, row.samples, row.real_tokens) == ((5,), (), 0)
         assert row.cu_seqlens.tolist() == [0, 5, 5, 5, 5, 5, 5, 5, 5]
 
     def test_a_sample_without_targets_contributes_exactly_nothing(self, store):
         row = store.row(planned([3], store), denominator=0.0, average="sample")
         assert row.weights.tolist() == [0.0, 0.0]
-        assert row.trained_rows.tolist() == []
+        assert row.trained_positions.tolist() == []
 
     @pytest.mark.parametrize("average", ["sample", "token"])
     def test_a_denominator_of_zero_gives_no_weight_and_no_nan(self, store, average):
-        assert store.row(planned([0, 1], store), denominator=0.0, average=average).weights.tolist() == [0.0] * 4
+        assert (
+            store.row(planned([0, 1], store), denominator=0.0, average=average).weights.tolist() == [0.0] * 4
+        )
 
     def test_a_sample_twice_in_a_row_is_two_segments(self, store):
         row = store.row(planned([1, 1], store), denominator=2.0, average="sample")
-        assert (row.samples, row.row_segments.tolist(), row.positions.tolist()) == ((1, 1), [0, 1], [[0, 0]])
+        assert (row.samples, row.position_segments.tolist(), row.positions.tolist()) == (
+            (1, 1),
+            [0, 1],
+            [[0, 0]],
+        )
 
     def test_an_unknown_average_is_refused(self, store):
         with pytest.raises(ValueError, match=r"average: is not known, expected sample or token, got mean"):
@@ -138,7 +148,12 @@ def stores_and_rows(draw):
         trained = [False, *draw(st.lists(st.booleans(), min_size=n - 1, max_size=n - 1))]
         ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n))
         samples.append(
-            Sample(ids, trained, task=draw(st.sampled_from("abc")), weight=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])))
+            Sample(
+                ids,
+                trained,
+                task=draw(st.sampled_from("abc")),
+                weight=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+            )
         )
     ids = draw(st.lists(st.integers(0, len(samples) - 1), max_size=10))
     return samples, ids, draw(st.integers(0, 20))
@@ -157,12 +172,21 @@ class TestAgainstPlainPython:
         slots = max(slots, 1)
         row = store.row(planned(ids, store, slots=slots), denominator=7.0, average=average, scale=3.0)
 
-        tokens, positions, targets, weights, trained_rows, tasks, segments, borders = [], [], [], [], [], [], [], [0]
+        tokens, positions, targets, weights, trained_positions, tasks, segments, borders = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [0],
+        )
         for s, i in enumerate(ids):
             sample = samples[i]
             for p in range(sample.positions):
                 if sample.trained[p + 1]:
-                    trained_rows.append(len(tokens))
+                    trained_positions.append(len(tokens))
                     tasks.append(store.index.task_names.index(sample.task))
                     segments.append(s)
                     per_sample = sample.weight / 7.0 * 3.0
@@ -179,9 +203,9 @@ class TestAgainstPlainPython:
         assert row.positions.tolist() == [positions + [0] * padding]
         assert row.targets.tolist() == targets + [IGNORE_INDEX] * padding
         assert row.weights.tolist() == np.float32(weights + [0.0] * padding).tolist()
-        assert row.trained_rows.tolist() == trained_rows
-        assert row.row_tasks.tolist() == tasks
-        assert row.row_segments.tolist() == segments
+        assert row.trained_positions.tolist() == trained_positions
+        assert row.position_tasks.tolist() == tasks
+        assert row.position_segments.tolist() == segments
         assert row.segment_lengths == tuple(lengths)
         assert sum(row.segment_lengths) == slots
         cu = row.cu_seqlens.tolist()
@@ -264,7 +288,9 @@ class TestTiers:
 
         with Record():
             store.row(PlannedRow(np.array([0, 2]), 5, 8), denominator=1.0, average="sample")
-        moving = [name for name in seen if name not in ("empty", "slice", "view", "unsqueeze", "detach", "alias")]
+        moving = [
+            name for name in seen if name not in ("empty", "slice", "view", "unsqueeze", "detach", "alias")
+        ]
         assert moving == ["_to_copy", "index_select", "_to_copy", "index_select", "_to_copy"]
 
 
@@ -272,11 +298,20 @@ class TestBadSamples:
     @pytest.mark.parametrize(
         ("sample", "wrong"),
         [
-            (Sample([1], [False], source="y:3"), "y:3: has no position to train, expected at least 2 tokens, got 1"),
+            (
+                Sample([1], [False], source="y:3"),
+                "y:3: has no position to train, expected at least 2 tokens, got 1",
+            ),
             (Sample([], [], source="y:3"), "y:3: has no position to train"),
-            (Sample([1, 2], [False], source="y:3"), "y:3: has unequal ids and trained, expected 2 flags, got 1"),
+            (
+                Sample([1, 2], [False], source="y:3"),
+                "y:3: has unequal ids and trained, expected 2 flags, got 1",
+            ),
             (Sample([1, 2], [True, True], source="y:3"), "y:3: trains its first token"),
-            (Sample([1, -2], [False, True], source="y:3"), "y:3: has an impossible token id, expected 0 … 2³¹-1, got -2"),
+            (
+                Sample([1, -2], [False, True], source="y:3"),
+                "y:3: has an impossible token id, expected 0 … 2³¹-1, got -2",
+            ),
             (Sample([2**31, 2], [False, True], source="y:3"), "y:3: has an impossible token id"),
             (Sample([1, 2], [False, True], weight=float("nan"), source="y:3"), "y:3: has no usable weight"),
             (Sample([1, 2], [False, True], weight=-1.0, source="y:3"), "y:3: has no usable weight"),
@@ -299,7 +334,9 @@ class TestBadSamples:
     def test_a_token_past_the_vocabulary_names_its_sample(self):
         store = TokenStore(SAMPLES, "cpu")
         store.check_vocabulary(16)
-        with pytest.raises(DataError, match="sample 2: has a token id past the vocabulary, expected below 12, got 12"):
+        with pytest.raises(
+            DataError, match="sample 2: has a token id past the vocabulary, expected below 12, got 12"
+        ):
             store.check_vocabulary(12)
 
     def test_a_target_past_the_vocabulary_counts_though_it_is_never_an_input(self):
@@ -310,7 +347,9 @@ class TestBadSamples:
 class TestWithThePlan:
     @pytest.mark.parametrize("ranks", [1, 2, 3])
     def test_all_rows_of_an_epoch_hold_every_trained_token_once(self, ranks):
-        samples = [Sample(list(range(n + 1)), [False] * 2 + [True] * (n - 1), task=str(n % 3)) for n in range(2, 40)]
+        samples = [
+            Sample(list(range(n + 1)), [False] * 2 + [True] * (n - 1), task=str(n % 3)) for n in range(2, 40)
+        ]
         store = TokenStore(samples, "cpu")
         plan = Plan(store.index, seed=0, row_tokens=64, bucket_tokens=16, ranks=ranks)
         trained = np.zeros(len(samples), dtype=int)
@@ -318,5 +357,5 @@ class TestWithThePlan:
             for planned_row in (row for rows in update.ranks for row in rows):
                 row = store.row(planned_row, denominator=update.denominator, average="sample")
                 assert row.tokens.shape == (1, planned_row.padded_tokens)
-                np.add.at(trained, np.array(row.samples, dtype=int)[row.row_segments.numpy()], 1)
+                np.add.at(trained, np.array(row.samples, dtype=int)[row.position_segments.numpy()], 1)
         assert trained.tolist() == store.index.trained.tolist()

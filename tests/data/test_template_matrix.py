@@ -1,4 +1,5 @@
-"""The matrix of chat templates and conversations: every mask is right or the row is refused, and what was trained still is.
+"""The matrix of chat templates and conversations: every mask is right or the row is refused, and what was
+trained still is.
 
 The independent masks are tested too: by hand-written expectations, and by a renderer whose masks are off.
 """
@@ -10,12 +11,12 @@ import pytest
 
 from repsft_fast.data import spans
 from repsft_fast.data.template import ChatTemplate
-from tests import independent_masks
-from tests.chat_tokenizers import BLOCKS, CHATML, LLAMA3, QWEN3, SPECIALS
 from tests.data import template_matrix
 from tests.data.template_matrix import FEW, KINDS, LONG, RESULTS, recorded, run, summary, table, template_of
-from tests.independent_masks import Template, judge, masks, shown
-from tests.marked_chats import Case, answer, quoted, said, with_quotes
+from tests.helpers import independent_masks
+from tests.helpers.chat_tokenizers import BLOCKS, CHATML, LLAMA3, QWEN3, SPECIALS
+from tests.helpers.independent_masks import Template, judge, masks, shown
+from tests.helpers.marked_chats import Case, answer, quoted, said, with_quotes
 
 TEMPLATES = table()
 THINKING = ("<think>", "</think>")
@@ -30,7 +31,9 @@ USER, ANSWER = said("user"), answer()
 
 def results(verdicts):
     """Fails at a wrong mask, with all that is needed to see it."""
-    wrong = {kind: dataclasses.asdict(verdict) for kind, verdict in verdicts.items() if verdict.outcome == "WRONG"}
+    wrong = {
+        kind: dataclasses.asdict(verdict) for kind, verdict in verdicts.items() if verdict.outcome == "WRONG"
+    }
     assert not wrong, json.dumps(wrong, ensure_ascii=False, indent=1)
     return summary(verdicts)
 
@@ -50,7 +53,9 @@ def test_a_template_with_every_kind_of_conversation(name):
     assert results(run(template_of(TEMPLATES[name]))) == recorded()[name]["short"]
 
 
-@pytest.mark.parametrize("name", ["qwen_2_5", "llama_3_1", "mistral_small_3", "phi_3", "granite_4_0", "qwen_3_training"])
+@pytest.mark.parametrize(
+    "name", ["qwen_2_5", "llama_3_1", "mistral_small_3", "phi_3", "granite_4_0", "qwen_3_training"]
+)
 def test_a_long_chat_is_trained_as_a_short_one(name):
     assert len(LONG.asked()) > spans.MANY_TURNS
     verdict = judge(template_of(TEMPLATES[name]), LONG)
@@ -98,11 +103,15 @@ def test_every_kind_under_plain_templates_is_right_or_refused(name, kind):
     assert verdict.outcome != "WRONG", verdict
     if name == "chatml":
         lost = "call" in kind or "argument" in kind or "null" in kind or kind in REASONED
-        expected = "refused" if lost else "dropped" if kind in ("only an empty answer", "none marked") else "trained"
+        expected = (
+            "refused" if lost else "dropped" if kind in ("only an empty answer", "none marked") else "trained"
+        )
         assert verdict.outcome == ("trained" if kind == "tools, no call" else expected), verdict
 
 
-REASONED = [kind for kind, case in KINDS.items() if any("reasoning_content" in message for message in case.messages)]
+REASONED = [
+    kind for kind, case in KINDS.items() if any("reasoning_content" in message for message in case.messages)
+]
 
 
 def _off(change):
@@ -117,7 +126,11 @@ def _off(change):
 
 
 def _flip(number, trained):
-    return lambda pieces: [*pieces[:number], dataclasses.replace(pieces[number], trained=trained), *pieces[number + 1 :]]
+    return lambda pieces: [
+        *pieces[:number],
+        dataclasses.replace(pieces[number], trained=trained),
+        *pieces[number + 1 :],
+    ]
 
 
 def _shift_start(pieces):
@@ -174,7 +187,9 @@ def test_ids_of_quoted_special_tokens_are_spelled_and_compared(monkeypatch):
     assert judge(OWN["chatml"], case).outcome == "trained"
     independent_masks._ours.cache_clear()
     monkeypatch.setattr(
-        independent_masks, "ChatTemplate", _off(lambda pieces: [dataclasses.replace(piece, raw=False) for piece in pieces])
+        independent_masks,
+        "ChatTemplate",
+        _off(lambda pieces: [dataclasses.replace(piece, raw=False) for piece in pieces]),
     )
     verdict = judge(OWN["chatml"], case)
     assert (verdict.outcome, verdict.reason) == ("WRONG", "the characters are right, the ids are not")
@@ -199,7 +214,9 @@ def test_the_command_prints_a_line_a_template_and_fails_at_a_wrong_mask(capsys, 
     assert capsys.readouterr().out.startswith(name)
     assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == [name]
     monkeypatch.setattr(
-        template_matrix, "run", lambda template: {"one": independent_masks.Verdict("WRONG", "other characters are trained")}
+        template_matrix,
+        "run",
+        lambda template: {"one": independent_masks.Verdict("WRONG", "other characters are trained")},
     )
     assert template_matrix.main([name]) == 1
     assert "WRONG: other characters" in capsys.readouterr().out

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from turn_makers import CALL, ai, message_of, read, refusal, user
 
 from repsft_fast.data.tool_calls import LEVELS, read_tools
 from repsft_fast.data.turns import Turns
 from repsft_fast.errors import DataError
+from tests.helpers.turn_makers import CALL, ai, message_of, read, refusal, user
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,11 @@ from repsft_fast.errors import DataError
         ai(tool_calls=(CALL,)),
         ai(tool_calls=[{"name": "weather", "arguments": {"city": "Ulm"}}]),
         ai(tool_calls=[{"name": "weather", "parameters": {"city": "Ulm"}}]),
-        ai(tool_calls=[{"type": None, "id": None, "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}]),
+        ai(
+            tool_calls=[
+                {"type": None, "id": None, "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+            ]
+        ),
         ai(tool_calls=[{**CALL, "id": "", "index": 0}]),
         ai(tool_calls=json.dumps([CALL])),
         ai(tool_calls=[json.dumps(CALL)]),
@@ -32,13 +36,19 @@ def test_every_way_to_write_a_call_is_one_call(turn):
     assert message_of(turn) == {"content": "a", "tool_calls": [CALL]}
 
 
-@pytest.mark.parametrize("value", [CALL["function"], [CALL["function"]], json.dumps(CALL["function"]), json.dumps([CALL])])
+@pytest.mark.parametrize(
+    "value", [CALL["function"], [CALL["function"]], json.dumps(CALL["function"]), json.dumps([CALL])]
+)
 def test_a_turn_from_function_call_is_the_assistants_call(value):
-    read_as = read({"from": "function_call", "value": value, "weight": 0}, {"from": "tool_call", "value": value})
+    read_as = read(
+        {"from": "function_call", "value": value, "weight": 0}, {"from": "tool_call", "value": value}
+    )
     assert read_as == Turns([ai("", tool_calls=[CALL])] * 2, trainable=(1,))
 
 
-@pytest.mark.parametrize("value", ["I call weather", "[]", "", None, '{"name": "weather", "arguments": {"city": "Ulm"}', "3"])
+@pytest.mark.parametrize(
+    "value", ["I call weather", "[]", "", None, '{"name": "weather", "arguments": {"city": "Ulm"}', "3"]
+)
 def test_a_turn_from_function_call_without_a_call_is_refused(value):
     assert "messages[0].value'" in refusal([{"from": "function_call", "value": value}])
 
@@ -71,7 +81,8 @@ def test_arguments(written, read_as):
         assert type(found["function"]["arguments"]) is type(read_as)
 
 
-@pytest.mark.parametrize("nothing", [None, [], (), "", "[]", "null"])  # vllm#30648: an empty list beside an answer
+# vllm#30648: an empty list beside an answer
+@pytest.mark.parametrize("nothing", [None, [], (), "", "[]", "null"])
 def test_no_calls_are_no_field_in_any_turn(nothing):
     for turn in (ai(), user(), {"role": "tool", "content": "x"}):
         assert read({**turn, "tool_calls": nothing, "function_call": None}) == read(turn)
@@ -118,7 +129,9 @@ def test_calls_are_the_assistants_and_the_same_wherever_they_stand():
         assert "assistant" in refusal([{"role": role, "content": "x", "tool_calls": [CALL]}])
         assert "assistant" in refusal([{"role": role, "content": "x", "function_call": CALL["function"]}])
     assert "tool_calls and function_call" in refusal([ai(tool_calls=[CALL], function_call={"name": "other"})])
-    assert "tool_calls and value" in refusal([{"from": "function_call", "value": '{"name": "g"}', "tool_calls": [CALL]}])
+    assert "tool_calls and value" in refusal(
+        [{"from": "function_call", "value": '{"name": "g"}', "tool_calls": [CALL]}]
+    )
 
 
 def test_ids_and_names_come_along():
@@ -164,7 +177,9 @@ def test_nulls_in_calls_and_tools_go_only_where_a_merged_schema_put_them():
     def both(merged, encode=lambda value: value):
         call = {"name": "f", "arguments": encode(arguments)}
         (found,) = message_of(ai(tool_calls=[call]), merged=merged)["tool_calls"]
-        (offered,) = read_tools([{**tool, "parameters": encode(tool["parameters"])}], "f:7, field 'tools'", merged=merged)
+        (offered,) = read_tools(
+            [{**tool, "parameters": encode(tool["parameters"])}], "f:7, field 'tools'", merged=merged
+        )
         return found["function"]["arguments"], offered["function"]["parameters"]
 
     assert both(False) == (arguments, tool["parameters"])
@@ -208,7 +223,11 @@ def test_no_tools_are_none(nothing):
 
 
 def test_all_that_a_tool_says_is_kept():
-    tool = {"type": "function", "function": {**TOOL["function"], "strict": True, "return": {"type": "string"}}, "x": [1]}
+    tool = {
+        "type": "function",
+        "function": {**TOOL["function"], "strict": True, "return": {"type": "string"}},
+        "x": [1],
+    }
     assert read_tools([tool], "f:7") == [tool]
     assert read_tools([{"name": "f", "strict": False}], "f:7") == [
         {"type": "function", "function": {"name": "f", "strict": False}}

@@ -4,9 +4,9 @@ import json
 import time
 
 import pytest
-from turn_makers import CALL, ai, message_of, read, refusal, user
 
 from repsft_fast.data.turns import MARKS, REASONING_KEYS, ROLES, Turns, read_turns
+from tests.helpers.turn_makers import CALL, ai, message_of, read, refusal, user
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 
@@ -19,7 +19,18 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (["system", "developer", "System"], "system"),
         (["user", "User", " USER\n", "human", "prompter"], "user"),
         (["assistant", "gpt", "chatgpt", "model", "bot", "ai", "AI"], "assistant"),
-        (["tool", "ipython", "function", "observation", "tool_response", "tool_result", "function_response"], "tool"),
+        (
+            [
+                "tool",
+                "ipython",
+                "function",
+                "observation",
+                "tool_response",
+                "tool_result",
+                "function_response",
+            ],
+            "tool",
+        ),
     ],
 )
 def test_roles_have_many_names(names, role):
@@ -37,7 +48,9 @@ def test_an_unknown_role_is_refused_with_the_known_ones(role):
 
 def test_the_order_of_turns_is_the_templates_to_judge():
     roles = ["assistant", "tool", "user", "user", "system", "assistant", "assistant", "user"]
-    assert [message["role"] for message in read(*({"role": role, "content": "x"} for role in roles)).messages] == roles
+    assert [
+        message["role"] for message in read(*({"role": role, "content": "x"} for role in roles)).messages
+    ] == roles
 
 
 @pytest.mark.parametrize("turns", [[], (), None, "hi", {"role": "user"}, ["hi"], [None], [[user()]]])
@@ -46,13 +59,17 @@ def test_what_is_no_list_of_turns_is_refused(turns):
 
 
 def test_both_pairs_of_names_may_stand_in_one_list_but_not_disagree_in_one_turn():
-    mixed = read({"from": "human", "value": "q"}, ai(), {"role": "user", "value": "r"}, {"from": "gpt", "content": "b"})
+    mixed = read(
+        {"from": "human", "value": "q"}, ai(), {"role": "user", "value": "r"}, {"from": "gpt", "content": "b"}
+    )
     assert mixed.messages == [user(), ai(), user("r"), ai("b")]
     assert read({"role": "user", "from": "human", "content": "q", "value": "q"}) == read(user())
     assert read({"role": "user", "from": None, "content": "q", "value": None}) == read(user())
     assert "role and from" in refusal([user(**{"from": "gpt"})])
     assert "content and value" in refusal([user(value="other")])
-    own = read_turns([{"speaker": "user", "said": "q"}], "turns", "f:7", role_key="speaker", content_key="said")
+    own = read_turns(
+        [{"speaker": "user", "said": "q"}], "turns", "f:7", role_key="speaker", content_key="said"
+    )
     assert own.messages == [user()]
 
 
@@ -64,7 +81,10 @@ def test_both_pairs_of_names_may_stand_in_one_list_but_not_disagree_in_one_turn(
     [
         ("", ""),
         ([{"type": "text", "text": "a "}, {"type": "text", "text": " b"}], "a  b"),
-        ([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b", "annotations": []}], "ab"),
+        (
+            [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b", "annotations": []}],
+            "ab",
+        ),
         (["a", {"text": "b"}, {"type": None, "text": "c", "image": None}], "abc"),
     ],
 )
@@ -118,7 +138,12 @@ def test_content_that_is_not_text_is_refused(content, words):
 def test_a_turn_without_content_calls_or_thinks():
     assert message_of(ai(None, tool_calls=[CALL])) == {"content": "", "tool_calls": [CALL]}
     assert message_of({"role": "assistant", "reasoning": "r"}) == {"content": "", "reasoning_content": "r"}
-    for turn in (ai(None, tool_calls=[]), {"role": "assistant"}, user(None), {"role": "tool", "content": None}):
+    for turn in (
+        ai(None, tool_calls=[]),
+        {"role": "assistant"},
+        user(None),
+        {"role": "tool", "content": None},
+    ):
         assert ".content'" in refusal([turn])
 
 
@@ -137,7 +162,10 @@ def test_reasoning_has_many_names_and_is_one_field(key):
 
 
 def test_reasoning_in_two_fields_must_be_the_same():
-    assert message_of(ai(reasoning="r", reasoning_content="r", thinking="")) == {"content": "a", "reasoning_content": "r"}
+    assert message_of(ai(reasoning="r", reasoning_content="r", thinking="")) == {
+        "content": "a",
+        "reasoning_content": "r",
+    }
     assert "reasoning_content and thinking" in refusal([ai(thinking="s", reasoning_content="r")])
     assert "two things" in refusal([ai([{"type": "thinking", "thinking": "s"}, "a"], reasoning="r")])
     assert "assistant" in refusal([user([{"type": "thinking", "thinking": "s"}, "q"])])
@@ -190,10 +218,19 @@ def test_marks_that_trainers_use_for_both_meanings_are_refused(key, value):
 
 
 def test_harmless_fields_are_named():
-    turns = [user(id=3, timestamp="t"), ai(id=4, lang="en", finish_reason="stop", images=[], audio=None, refusal="")]
+    turns = [
+        user(id=3, timestamp="t"),
+        ai(id=4, lang="en", finish_reason="stop", images=[], audio=None, refusal=""),
+    ]
     assert read(*turns).unknown == ("id", "timestamp", "lang", "finish_reason", "images", "refusal")
-    assert read(user([{"type": "text", "text": "x", "cache_control": {"type": "e"}}])).unknown == ("content[].cache_control",)
-    assert read(user(message_id="m", token_count=3, has_image=False)).unknown == ("message_id", "token_count", "has_image")
+    assert read(user([{"type": "text", "text": "x", "cache_control": {"type": "e"}}])).unknown == (
+        "content[].cache_control",
+    )
+    assert read(user(message_id="m", token_count=3, has_image=False)).unknown == (
+        "message_id",
+        "token_count",
+        "has_image",
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,38 @@
-"""Random turns, each of whose strings is one of a kind: refused, kept, or in a field that is named as unused."""
+"""Random turns, each of whose strings is one of a kind: refused, kept, or in a field that is named as
+unused."""
 
 import json
 import random
 
-from turn_makers import read
-
 from repsft_fast.data.turns import REASONING_KEYS
 from repsft_fast.errors import DataError
+from tests.helpers.turn_makers import read
 
 KEYS = [
-    *("content", "value", *REASONING_KEYS, "tool_calls", "function_call", "name", "tool_call_id", "id", "emotion", "meta"),
-    *("refusal", "images", "text", "prefix", "output", "documents", "parts", "note", "Reasoning", "thought_text"),
+    *(
+        "content",
+        "value",
+        *REASONING_KEYS,
+        "tool_calls",
+        "function_call",
+        "name",
+        "tool_call_id",
+        "id",
+        "emotion",
+        "meta",
+    ),
+    *(
+        "refusal",
+        "images",
+        "text",
+        "prefix",
+        "output",
+        "documents",
+        "parts",
+        "note",
+        "Reasoning",
+        "thought_text",
+    ),
 ]
 
 
@@ -31,7 +53,9 @@ class Sentinels:
             return json.dumps(value) if draw < 0.3 else value
         if draw < 0.4 and key in ("content", "value"):
             return [self.part() for _ in range(self.draw.choice((0, 1, 2)))]
-        return self.draw.choice((self.word, self.word, self.word, lambda: None, lambda: "", lambda: [self.word()]))()
+        return self.draw.choice(
+            (self.word, self.word, self.word, lambda: None, lambda: "", lambda: [self.word()])
+        )()
 
     def part(self):
         kind = self.draw.choice(("text", "text", "text", "thinking", "image", None))
@@ -47,10 +71,18 @@ class Sentinels:
             function["arguments"] = json.dumps(arguments)
         if self.draw.random() < 0.1:
             function[self.draw.choice(("result", "input", "index"))] = self.word()
-        return function if self.draw.random() < 0.5 else {"id": self.word(), "type": "function", "function": function}
+        return (
+            function
+            if self.draw.random() < 0.5
+            else {"id": self.word(), "type": "function", "function": function}
+        )
 
     def turn(self):
-        turn = {self.draw.choice(("role", "from")): self.draw.choice(("user", "gpt", "assistant", "tool", "function_call"))}
+        turn = {
+            self.draw.choice(("role", "from")): self.draw.choice(
+                ("user", "gpt", "assistant", "tool", "function_call")
+            )
+        }
         for key in ("content", *self.draw.sample(KEYS, self.draw.choice((0, 1, 1, 2, 3)))):
             turn[key] = self.value(key)
         return turn
@@ -60,7 +92,9 @@ def named(turn, unknown):
     """The strings of the fields that the reader says it did not use."""
     parts = [part for key in ("content", "value") for part in turn.get(key) or () if isinstance(part, dict)]
     fields = [turn[key] for key in unknown if key in turn]
-    return json.dumps([fields, [part.get(key.removeprefix("content[].")) for part in parts for key in unknown]])
+    return json.dumps(
+        [fields, [part.get(key.removeprefix("content[].")) for part in parts for key in unknown]]
+    )
 
 
 def test_no_string_of_a_turn_is_lost_in_silence():
@@ -110,4 +144,6 @@ def test_nothing_but_an_error_of_ours_comes_of_whatever_stands_in_a_turn():
             else:
                 assert key in (*found.unknown, "name", "tool_call_id"), (key, type(value))
     assert len(refused) > 500
-    assert max(len(message.encode("utf-8")) for message in refused) < 2_000, "no place to print a row, nor half a character"
+    assert max(len(message.encode("utf-8")) for message in refused) < 2_000, (
+        "no place to print a row, nor half a character"
+    )

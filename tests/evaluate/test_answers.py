@@ -1,11 +1,20 @@
-"""Answers taken out of a text, and compared: as text, as numbers, as expressions; never so that a reply could stop a run."""
+"""Answers taken out of a text, and compared: as text, as numbers, as expressions; never so that a reply could
+stop a run."""
 
 import sys
 import time
 
 import pytest
 
-from repsft_fast.evaluate.answers import EXTRACTORS, boxed, final_answer, hashes, last_number, same_answer, whole
+from repsft_fast.evaluate.answers import (
+    EXTRACTORS,
+    boxed,
+    final_answer,
+    hashes,
+    last_number,
+    same_answer,
+    whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +38,13 @@ def test_boxed(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("steps\n#### 42", "42"), ("#### 1\n#### 2\nmore", "2"), ("####", ""), ("# 42", None), ("a #### b c \r\nd", "b c")],
+    [
+        ("steps\n#### 42", "42"),
+        ("#### 1\n#### 2\nmore", "2"),
+        ("####", ""),
+        ("# 42", None),
+        ("a #### b c \r\nd", "b c"),
+    ],
 )
 def test_hashes(text, answer):
     assert hashes(text) == answer

@@ -1,11 +1,15 @@
-"""Processes beside the tests on a GPU: what must be one of its own, and kernels that are compiled before they are asked for.
+"""Processes beside the tests on a GPU: what must be one of its own, and kernels that are compiled before they
+are asked for.
 
-    python children.py updates FOLDER          50 updates, to be compared with the same under another CUDA_LAUNCH_BLOCKING
-    python children.py compiled FOLDER         compiled layers beside plain ones: half a minute of compiling, all told
-    python children.py rows bfloat16           every variant of a kernel that the tests launch, once, on one row
+    python -m tests.gpu.children updates FOLDER    50 updates, to be compared with the same under another
+                                                   CUDA_LAUNCH_BLOCKING
+    python -m tests.gpu.children compiled FOLDER   compiled layers beside plain ones: half a minute of compiling,
+                                                   all told
+    python -m tests.gpu.children rows bfloat16     every variant of a kernel that the tests launch, once, on one
+                                                   row
 
-They begin when the session does; a test that needs one waits for it. Kernels land in Triton's cache on disk: where such a child
-fails or is late, the test compiles what it needs itself.
+They begin when the session does; a test that needs one waits for it. Kernels land in Triton's cache on disk:
+where such a child fails or is late, the test compiles what it needs itself.
 """
 
 import contextlib
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 50
 WAIT_S = 25.0  # beyond the time that the other tests took
 # By the name of the fixture that asks for it: the function below, and what its environment is changed by.
@@ -51,10 +55,10 @@ class Started:
 
     def _start(self, name: str, arguments: list[str], changes: dict[str, str]) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "REPSFT_CHECKS"}
-        paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment |= changes | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self._file(name, "out").open("w") as out, self._file(name, "err").open("w") as err:
-            command = [sys.executable, str(HERE / "children.py"), *arguments]
+            command = [sys.executable, "-m", "tests.gpu.children", *arguments]
             options: dict[str, Any] = {"env": environment, "preexec_fn": _end_with_parent}
             self._children[name] = subprocess.Popen(command, stdout=out, stderr=err, **options)
 
@@ -85,8 +89,9 @@ def _end_with_parent() -> None:
 
 
 def updates(folder: Path, count: int = UPDATES) -> dict[str, Any]:
-    """Losses and the state's hash after `count` deterministic updates with 8-bit moments, whose kernel takes raw addresses."""
-    import small_runs
+    """Losses and the state's hash after `count` deterministic updates with 8-bit moments, whose kernel takes
+    raw addresses."""
+    from tests.gpu import small_runs
 
     parts = small_runs.parts_of(Path(folder), optim__name="adamw8bit")
     small_runs.steps(parts, count)
@@ -94,13 +99,13 @@ def updates(folder: Path, count: int = UPDATES) -> dict[str, Any]:
 
 
 def compiled(folder: Path) -> dict[str, Any]:
-    """Relative errors of all gradients of one row against fp32, plain and compiled, and the graphs that were made by then
-    and after three updates of the same shapes."""
-    import small_runs
+    """Relative errors of all gradients of one row against fp32, plain and compiled, and the graphs that were
+    made by then and after three updates of the same shapes."""
     from torch._dynamo.utils import counters
 
-    from repsft_fast.training import parts as building
-    from repsft_fast.training.step import measure, train_step
+    from repsft_fast.training import build as building
+    from repsft_fast.training.step import forward_backward, train_step
+    from tests.gpu import small_runs
 
     building.check_no_leak = lambda model, **_: None  # it would have layers of two more lengths compiled
 
@@ -110,7 +115,7 @@ def compiled(folder: Path) -> dict[str, Any]:
         return small_runs.parts_of(Path(folder) / name, model__config=model, **changes)
 
     def gradients(parts: Any) -> torch.Tensor:
-        measure(parts, small_runs.updates_of(parts)[0])
+        forward_backward(parts, small_runs.updates_of(parts)[0])
         found = torch.cat([gradient.flatten() for gradient in small_runs.gradients_of(parts).values()])
         parts.optimizer.zero_grad()
         parts.ledger.drop_open()
@@ -135,7 +140,7 @@ def compiled(folder: Path) -> dict[str, Any]:
 def rows(dtype: str) -> None:
     """The row kernel of every vocabulary, capped or not, with its gradient; and that of an evaluation."""
     from csrc_triton.cross_entropy import cross_entropy_rows_fwd
-    from repsft_fast.ops.functional import padded_logits
+    from repsft_fast.ops.row_pass import padded_logits
 
     cases = [(vocabulary, softcap, True) for vocabulary in VOCABULARIES for softcap in (None, 6.0)]
     for vocabulary, softcap, gradient in [*cases, (VOCABULARIES[0], None, False)]:
@@ -148,7 +153,7 @@ def rows(dtype: str) -> None:
 def kept(dtype: str) -> None:
     """Both products of the rows beyond the capacity."""
     from csrc_triton.kept_rows import kept_head, kept_hidden
-    from repsft_fast.ops.functional import padded_logits
+    from repsft_fast.ops.row_pass import padded_logits
 
     gradient = padded_logits(4, 1000, getattr(torch, dtype), DEVICE).zero_()
     head, hidden = gradient.new_zeros(1000, 64), gradient.new_zeros(4, 64)
@@ -159,7 +164,7 @@ def kept(dtype: str) -> None:
 
 def adamw8bit(dtype: str) -> None:
     """Moments of 8 and of 32 bits, sizes that take wide accesses and that do not, contracted or not."""
-    from adamw_sides import ODD, SHAPES, Sides, contraction, gradients
+    from tests.helpers.adamw_sides import ODD, SHAPES, Sides, contraction, gradients
 
     kind = getattr(torch, dtype)
     for shapes, contracted in ((SHAPES, True), (SHAPES, False), (ODD, True), (ODD, False)):

@@ -1,7 +1,9 @@
-"""How the tests of this folder are run, ordered and told: `python -m pytest tests/gpu -m gpu`, in one process.
+"""How the tests of this folder are run, ordered and told: `python -m pytest tests/gpu -m gpu`, in one
+process.
 
-REPSFT_CHECKS names a file: one JSON line per finished test, written at once, says what was to be proved and how it went. A
-CUDA error that leaves the process unusable ends the session: what follows is "not run", and no failure of its own.
+REPSFT_CHECKS names a file: one JSON line per finished test, written at once, says what was to be proved and
+how it went. A CUDA error that leaves the process unusable ends the session: what follows is "not run", and no
+failure of its own.
 """
 
 import json
@@ -11,15 +13,17 @@ from pathlib import Path
 # Before CUDA starts: torch looks once, at its first product, whether this allows deterministic ones.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import children
 import pytest
 import torch
 import torch.distributed
-from places import DTYPES, INTERPRETED, OPERATIONS, Place
+
+from tests.gpu import children
+from tests.gpu.places import DTYPES, INTERPRETED, OPERATIONS, Place
 
 HERE = Path(__file__).parent
 WORDS = 300  # characters of a failure that are told
-# Cheap and fundamental first, and what needs few kernels of ours: the others are compiled meanwhile. Last what waits.
+# Cheap and fundamental first, and what needs few kernels of ours: the others are compiled meanwhile. Last
+# what waits.
 ORDER = (
     "hash", "attention", "snapshots", "rows", "update", "row_kernel", "kept_rows", "head", "adamw8bit", "equal_runs",
     "compiled", "telling",
@@ -29,14 +33,24 @@ _PHASES = pytest.StashKey[list]()
 
 
 def pytest_collection_modifyitems(items):
-    """This folder's order, in the places its tests have among all. A test with a place must say what it proves."""
+    """This folder's order, in the places its tests have among all. A test with a place must say what it
+    proves."""
     numbers = [number for number, item in enumerate(items) if item.path.parent == HERE]
     for item in (items[number] for number in numbers):
         proves = [mark.args for mark in item.iter_markers("proves")]
         known = all(len(args) == 2 and args[0] in OPERATIONS and args[1] in DTYPES for args in proves)
-        if not known or bool(proves) != ("place" in item.fixturenames) or item.path.stem.removeprefix(PREFIX) not in ORDER:
-            raise pytest.UsageError(f"{item.nodeid}: expected a file of ORDER and proves(operation, dtype), got {proves}")
-    ours = sorted((items[number] for number in numbers), key=lambda item: ORDER.index(item.path.stem.removeprefix(PREFIX)))
+        if (
+            not known
+            or bool(proves) != ("place" in item.fixturenames)
+            or item.path.stem.removeprefix(PREFIX) not in ORDER
+        ):
+            raise pytest.UsageError(
+                f"{item.nodeid}: expected a file of ORDER and proves(operation, dtype), got {proves}"
+            )
+    ours = sorted(
+        (items[number] for number in numbers),
+        key=lambda item: ORDER.index(item.path.stem.removeprefix(PREFIX)),
+    )
     for number, item in zip(numbers, ours, strict=True):
         items[number] = item
 
@@ -44,7 +58,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def place(request, monkeypatch) -> Place:
     if request.param == "interpreter":
-        from interpreter import interpret
+        from tests.helpers.interpreter import interpret
 
         interpret(monkeypatch, *INTERPRETED)
     return Place(request.param)
@@ -52,7 +66,8 @@ def place(request, monkeypatch) -> Place:
 
 @pytest.fixture(autouse=True)
 def as_found(request):
-    """No test leaves a mode or a group behind for the next, and its kernels are waited for: their errors are its own."""
+    """No test leaves a mode or a group behind for the next, and its kernels are waited for: their errors are
+    its own."""
     grouped = torch.distributed.is_initialized()
     yield
     if torch.are_deterministic_algorithms_enabled():  # asked first: switching imports the whole of Inductor
@@ -61,9 +76,7 @@ def as_found(request):
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     elif torch.distributed.is_initialized() and not grouped:
-        from repsft_fast import distributed
-
-        distributed.stop()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,13 +88,14 @@ def beside(request, tmp_path_factory):
         return
     jobs = {name for item in items for name in item.fixturenames} & children.JOBS.keys()
     kernels = {item.path.stem.removeprefix(PREFIX) for item in items} & children.KERNELS.keys()
-    started = children.Started(tmp_path_factory.mktemp("children"), jobs, kernels if len(items) > 50 else set())
+    started = children.Started(
+        tmp_path_factory.mktemp("children"), jobs, kernels if len(items) > 50 else set()
+    )
     yield started
     started.close()
-    if torch.distributed.is_initialized() and not _poisoned():  # kept from test to test: a communicator takes its time
-        from repsft_fast import distributed
-
-        distributed.stop()
+    # kept from test to test: a communicator takes its time
+    if torch.distributed.is_initialized() and not _poisoned():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -125,7 +139,11 @@ def _outcome(phases) -> tuple[str, str, float]:
             return "failed", crash.message if crash is not None else str(phase.longrepr), seconds
     for phase in phases:
         if phase.skipped:
-            return "skipped", phase.longrepr[2] if isinstance(phase.longrepr, tuple) else str(phase.longrepr), seconds
+            return (
+                "skipped",
+                phase.longrepr[2] if isinstance(phase.longrepr, tuple) else str(phase.longrepr),
+                seconds,
+            )
     return "passed", "", seconds
 
 
@@ -134,7 +152,13 @@ def _tell(item, outcome: str, words: str, seconds: float) -> None:
     if not path:
         return
     proves = [list(mark.args) for mark in item.iter_markers("proves")]
-    line = {"test": item.nodeid, "proves": proves, "outcome": outcome, "seconds": round(seconds, 3), "words": words[:WORDS]}
+    line = {
+        "test": item.nodeid,
+        "proves": proves,
+        "outcome": outcome,
+        "seconds": round(seconds, 3),
+        "words": words[:WORDS],
+    }
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(file, (json.dumps(line) + "\n").encode())

@@ -1,10 +1,12 @@
-"""Where a test of this folder runs: one body serves the GPU, with full sizes, and this machine, with small ones.
+"""Where a test of this folder runs: one body serves the GPU, with full sizes, and this machine, with small
+ones.
 
     @anywhere("snapshot")                          def test_…(place): …
     @by_dtype("row kernel", on="interpreter")      def test_…(place, dtype): …
 
-Every variant says what it proves; those for the GPU are marked `gpu`. The others run with every `make test`: on plain CPU
-tensors, or through Triton's interpreter, which truncates to bf16 where the hardware rounds and so gets no bf16.
+Every variant says what it proves; those for the GPU are marked `gpu`. The others run with every `make test`:
+on plain CPU tensors, or through Triton's interpreter, which truncates to bf16 where the hardware rounds and
+so gets no bf16.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,12 @@ OPERATIONS = (
     "state hash", "snapshot", "train step", "checkpoint", "compile",
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32", "any")
-INTERPRETED = ("csrc_triton.cross_entropy", "csrc_triton.kept_rows", "csrc_triton.adamw8bit", "csrc_triton.state_hash")
+INTERPRETED = (
+    "csrc_triton.cross_entropy",
+    "csrc_triton.kept_rows",
+    "csrc_triton.adamw8bit",
+    "csrc_triton.state_hash",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ def anywhere(*operations: str, dtype: str = "any", on: str | None = "cpu") -> Ca
     """`place`: the GPU, and `on` here; None = nothing of it can run here."""
     proves = _proves(operations, dtype)
     params = [pytest.param(on, marks=proves, id=on)] if on else []
-    return pytest.mark.parametrize("place", [*params, pytest.param("cuda", marks=[pytest.mark.gpu, *proves])], indirect=True)
+    return pytest.mark.parametrize(
+        "place", [*params, pytest.param("cuda", marks=[pytest.mark.gpu, *proves])], indirect=True
+    )
 
 
 def by_dtype(
@@ -58,7 +67,10 @@ def by_dtype(
     on: str = "cpu",
 ) -> Callable:
     """`place` and `dtype`: every one of `there` on the GPU, of `here` on this machine."""
-    params = [pytest.param(on, dtype, marks=_proves(operations, name_of(dtype)), id=f"{on}-{name_of(dtype)}") for dtype in here]
+    params = [
+        pytest.param(on, dtype, marks=_proves(operations, name_of(dtype)), id=f"{on}-{name_of(dtype)}")
+        for dtype in here
+    ]
     for dtype in there:
         marks = [pytest.mark.gpu, *_proves(operations, name_of(dtype))]
         params.append(pytest.param("cuda", dtype, marks=marks, id=f"cuda-{name_of(dtype)}"))
@@ -74,9 +86,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class Law3:
-    """Law 3 over outputs that come in pieces: RMS error against float64 at most `factor` × that of plain torch, plus a floor.
+    """Law 3 over outputs that come in pieces: RMS error against float64 at most `factor` × that of plain
+    torch, plus a floor.
 
-    Elements of which plain torch makes no finite number (1 − p of a memorised token) are held to a relative 2e-5.
+    Elements of which plain torch makes no finite number (1 − p of a memorised token) are held to a relative
+    2e-5.
     """
 
     FLOOR = 1e-9  # of the truth's own RMS, where plain torch happens to be exact
@@ -87,7 +101,13 @@ class Law3:
         self._allowed: dict[str, tuple[float, float]] = {}
 
     def add(
-        self, name: str, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, factor: float = 1.5, floor: float = FLOOR
+        self,
+        name: str,
+        ours: torch.Tensor,
+        plain: torch.Tensor,
+        truth: torch.Tensor,
+        factor: float = 1.5,
+        floor: float = FLOOR,
     ) -> None:
         assert ours.shape == plain.shape == truth.shape
         assert truth.dtype == torch.float64
@@ -106,14 +126,23 @@ class Law3:
         for name, figures in self._sums.items():
             own, theirs, size, count = torch.stack(figures).sum(0).tolist()
             factor, floor = self._allowed[name]
-            found[name] = ((own / count) ** 0.5, factor * (theirs / count) ** 0.5 + floor * (size / count) ** 0.5)
-            assert count >= self.at_least, f"{name}: {count:g} elements are too few for a root of the mean square"
+            found[name] = (
+                (own / count) ** 0.5,
+                factor * (theirs / count) ** 0.5 + floor * (size / count) ** 0.5,
+            )
+            assert count >= self.at_least, (
+                f"{name}: {count:g} elements are too few for a root of the mean square"
+            )
         return found
 
     def hold(self) -> None:
         ratios = self.ratios()
         assert ratios
-        wrong = [f"{name} {error:.3g}, allowed {most:.3g}" for name, (error, most) in ratios.items() if not error <= most]
+        wrong = [
+            f"{name} {error:.3g}, allowed {most:.3g}"
+            for name, (error, most) in ratios.items()
+            if not error <= most
+        ]
         assert not wrong, "RMS error of " + "; ".join(wrong)
 
 
@@ -125,15 +154,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def poison_pool(device: torch.device) -> None:
-    """Fill what the caching allocator will hand out next with bytes 255, a NaN in every floating type; nothing on a CPU.
+    """Fill what the caching allocator will hand out next with bytes 255, a NaN in every floating type;
+    nothing on a CPU.
 
-    Small blocks too, so that holes beside live tensors are filled: the allocator hands out the smallest that fits.
+    Small blocks too, so that holes beside live tensors are filled: the allocator hands out the smallest that
+    fits.
     """
     if device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    counts = {1 << 24: 8, 1 << 20: 32, 1 << 18: 32, 1 << 16: 64, 1 << 14: 64, 1 << 12: 128, 1 << 9: 512}  # by bytes
-    blocks = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size, n in counts.items() for _ in range(n)]
+    # by bytes
+    counts = {1 << 24: 8, 1 << 20: 32, 1 << 18: 32, 1 << 16: 64, 1 << 14: 64, 1 << 12: 128, 1 << 9: 512}
+    blocks = [
+        torch.full((size,), 255, dtype=torch.uint8, device=device)
+        for size, n in counts.items()
+        for _ in range(n)
+    ]
     del blocks
-    probes = [torch.empty(elements, device=device).isnan().all() for elements in (100, 3000, 1 << 15, 1 << 17, 1 << 20)]
+    probes = [
+        torch.empty(elements, device=device).isnan().all()
+        for elements in (100, 3000, 1 << 15, 1 << 17, 1 << 20)
+    ]
     assert int(torch.stack(probes).sum()) >= 4, "the pool is not poisoned: this test would show nothing"

@@ -1,7 +1,8 @@
-"""A run small enough for milliseconds and real in every part: packed rows, several an update, sharded in bf16, 8-bit moments.
+"""A run small enough for milliseconds and real in every part: packed rows, several an update, sharded in
+bf16, 8-bit moments.
 
-Its vocabulary of 1,000 takes a variant of the row kernel that other tests compile too; its heads are of a size that flash
-attention takes.
+Its vocabulary of 1,000 takes a variant of the row kernel that other tests compile too; its heads are of a
+size that flash attention takes.
 """
 
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from repsft_fast.config import Config
 from repsft_fast.data.plan import Update
 from repsft_fast.distributed import local
-from repsft_fast.training.moments import closed_list
-from repsft_fast.training.parts import Parts, build
+from repsft_fast.training.build import build
+from repsft_fast.training.parts import Parts
+from repsft_fast.training.snapshots import closed_list
 from repsft_fast.training.step import train_step
-from tests import runs
+from tests.helpers import runs
 
 MODEL = runs.MODEL | {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -52,7 +54,7 @@ def steps(parts: Parts, count: int) -> None:
         epoch = parts.plan.epoch(0, parts.progress.epoch)
         update = epoch[parts.progress.update]
         train_step(parts, update)
-        parts.progress.step_done(parts.work_of(update), len(epoch))
+        parts.step_done(update, len(epoch))
         if parts.progress.update == len(epoch):
             parts.progress.next_epoch()
 

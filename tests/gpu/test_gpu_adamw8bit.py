@@ -1,13 +1,15 @@
-"""The 8-bit AdamW kernel on the device: the bits of its plain torch truth, and where contraction makes them others, how few."""
+"""The 8-bit AdamW kernel on the device: the bits of its plain torch truth, and where contraction makes them
+others, how few."""
 
 import pytest
 import torch
-from adamw_sides import ODD, SHAPES, Sides, contraction, gradients
-from places import anywhere, by_dtype, same_bits
 
 from repsft_fast.optim import build_optimizer, state_tensors
+from tests.gpu.places import anywhere, by_dtype, same_bits
+from tests.helpers.adamw_sides import ODD, SHAPES, Sides, contraction, gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 WEIGHTS = (torch.bfloat16, torch.float32)
 # The kernel moves bf16 as integers, so the interpreter truncates nothing.
 here = by_dtype("adamw8bit", there=WEIGHTS, here=WEIGHTS, on="interpreter")
@@ -33,15 +35,18 @@ def test_every_bit_is_the_truths_without_contraction(place, dtype):
             launches = sides.kernel(step, grads, clip=0.7, veto=veto)
             sides.truth(step, grads, clip=0.7, veto=veto)
             equal(sides)
-            changed = [not same_bits(ours, old) for old, (_, ours, _) in zip(before, sides.tensors(), strict=True)]
+            changed = [
+                not same_bits(ours, old) for old, (_, ours, _) in zip(before, sides.tensors(), strict=True)
+            ]
             assert not any(changed) if veto else any(changed)
     assert launches == 2
 
 
 @here
 def test_as_it_is_run_few_bits_differ_and_by_one(place, dtype):
-    """Every update starts from the truth, so that what differs is its own doing. With contraction a moment may be off by one
-    rounding of fp32: its code changes where that crosses the one place in 2¹⁹ at which stochastic rounding turns."""
+    """Every update starts from the truth, so that what differs is its own doing. With contraction a moment
+    may be off by one rounding of fp32: its code changes where that crosses the one place in 2¹⁹ at which
+    stochastic rounding turns."""
     shapes = shapes_of(place)
     sides = Sides(shapes, dtype, place.device)
     for step in (1, 2, 3):
@@ -56,9 +61,12 @@ def test_as_it_is_run_few_bits_differ_and_by_one(place, dtype):
             elif truth.dtype == torch.bfloat16:
                 apart = (ours.view(torch.int16).int() - truth.view(torch.int16).int()).abs()
             else:
-                size = torch.maximum(truth.abs(), before[name].abs())  # a sum may cancel: its terms are what is rounded
+                # a sum may cancel: its terms are what is rounded
+                size = torch.maximum(truth.abs(), before[name].abs())
                 off = float(((ours - truth).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)).max())
-                assert off <= 4 * torch.finfo(torch.float32).eps, f"{name}, update {step}: off by {off:.2g} of itself"
+                assert off <= 4 * torch.finfo(torch.float32).eps, (
+                    f"{name}, update {step}: off by {off:.2g} of itself"
+                )
                 continue
             share = float((apart > 0).float().mean())
             assert int(apart.max()) <= 1, f"{name}, update {step}: off by {int(apart.max())} codes or steps"
@@ -80,8 +88,8 @@ def test_odd_sizes(place):
 @anywhere("adamw8bit", dtype="float32", on="interpreter")
 @pytest.mark.parametrize("size", [1e-39, 1e-20, 1e-12], ids=["subnormal", "square subnormal", "small"])
 def test_subnormal_numbers_are_kept_as_the_truth_keeps_them(place, size):
-    """A gradient of 1e-39 is subnormal itself, of 1e-20 its square. An operation that flushed them would move a code by one,
-    or a 32-bit moment to zero. Weights and eps are small enough to show it."""
+    """A gradient of 1e-39 is subnormal itself, of 1e-20 its square. An operation that flushed them would move
+    a code by one, or a 32-bit moment to zero. Weights and eps are small enough to show it."""
     shapes = [(16, 256), (48, 80)]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(shape, generator=generator) * 1e-30 for shape in shapes]
@@ -98,14 +106,17 @@ def test_subnormal_numbers_are_kept_as_the_truth_keeps_them(place, size):
 
 @here
 def test_no_nan_and_no_infinity_is_hidden(place, dtype):
-    """GPUs make the NaN whose bits are all ones: adding random bits to it must not carry it into another number."""
+    """GPUs make the NaN whose bits are all ones: adding random bits to it must not carry it into another
+    number."""
     shapes = [(16, 256), (48, 80)]
     sides = Sides(shapes, dtype, place.device)
     grads = gradients(shapes, dtype, 1)
     for gradient in grads:
         gradient.view(-1)[6:8] = float("inf")
         size = dtype.itemsize
-        gradient.view(-1).view(torch.uint8)[5 * size : 6 * size] = torch.tensor([255] * (size - 1) + [127], dtype=torch.uint8)
+        gradient.view(-1).view(torch.uint8)[5 * size : 6 * size] = torch.tensor(
+            [255] * (size - 1) + [127], dtype=torch.uint8
+        )
     with contraction(False):
         sides.kernel(1, grads)
     sides.truth(1, grads)
@@ -121,7 +132,10 @@ def as_built(device, dtype, seed=1):
     """Weights and state, on the CPU, after three updates, one of them vetoed, all of them clipped."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(64, 512), (33, 65), (300,)]
-    named = [(f"p{i}", torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype))) for i, s in enumerate(shapes)]
+    named = [
+        (f"p{i}", torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)))
+        for i, s in enumerate(shapes)
+    ]
     optimizer = build_optimizer(named, "adamw8bit", lr=1e-2, weight_decay=0.1, seed=seed)
     for update in range(3):
         for _, parameter in named:
@@ -133,7 +147,8 @@ def as_built(device, dtype, seed=1):
 
 
 def beside_the_truth(found, truth, dtype):
-    """Contraction moves last bits, and over updates a few codes: so many weights and codes may differ, the rest must not."""
+    """Contraction moves last bits, and over updates a few codes: so many weights and codes may differ, the
+    rest must not."""
     unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-20
     for name, wanted in truth[0].items():
         apart = float(((wanted - found[0][name]).abs() > unit * wanted.abs().clamp(min=1e-2)).float().mean())
@@ -153,4 +168,6 @@ def test_the_optimizer_as_it_is_built(place, dtype):
 
 def test_an_optimizer_that_rounds_otherwise_is_seen():
     with pytest.raises(AssertionError, match="differ from plain torch"):
-        beside_the_truth(*(as_built(torch.device("cpu"), torch.bfloat16, seed) for seed in (1, 2)), torch.bfloat16)
+        beside_the_truth(
+            *(as_built(torch.device("cpu"), torch.bfloat16, seed) for seed in (1, 2)), torch.bfloat16
+        )

@@ -1,21 +1,23 @@
-"""Attention over packed rows on the device: grouped heads, windows, empty sequences at the end, padding; forward and backward.
+"""Attention over packed rows on the device: grouped heads, windows, empty sequences at the end, padding;
+forward and backward.
 
-Truth is the document mask in float64 on the CPU; the yardstick is attention as one would write it, in the same dtype. On a CPU
-the back end is `segments`, on a GPU torch's varlen (FlashAttention).
+Truth is the document mask in float64 on the CPU; the yardstick is attention as one would write it, in the
+same dtype. On a CPU the back end is `segments`, on a GPU torch's varlen (FlashAttention).
 """
 
 import pytest
 import torch
-from places import Law3, anywhere, by_dtype, poison_pool
 from torch import nn
 
 from repsft_fast.ops import attention
 from repsft_fast.ops.attention import Packed, packed_attention
+from tests.gpu.places import Law3, anywhere, by_dtype, poison_pool
 
 HALF = [torch.bfloat16, torch.float16]
 everywhere = by_dtype("attention", there=HALF, here=[torch.float32])
 one_type = by_dtype("attention", there=[torch.bfloat16], here=[torch.float32])
-LENGTHS = (1, 7, 300, 64, 129, 2, 33)  # shorter and longer than a tile and than the window; the last is the padding
+# shorter and longer than a tile and than the window; the last is the padding
+LENGTHS = (1, 7, 300, 64, 129, 2, 33)
 HEADS, DIM = 4, 64
 WINDOW = 37
 
@@ -30,7 +32,10 @@ class Case:
     def __init__(self, place, dtype, kv_heads, window=None, seed=0):
         draw = torch.Generator().manual_seed(seed)
         self.place, self.window, total = place, window, sum(LENGTHS)
-        self.tensors = [torch.randn(1, heads, total, DIM, generator=draw).to(dtype) for heads in (HEADS, kv_heads, kv_heads)]
+        self.tensors = [
+            torch.randn(1, heads, total, DIM, generator=draw).to(dtype)
+            for heads in (HEADS, kv_heads, kv_heads)
+        ]
         self.up = torch.randn(1, total, HEADS, DIM, generator=draw).to(dtype)
 
     def packed(self, backend, *, tail=2, max_seqlen=512):
@@ -53,15 +58,24 @@ class Case:
         at = torch.arange(q.shape[2], device=device)
         document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).to(device)
         distance = at[:, None] - at[None, :]
-        seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (self.window or q.shape[2]))
+        seen = (
+            (document[:, None] == document[None, :])
+            & (distance >= 0)
+            & (distance < (self.window or q.shape[2]))
+        )
         scores = ((q @ wide_k.transpose(-1, -2)) * DIM**-0.5).masked_fill(~seen, float("-inf"))
-        output = (scores.softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype) @ wide_v).transpose(1, 2)
+        output = (
+            scores.softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype) @ wide_v
+        ).transpose(1, 2)
         return [output.detach(), *torch.autograd.grad(output, (q, k, v), self.up.to(device, dtype))]
 
     def held(self, found, factor=1.5):
         """Law 3 for the output and every gradient."""
         law = Law3()
-        truth, plain = self.written_out(torch.float64, "cpu"), self.written_out(self.up.dtype, self.place.device)
+        truth, plain = (
+            self.written_out(torch.float64, "cpu"),
+            self.written_out(self.up.dtype, self.place.device),
+        )
         for name, ours, theirs, exact in zip(("output", "dq", "dk", "dv"), found, plain, truth, strict=True):
             law.add(name, ours.cpu(), theirs.cpu(), exact, factor, floor=1e-7)
         law.hold()
@@ -71,7 +85,9 @@ class Case:
 def test_the_trial_of_grouped_heads_finds_what_this_torch_does(place, monkeypatch):
     monkeypatch.setattr(attention, "_grouped", {})
     device = torch.device("cuda", torch.cuda.current_device())
-    assert attention.takes_grouped_heads(device), "every torch since 2.11 takes them: say why this one does not"
+    assert attention.takes_grouped_heads(device), (
+        "every torch since 2.11 takes them: say why this one does not"
+    )
     assert attention._grouped == {device.index: True}
 
 
@@ -86,7 +102,8 @@ def test_output_and_gradients(place, dtype, kv_heads, window):
 @one_type
 @pytest.mark.parametrize("tail", [0, 1, 9])
 def test_empty_sequences_at_the_end_change_nothing(place, dtype, tail):
-    """Borders repeat T, so that their number takes few values. Each is a sequence of length zero, in backward too."""
+    """Borders repeat T, so that their number takes few values. Each is a sequence of length zero, in backward
+    too."""
     case = Case(place, dtype, 2, WINDOW)
     found = case.run(tail=tail)
     case.held(found)
@@ -104,7 +121,8 @@ def test_a_larger_bound_on_the_longest_changes_no_output(place, dtype, window):
 
 @one_type
 def test_memory_that_held_nan_reaches_no_output_and_no_gradient(place, dtype):
-    """What a kernel does not write stays as the pool was; the padding's rows are written too, since it is a segment."""
+    """What a kernel does not write stays as the pool was; the padding's rows are written too, since it is a
+    segment."""
     case = Case(place, dtype, 2)
     before = case.run()
     poison_pool(place.device)

@@ -1,22 +1,22 @@
 """Compiled layers are plain ones, and no setting reaches CUDA graphs.
 
-Graphs kept by `mode="reduce-overhead"` (cudagraph trees) give silently wrong gradients when gradients accumulate over rows
-(pytorch #96693), so no mode and no options may reach torch.compile. Nothing is captured by hand either, so a random stream that
-a graph would bake in, dropout's, is no matter today.
+Graphs kept by `mode="reduce-overhead"` (cudagraph trees) give silently wrong gradients when gradients
+accumulate over rows (pytorch #96693), so no mode and no options may reach torch.compile. Nothing is captured
+by hand either, so a random stream that a graph would bake in, dropout's, is no matter today.
 """
 
 import ast
 from pathlib import Path
 
 import pytest
-import small_runs
 import torch
-from places import anywhere
 
 import repsft_fast
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError
 from repsft_fast.models import load_model
+from tests.gpu import small_runs
+from tests.gpu.places import anywhere
 
 PRODUCT = Path(repsft_fast.__file__).parent
 
@@ -26,10 +26,19 @@ def compiling_calls():
     found = []
     for path in sorted([*PRODUCT.rglob("*.py"), *PRODUCT.parent.joinpath("csrc_triton").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "compile":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "compile"
+            ):
                 owner = ast.unparse(node.func.value)
                 if owner not in ("re", "triton"):
-                    found.append((f"{path.relative_to(PRODUCT.parent)}: {owner}", sorted(k.arg or "**" for k in node.keywords)))
+                    found.append(
+                        (
+                            f"{path.relative_to(PRODUCT.parent)}: {owner}",
+                            sorted(k.arg or "**" for k in node.keywords),
+                        )
+                    )
     return found
 
 
@@ -38,14 +47,23 @@ def test_layers_are_compiled_in_one_place_without_a_mode():
 
 
 def test_nothing_captures_a_graph():
-    words = ("make_graphed_callables", "CUDAGraph", "cuda.graph(", "cudagraph", "reduce-overhead", "max-autotune")
+    words = (
+        "make_graphed_callables",
+        "CUDAGraph",
+        "cuda.graph(",
+        "cudagraph",
+        "reduce-overhead",
+        "max-autotune",
+    )
     sources = {path: path.read_text() for path in PRODUCT.rglob("*.py")}
     assert [(path.name, word) for path, text in sources.items() for word in words if word in text] == []
 
 
 def test_compile_layers_hands_no_mode_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *arguments, **options: seen.append((arguments, options)))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, *arguments, **options: seen.append((arguments, options))
+    )
     load_model(small_runs.MODEL, compile=True)
     assert seen == [((), {"dynamic": False})] * small_runs.MODEL["num_hidden_layers"]
 
@@ -67,7 +85,8 @@ def test_a_setting_that_asks_for_graphs_is_refused(changes, tmp_path):
 
 @anywhere("compile", dtype="bfloat16", on=None)
 def test_compiled_layers_are_plain_ones(place, compiled):
-    """All gradients of an update against fp32: law 3's bound beside plain layers in bf16. Three more make no new graph."""
+    """All gradients of an update against fp32: law 3's bound beside plain layers in bf16. Three more make no
+    new graph."""
     found = compiled()
     assert found["plain"] > 0.0
     assert found["compiled"] <= 1.5 * found["plain"], found

@@ -1,15 +1,18 @@
-"""Runs that must be equal bit for bit in deterministic mode: however launches overlap, and resumed as well as undisturbed."""
+"""Runs that must be equal bit for bit in deterministic mode: however launches overlap, and resumed as well as
+undisturbed."""
 
 import json
 import os
 
 import pytest
-import small_runs
 import torch
-from places import anywhere
 
+from repsft_fast.distributed import World
+from repsft_fast.distributed.lifecycle import start_alone
 from repsft_fast.training import trainer
-from repsft_fast.training.step import clip_and_veto, measure
+from repsft_fast.training.step import clip_and_veto, forward_backward
+from tests.gpu import small_runs
+from tests.gpu.places import anywhere
 
 
 class Killed(BaseException):
@@ -18,9 +21,9 @@ class Killed(BaseException):
 
 @anywhere("train step", "adamw8bit", dtype="bfloat16")
 def test_launches_that_overlap_give_what_blocking_ones_give(place, blocked, tmp_path):
-    """FSDP2 writes gradients on a stream of its own, and the 8-bit AdamW reads them by raw addresses on the main one: 50
-    updates here beside 50 in a process under CUDA_LAUNCH_BLOCKING=1."""
-    import children
+    """FSDP2 writes gradients on a stream of its own, and the 8-bit AdamW reads them by raw addresses on the
+    main one: 50 updates here beside 50 in a process under CUDA_LAUNCH_BLOCKING=1."""
+    from tests.gpu import children
 
     assert os.environ.get("CUDA_LAUNCH_BLOCKING", "0") == "0"
     count = place.pick(2, children.UPDATES)
@@ -34,12 +37,13 @@ def test_launches_that_overlap_give_what_blocking_ones_give(place, blocked, tmp_
 @anywhere("train step", "adamw8bit", dtype="bfloat16")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_gradients_are_whole_when_their_addresses_are_read(place, optimizer, tmp_path):
-    """The same updates with the host waiting for the device before every optimizer step: a race would show as other bits."""
+    """The same updates with the host waiting for the device before every optimizer step: a race would show as
+    other bits."""
     ends = []
     for waits in (False, True):
         parts = small_runs.parts_of(tmp_path / str(waits), optim__name=optimizer)
         for update in small_runs.updates_of(parts)[: place.pick(2, 4)]:
-            measure(parts, update)
+            forward_backward(parts, update)
             if waits:
                 place.wait()
             norm, clip, veto = clip_and_veto(parts)
@@ -54,14 +58,16 @@ def test_gradients_are_whole_when_their_addresses_are_read(place, optimizer, tmp
 
 @anywhere("checkpoint", dtype="bfloat16")
 def test_a_killed_run_resumes_to_the_undisturbed_one(place, tmp_path, monkeypatch):
-    """Law 6, in one process: the run is left after update 5 as a kill leaves it, its last checkpoint being of update 4."""
+    """Law 6, in one process: the run is left after update 5 as a kill leaves it, its last checkpoint being of
+    update 4."""
     ends = []
 
-    def end(parts, *_):
-        ends.append((small_runs.state_of(parts), parts.progress.updates))
+    def end(run):
+        ends.append((small_runs.state_of(run.parts), run.parts.progress.updates))
 
     monkeypatch.setattr(trainer, "finish", end)  # neither model nor picture is asked for
-    monkeypatch.setattr(trainer.distributed, "stop", lambda: None)  # a new communicator for every run would take its time
+    # one group for all runs, which leave standing what they find: a new communicator would take its time
+    start_alone(World(0, 1, 0, place.device))
     changes = {
         "optim__name": place.pick("adamw", "adamw8bit"), "checkpoint__every_updates": 2, "budget__epochs": None,
         "budget__updates": 7, "log__every_updates": 2,

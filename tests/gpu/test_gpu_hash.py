@@ -1,11 +1,12 @@
-"""The state hash: the number of the device is that of the CPU, whatever the size, the type and the strides."""
+"""The state hash: the number of the device is that of the CPU, whatever the size, the type and the
+strides."""
 
 import pytest
 import torch
-from places import anywhere
 
 from csrc_triton import state_hash
 from csrc_triton.state_hash import BLOCK_WORDS, checksum, checksums
+from tests.gpu.places import anywhere
 
 
 def random_bytes(n: int) -> torch.Tensor:
@@ -30,7 +31,8 @@ def test_the_kernel_is_plain_torch(place, monkeypatch):
 
 @anywhere("state hash")
 def test_every_type_stride_and_place_in_memory(place):
-    """What a state holds: halves, bytes, a scalar, NaN, rows that are no whole words, views that begin in the middle."""
+    """What a state holds: halves, bytes, a scalar, NaN, rows that are no whole words, views that begin in the
+    middle."""
     data = random_bytes(3 * 8192 + 5)
     tensors = [
         data[:4096].view(torch.bfloat16), data[4096:8192].view(torch.float32).view(32, 32).t(), data[1:], data[3:4099],

@@ -1,26 +1,30 @@
-"""The fused head on the device: law 3 beside plain torch on the same rows, two chunks against one, frozen parts, no rows."""
+"""The fused head on the device: law 3 beside plain torch on the same rows, two chunks against one, frozen
+parts, no rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from places import Law3, Place, anywhere, by_dtype
 
-from repsft_fast.ops import functional
+from repsft_fast.ops import row_pass
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import linear_cross_entropy_reference
 from repsft_fast.row import IGNORE_INDEX
+from tests.gpu.places import Law3, Place, anywhere, by_dtype
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
-# rows, hidden size, vocabulary, share of untrained rows: at least 10⁴ elements in every output that is judged by its RMS
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# rows, hidden size, vocabulary, share of untrained rows: at least 10⁴ elements in every output that is judged
+# by its RMS
 SHAPES = ((512, 64, 1000, 0.0), (300, 128, 4097, 0.5), (640, 160, 16384, 0.9))
 
 
 def plain_head(hidden, head, targets):
-    """(mean loss, hidden gradient, head gradient): the three products of a plain loop in the dtype of the operands, the loss in
-    fp32. Its memory is laid out as ours: a product of rows that begin elsewhere takes another algorithm, of another error."""
+    """(mean loss, hidden gradient, head gradient): the three products of a plain loop in the dtype of the
+    operands, the loss in fp32. Its memory is laid out as ours: a product of rows that begin elsewhere takes
+    another algorithm, of another error."""
     columns = head.shape[0]
-    if functional.kernel_runs(hidden.device, hidden.dtype):
-        logits = functional.padded_logits(hidden.shape[0], columns, hidden.dtype, hidden.device)
+    if row_pass.kernel_runs(hidden.device, hidden.dtype):
+        logits = row_pass.padded_logits(hidden.shape[0], columns, hidden.dtype, hidden.device)
     else:
         logits = hidden.new_empty(hidden.shape[0], columns)
     leaf = torch.mm(hidden, head.T, out=logits).detach().requires_grad_()
@@ -31,8 +35,8 @@ def plain_head(hidden, head, targets):
 
 
 def beside_plain_torch(place, dtype, count, width, vocabulary, untrained):
-    """Law 3 for both gradients and a bound for the loss. Plain torch is given the rows that are trained and no others: a
-    product of 64 rows takes another algorithm than one of 6, with five times its error."""
+    """Law 3 for both gradients and a bound for the loss. Plain torch is given the rows that are trained and
+    no others: a product of 64 rows takes another algorithm than one of 6, with five times its error."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, width, generator=generator).to(dtype)
     head = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
@@ -40,7 +44,9 @@ def beside_plain_torch(place, dtype, count, width, vocabulary, untrained):
     targets[torch.randperm(count, generator=generator)[: round(untrained * count)]] = IGNORE_INDEX
     rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
     weights = (targets != IGNORE_INDEX).float() / len(rows)
-    truth, _, *exact = linear_cross_entropy_reference(hidden.double(), head.double(), targets, weights.double(), rows)
+    truth, _, *exact = linear_cross_entropy_reference(
+        hidden.double(), head.double(), targets, weights.double(), rows
+    )
 
     there = [x.to(place.device) for x in (hidden, head, targets, weights, rows)]
     plain_loss, plain_hidden, plain_weight = plain_head(there[0][there[4]], there[1], there[2][there[4]])
@@ -49,7 +55,8 @@ def beside_plain_torch(place, dtype, count, width, vocabulary, untrained):
     loss.backward()
 
     assert not ours[0].grad[there[2] == IGNORE_INDEX].any(), "rows that are not trained have a gradient"
-    law, floor = Law3(), 1e-6 if dtype == torch.float32 else Law3.FLOOR  # fp32's own rounding of sums of up to 16,384
+    # fp32's own rounding of sums of up to 16,384
+    law, floor = Law3(), 1e-6 if dtype == torch.float32 else Law3.FLOOR
     law.add("hidden gradient", ours[0].grad[there[4]].cpu(), plain_hidden.cpu(), exact[0][rows], floor=floor)
     law.add("head gradient", ours[1].grad.cpu(), plain_weight.cpu(), exact[1], floor=floor)
     law.hold()
@@ -96,7 +103,8 @@ class Head:
         )
 
     def run(self, scale=1.0, *, chunks=1, frozen=(), **options):
-        """(loss, statistics, hidden gradient, head gradient), on the CPU; the loss is multiplied by `scale` before backward."""
+        """(loss, statistics, hidden gradient, head gradient), on the CPU; the loss is multiplied by `scale`
+        before backward."""
         there = self.place.device
         hidden, head = (x.to(there, copy=True).requires_grad_() for x in (self.hidden, self.head))
         for name, tensor in (("hidden", hidden), ("head", head)):
@@ -104,10 +112,16 @@ class Head:
         head.grad_dtype = torch.float32
         size = head.shape[0] * head.element_size()
         budget = size * (-(-len(self.rows) // chunks)) * 5 // 4 + size  # a fifth is the torch path's own
-        cut = functional.chunk_ranges(len(self.rows), head.shape[0], head.element_size(), budget)
+        cut = row_pass.chunk_ranges(len(self.rows), head.shape[0], head.element_size(), budget)
         assert len(cut) == chunks or not len(self.rows), cut
         loss, stats = linear_cross_entropy(
-            hidden, head, self.targets.to(there), self.weights.to(there), self.rows.to(there), chunk_bytes=budget, **options
+            hidden,
+            head,
+            self.targets.to(there),
+            self.weights.to(there),
+            self.rows.to(there),
+            chunk_bytes=budget,
+            **options,
         )
         (loss * scale).backward()
         return loss.detach().cpu(), stats, hidden.grad, head.grad
@@ -115,8 +129,9 @@ class Head:
 
 @by_dtype("head", on="interpreter")
 def test_two_chunks_are_one(place, dtype):
-    """Sums in another order: neither errs more than the other by law 3's bound, or twice where one bf16 rounding more is made:
-    in one chunk the head's gradient is finished in backward, where a scale of 1/3 reaches it through the hidden states."""
+    """Sums in another order: neither errs more than the other by law 3's bound, or twice where one bf16
+    rounding more is made: in one chunk the head's gradient is finished in backward, where a scale of 1/3
+    reaches it through the hidden states."""
     head = Head(place, dtype)
     one, two = head.run(1 / 3), head.run(1 / 3, chunks=2)
     _, truth, *exact = head.truth
@@ -127,9 +142,17 @@ def test_two_chunks_are_one(place, dtype):
     for first, second in ((one, two), (two, one)):
         law = Law3(at_least=least)
         for name, a, b, wanted in zip(("hidden gradient", "head gradient"), first[2:], second[2:], exact):
-            # In fp32 products of other sizes take other algorithms: what is held is the rounding of a sum of 1,000.
+            # In fp32 products of other sizes take other algorithms: what is held is the rounding of a sum of
+            # 1,000.
             floor = 2e-6 if dtype == torch.float32 else Law3.FLOOR
-            law.add(name, a.cpu(), b.cpu(), wanted / 3, factor=2.0 if dtype == torch.bfloat16 else 1.5, floor=floor)
+            law.add(
+                name,
+                a.cpu(),
+                b.cpu(),
+                wanted / 3,
+                factor=2.0 if dtype == torch.bfloat16 else 1.5,
+                floor=floor,
+            )
         law.hold()
         rounding = 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(first[1].loss.cpu().double(), truth.loss, rtol=rounding, atol=rounding)
@@ -138,7 +161,8 @@ def test_two_chunks_are_one(place, dtype):
 
 @anywhere("head", dtype="bfloat16", on=None)
 def test_a_bf16_parameter_gets_the_gradient_that_autograd_would_cast(place):
-    """Finished in backward, in bf16 at once: one rounding of the fp32 gradient, as where autograd casts it."""
+    """Finished in backward, in bf16 at once: one rounding of the fp32 gradient, as where autograd casts
+    it."""
     head = Head(place, torch.bfloat16)
     wide = head.run()[3]
     hidden, weight = head.hidden.to(place.device), head.head.to(place.device).requires_grad_()

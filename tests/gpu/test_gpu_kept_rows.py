@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from places import Law3, by_dtype
 
 from repsft_fast.ops import products
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
+from tests.gpu.places import Law3, by_dtype
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TAU = 2.0**-6
 
 
@@ -41,7 +42,13 @@ class Rows:
         head.grad_dtype = torch.float32
         rows = torch.arange(self.count, device=there)
         loss, stats = linear_cross_entropy(
-            hidden, head, self.targets.to(there), self.weights.to(there), rows, skip_below=TAU, kept_share=share
+            hidden,
+            head,
+            self.targets.to(there),
+            self.weights.to(there),
+            rows,
+            skip_below=TAU,
+            kept_share=share,
         )
         loss.backward()
         return loss.detach().cpu(), stats, hidden.grad.cpu(), head.grad.cpu()
@@ -51,7 +58,13 @@ class Rows:
 @pytest.mark.parametrize(
     ("memorised", "share"),
     [(0.0, 0.25), (0.6, 0.25), (0.6, 0.5), (0.6, 0.75), (1.0, 0.25)],
-    ids=["none, overflow", "60 %, overflow", "60 %, just room", "60 %, too much room", "all, room for a quarter"],
+    ids=[
+        "none, overflow",
+        "60 %, overflow",
+        "60 %, just room",
+        "60 %, too much room",
+        "all, room for a quarter",
+    ],
 )
 def test_any_share_is_as_near_to_float64_as_the_full_products(place, dtype, memorised, share, monkeypatch):
     if not place.on_gpu:
@@ -65,6 +78,7 @@ def test_any_share_is_as_near_to_float64_as_the_full_products(place, dtype, memo
     assert torch.equal((ours[2] != 0).any(1), ~rows.peaked), "the rows with a gradient are the others"
     law = Law3(at_least=place.pick(500, 10_000))
     for name, a, b, truth in zip(("hidden gradient", "head gradient"), ours[2:], full[2:], rows.truth):
-        # In fp32 the products take other algorithms than the kernel: what is held is the rounding of a sum of 1,000.
+        # In fp32 the products take other algorithms than the kernel: what is held is the rounding of a sum of
+        # 1,000.
         law.add(name, a, b, truth, floor=2e-6 if dtype == torch.float32 else Law3.FLOOR)
     law.hold()

@@ -1,6 +1,8 @@
-"""The row kernel on the device: law 3 for every output and the gradient, exact counts, memorised rows, rows of no numbers.
+"""The row kernel on the device: law 3 for every output and the gradient, exact counts, memorised rows, rows
+of no numbers.
 
-Truth is float64 on the same logits. Rows with large logits in fp32 have a test of their own: the hardware's exponential errs by
+Truth is float64 on the same logits. Rows with large logits in fp32 have a test of their own: the hardware's
+exponential errs by
 |x − M| · 6e-8, so there the law is at risk, and what is red takes out that alone.
 """
 
@@ -8,12 +10,15 @@ import math
 
 import pytest
 import torch
-from law3_rows import OUTPUTS, Piece, judge
-from places import Law3, anywhere, by_dtype
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks up where the hardware computes inf and NaN
+from tests.gpu.law3_rows import OUTPUTS, Piece, judge
+from tests.gpu.places import Law3, anywhere, by_dtype
+
+# numpy speaks up where the hardware computes inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TAU = 2.0**-2
-# vocabulary → rows and columns here; rows, columns and rows at a time there. 10⁴ rows, so that row outputs are an RMS too.
+# vocabulary → rows and columns here; rows, columns and rows at a time there. 10⁴ rows, so that row outputs
+# are an RMS too.
 SIZES = {
     1_000: ((12, 33), (10_240, 1_000, 10_240)),  # less than a block
     4_097: ((3, 2_500), (10_240, 4_097, 5_120)),  # odd: two blocks and one column of a third
@@ -34,8 +39,12 @@ def law_of(place) -> Law3:
 
 def hold(law: Law3, place) -> None:
     """On the GPU as it stands. A few rows here make no RMS, so they are held to three times the bound."""
-    wrong = {name: ratio for name, ratio in law.ratios().items() if not ratio[0] <= place.pick(3.0, 1.0) * ratio[1]}
-    assert not wrong, "RMS error of " + "; ".join(f"{name} {e:.3g}, allowed {most:.3g}" for name, (e, most) in wrong.items())
+    wrong = {
+        name: ratio for name, ratio in law.ratios().items() if not ratio[0] <= place.pick(3.0, 1.0) * ratio[1]
+    }
+    assert not wrong, "RMS error of " + "; ".join(
+        f"{name} {e:.3g}, allowed {most:.3g}" for name, (e, most) in wrong.items()
+    )
 
 
 @by_dtype("row kernel", on="interpreter")
@@ -59,7 +68,8 @@ def test_peaked_rows_in_fp32(place, spread):
 
 @anywhere("row kernel", dtype="float32", on="interpreter")
 def test_memorised_tokens_keep_their_relative_precision(place):
-    """p(target) up to 1 − e⁻⁸⁰: the rounding of d = M + log S − x_t ≈ −80 is 4e-6 of the loss, that of ex2.approx as much."""
+    """p(target) up to 1 − e⁻⁸⁰: the rounding of d = M + log S − x_t ≈ −80 is 4e-6 of the loss, that of
+    ex2.approx as much."""
     count = place.pick(8, 80)
     piece = Piece(place, torch.float32, count, place.pick(2_500, 4_097))
     rows = torch.arange(count, device=place.device)
@@ -73,7 +83,8 @@ def test_memorised_tokens_keep_their_relative_precision(place):
 
 @by_dtype("row kernel", on="interpreter")
 def test_of_equal_logits_the_first_is_the_arg_max(place, dtype):
-    """Whole numbers, so that most rows have several largest: in one block, in two, the target among them or not."""
+    """Whole numbers, so that most rows have several largest: in one block, in two, the target among them or
+    not."""
     piece = Piece(place, dtype, place.pick(16, 2_048), place.pick(2_500, 4_097))
     piece.logits.copy_(piece.logits.round())
     largest = piece.logits == piece.logits.amax(1, keepdim=True)
@@ -88,7 +99,8 @@ def test_of_equal_logits_the_first_is_the_arg_max(place, dtype):
 
 @by_dtype("row kernel", on="interpreter")
 def test_a_row_that_is_no_number_spoils_itself_alone(place, dtype):
-    """A target out of range, a logit of NaN or +∞, −∞ beside them; what is read outside of the memory would show as a crash."""
+    """A target out of range, a logit of NaN or +∞, −∞ beside them; what is read outside of the memory would
+    show as a crash."""
     piece = Piece(place, dtype, 8, place.pick(2_500, 4_097))
     piece.targets[0] = -1
     piece.targets[1] = piece.vocabulary

@@ -1,12 +1,13 @@
-"""Law 1 on the device, in the type that trains: a packed row gives the losses and gradients of its samples alone."""
+"""Law 1 on the device, in the type that trains: a packed row gives the losses and gradients of its samples
+alone."""
 
 import pytest
-import small_runs
-import tiny
 import torch
-from places import Law3, anywhere, poison_pool
 
 from repsft_fast.models import load_model
+from tests.gpu import small_runs
+from tests.gpu.places import Law3, anywhere, poison_pool
+from tests.helpers import tiny
 
 ALONE = (5, 17, 1, 9, 64, 30, 100, 2)
 
@@ -17,7 +18,9 @@ def lengths(place):
 
 def model_of(device, dtype):
     torch.manual_seed(1)
-    return load_model(small_runs.MODEL, device=device, param_dtype=dtype, compute_dtype=dtype, layer_kernels="none")
+    return load_model(
+        small_runs.MODEL, device=device, param_dtype=dtype, compute_dtype=dtype, layer_kernels="none"
+    )
 
 
 def row_of(place, samples, device=None, length=None):
@@ -54,7 +57,8 @@ def test_a_packed_row_is_its_samples_alone(place):
     apart = gradients(model, [row_of(place, [sample]) for sample in few])
     law = Law3()
     for name, ours, theirs in (("gradients", together, apart), ("gradients alone", apart, together)):
-        law.add(name, ours, theirs, gradients(exact, [row_of(place, few, "cpu")]), floor=2.0**-9)  # one rounding to bf16
+        # one rounding to bf16
+        law.add(name, ours, theirs, gradients(exact, [row_of(place, few, "cpu")]), floor=2.0**-9)
     law.hold()
 
 
@@ -67,7 +71,7 @@ def test_another_document_changes_no_loss_bit_for_bit(place):
     model = model_of(place.device, torch.bfloat16)
     with torch.no_grad():
         before, after = (model.loss(row_of(place, given, length=256)) for given in (samples, changed))
-    segments = row_of(place, samples, length=256).row_segments
+    segments = row_of(place, samples, length=256).position_segments
     same = before[1].loss == after[1].loss
     assert same[segments != 1].all()
     assert not same[segments == 1].all()

@@ -1,18 +1,19 @@
 """Snapshots on the device: put back bit for bit from every tier, and never the live tensors themselves."""
 
 import pytest
-import small_runs
 import torch
-from places import anywhere, same_bits
 
 from repsft_fast.snapshot import SnapshotPool
-from repsft_fast.training.moments import closed_list
+from repsft_fast.training.snapshots import closed_list
+from tests.gpu import small_runs
+from tests.gpu.places import anywhere, same_bits
 
 MIB = 1 << 20
 
 
 def live_tensors(device):
-    """What a state holds: fp32 and bf16 weights, 8-bit moments and scales, counts; odd sizes, a transposed and an empty one."""
+    """What a state holds: fp32 and bf16 weights, 8-bit moments and scales, counts; odd sizes, a transposed
+    and an empty one."""
     draw = torch.Generator().manual_seed(0)
     return {
         "fp32": torch.randn(513, 65, generator=draw).to(device),
@@ -31,9 +32,14 @@ def change(live, by):
 
 
 def pool_of(place, live, folder):
-    """Room for one on the state's own device; two more in pinned memory on a GPU, whose allocator rounds up; on disk here."""
+    """Room for one on the state's own device; two more in pinned memory on a GPU, whose allocator rounds up;
+    on disk here."""
     one = SnapshotPool(live, device_bytes=64 * MIB, pinned_bytes=0, keep=1).bytes_each
-    slower = {"pinned_bytes": 4 * one} if place.on_gpu else {"pinned_bytes": 0, "disk_bytes": 2 * one, "disk_folder": folder}
+    slower = (
+        {"pinned_bytes": 4 * one}
+        if place.on_gpu
+        else {"pinned_bytes": 0, "disk_bytes": 2 * one, "disk_folder": folder}
+    )
     return SnapshotPool(live, device_bytes=one, keep=3, **slower)
 
 
@@ -60,7 +66,8 @@ def test_from_every_tier_bit_for_bit(place, tmp_path):
 
 @anywhere("snapshot")
 def test_no_snapshot_is_the_live_memory(place, tmp_path):
-    """Taken, written over in place, compared; and the other way: what is put back is no view of what is kept."""
+    """Taken, written over in place, compared; and the other way: what is put back is no view of what is
+    kept."""
     live = live_tensors(place.device)
     pool = pool_of(place, live, tmp_path)
     pool.take("here", {})

@@ -1,4 +1,5 @@
-"""How tests are told to the benchmark: a whole line each, what it proves, and no blame for what a broken device took along."""
+"""How tests are told to the benchmark: a whole line each, what it proves, and no blame for what a broken
+device took along."""
 
 import json
 import os
@@ -26,7 +27,7 @@ cuda = SimpleNamespace(is_available=lambda: True, set_sync_debug_mode=nothing, s
 TESTS = """
 import pytest
 import torch
-from places import anywhere
+from tests.gpu.places import anywhere
 
 
 @anywhere("state hash")
@@ -72,15 +73,14 @@ def test_is_innocent(place):
 
 def test_lines_outcomes_and_the_end_of_the_session(tmp_path):
     """In a process of its own, over a copy of this folder's rules."""
-    for name in ("conftest.py", "places.py", "children.py"):
-        (tmp_path / name).write_text((HERE / name).read_text())
+    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
     (tmp_path / "test_gpu_hash.py").write_text(TESTS)
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(TORCH)
     (tmp_path / "torch" / "distributed.py").write_text("is_initialized = lambda: False\n")
     checks = tmp_path / "checks.jsonl"
     checks.write_text('{"test": "of an earlier run"}\n')
-    paths = os.pathsep.join([str(tmp_path), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(tmp_path), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "REPSFT_CHECKS": str(checks)}
     options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
@@ -101,17 +101,26 @@ def test_lines_outcomes_and_the_end_of_the_session(tmp_path):
     assert names["is_skipped[cuda]"]["words"] == "Skipped: not today"
     assert "illegal memory access" in names["breaks_the_device[cuda]"]["words"]
     assert "test_breaks_the_device" in names["is_innocent[cuda]"]["words"]
-    assert all(set(line) == {"test", "proves", "outcome", "seconds", "words"} and line["seconds"] >= 0 for line in lines)
+    assert all(
+        set(line) == {"test", "proves", "outcome", "seconds", "words"} and line["seconds"] >= 0
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize("marks", [[], [("head",)], [("heads", "any")], [("head", "bf16")]])
 def test_a_test_that_does_not_say_what_it_proves_is_refused(marks, request):
-    rules = next(plugin for plugin in request.config.pluginmanager.get_plugins() if getattr(plugin, "HERE", None) == HERE)
+    rules = next(
+        plugin
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, "HERE", None) == HERE
+    )
     item = SimpleNamespace(
         path=Path(__file__),
         nodeid="a::b",
         fixturenames=["place"],
         iter_markers=lambda _: [SimpleNamespace(args=m) for m in marks],
     )
-    with pytest.raises(pytest.UsageError, match=r"a::b: expected a file of ORDER and proves\(operation, dtype\), got"):
+    with pytest.raises(
+        pytest.UsageError, match=r"a::b: expected a file of ORDER and proves\(operation, dtype\), got"
+    ):
         rules.pytest_collection_modifyitems([item])

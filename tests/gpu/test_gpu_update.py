@@ -1,18 +1,19 @@
-"""One update on the device: nothing waits for the host, bf16 is fp32 within bf16, memory that runs out changes nothing."""
+"""One update on the device: nothing waits for the host, bf16 is fp32 within bf16, memory that runs out
+changes nothing."""
 
 import warnings
 from contextlib import contextmanager
 
 import pytest
-import small_runs
 import torch
-from places import anywhere
 
 from repsft_fast.distributed import decoder_layers
 from repsft_fast.errors import TrainingError
 from repsft_fast.ops import products
+from repsft_fast.selftest.syncs import SyncCounter
 from repsft_fast.training.step import OutOfMemory, train_step
-from repsft_fast.training.syncs import SyncCounter
+from tests.gpu import small_runs
+from tests.gpu.places import anywhere
 
 NOT_DETERMINISTIC = {"run__deterministic": False}
 
@@ -47,11 +48,14 @@ def test_an_update_does_not_wait(place, optimizer, tmp_path):
     assert found[-1] < found[0]
 
 
-@anywhere("train step", "kept rows", dtype="bfloat16", on=None)  # a CPU reads how many there are, since it costs nothing
+# a CPU reads how many there are, since it costs nothing
+@anywhere("train step", "kept rows", dtype="bfloat16", on=None)
 def test_an_update_that_leaves_memorised_rows_out_does_not_wait(place, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "CAPACITY_STEP", 16)  # a row has 20 to 40 trained positions
     made, kept_gradients = [], products.kept_gradients
-    monkeypatch.setattr(products, "kept_gradients", lambda *a, **k: (made.append(a[1]), kept_gradients(*a, **k))[1])
+    monkeypatch.setattr(
+        products, "kept_gradients", lambda *a, **k: (made.append(a[1]), kept_gradients(*a, **k))[1]
+    )
     parts = small_runs.parts_of(tmp_path, loss__skip_below=0.3, **NOT_DETERMINISTIC)
     parts.progress.kept_guess = 0.25
     small_runs.steps(parts, 2)
@@ -67,7 +71,10 @@ def test_the_proof_can_fail(place, tmp_path):
     """A number that is read is seen; without this a mode that does nothing would pass for a proof."""
     parts = small_runs.parts_of(tmp_path, **NOT_DETERMINISTIC)
     small_runs.steps(parts, 1)
-    with pytest.raises((RuntimeError, AssertionError), match=r"called a synchronizing|_local_scalar_dense"), no_sync(place):
+    with (
+        pytest.raises((RuntimeError, AssertionError), match=r"called a synchronizing|_local_scalar_dense"),
+        no_sync(place),
+    ):
         float(parts.ledger.open_loss())
 
 
@@ -100,7 +107,10 @@ def test_bf16_is_fp32_within_bf16(place, tmp_path):
         parts = small_runs.parts_of(tmp_path / dtype, model__compute_dtype=dtype, **NOT_DETERMINISTIC)
         start = [p.detach().clone() for p in map(small_runs.local, parts.optimizer.names.values())]
         small_runs.steps(parts, 6)
-        moved = [small_runs.local(p).detach() - old for p, old in zip(parts.optimizer.names.values(), start, strict=True)]
+        moved = [
+            small_runs.local(p).detach() - old
+            for p, old in zip(parts.optimizer.names.values(), start, strict=True)
+        ]
         ends.append((small_runs.losses(parts), torch.cat([m.flatten() for m in moved]).double()))
     (wide, wide_moved), (narrow, narrow_moved) = ends
     assert wide[-1] < 0.9 * wide[0]
@@ -109,13 +119,15 @@ def test_bf16_is_fp32_within_bf16(place, tmp_path):
 
 
 def run_out_of_memory(parts, place, *, row):
-    """In the backward pass of the `row`-th row of the next update, when the last layer's is over and the first's is not."""
+    """In the backward pass of the `row`-th row of the next update, when the last layer's is over and the
+    first's is not."""
     seen = []
 
     def full(gradient):
         if place.on_gpu:
             total = torch.cuda.get_device_properties(place.device).total_memory
-            torch.empty(2 * total, dtype=torch.uint8, device=place.device)  # the allocator's own error, from its own thread
+            # the allocator's own error, from its own thread
+            torch.empty(2 * total, dtype=torch.uint8, device=place.device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     def watch(module, arguments, output):
@@ -130,7 +142,8 @@ def run_out_of_memory(parts, place, *, row):
 @anywhere("train step", dtype="bfloat16")
 @pytest.mark.parametrize("row", [1, 2])
 def test_out_of_memory_in_backward_then_the_same_update(place, row, tmp_path):
-    """Nothing is changed by it, and the update made again is that of a run which never met it, bit for bit."""
+    """Nothing is changed by it, and the update made again is that of a run which never met it, bit for
+    bit."""
     undisturbed = small_runs.parts_of(tmp_path / "undisturbed", optim__name="adamw8bit")
     small_runs.steps(undisturbed, 4)
     parts = small_runs.parts_of(tmp_path / "disturbed", optim__name="adamw8bit")

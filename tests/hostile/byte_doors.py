@@ -1,7 +1,8 @@
-"""Where bytes from outside enter: data rows, settings, checkpoint indices. Shared by the property tests and the fuzzer.
+"""Where bytes from outside enter: data rows, settings, checkpoint indices. Shared by the property tests and
+the fuzzer.
 
-Each door takes bytes and gives what was read, or the project's own error. Any other exception escapes, an error without words
-and a result that breaks its promise fail an assertion: both are findings.
+Each door takes bytes and gives what was read, or the project's own error. Any other exception escapes, an
+error without words and a result that breaks its promise fail an assertion: both are findings.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from chat_tokenizers import byte_level
 
 from repsft_fast.checkpoint import load, newest, save, verify
 from repsft_fast.checkpoint.manifest import LATEST, MANIFEST, _sealed, shard_file
@@ -23,6 +23,7 @@ from repsft_fast.data.load import DataSettings, Loaded
 from repsft_fast.data.load import load as load_rows
 from repsft_fast.errors import CheckpointError, ConfigError, DataError
 from repsft_fast.state import state_hash
+from tests.helpers.chat_tokenizers import byte_level
 
 GOOD_ROW = b'{"query": "q", "response": "a"}\n'
 GOOD_SETTINGS = "run: {folder: r}\nmodel: {path: m}\ndata: {train: a.jsonl}\nbudget: {epochs: 3}\n"
@@ -30,7 +31,8 @@ _NAMES = ("rows.jsonl", "rows.json")
 
 
 class Rows:
-    """Bytes as a data file. The template renders in this process: that it is bounded in another one is tested elsewhere."""
+    """Bytes as a data file. The template renders in this process: that it is bounded in another one is tested
+    elsewhere."""
 
     def __init__(self, folder: Path):
         self._folder, self._tokenizer = folder, byte_level()
@@ -43,7 +45,7 @@ class Rows:
         path = self._folder / name
         path.write_bytes(data)
         try:
-            with patch("repsft_fast.data.load.bounded_map", _here):
+            with patch("repsft_fast.data.sample_builder.bounded_map", _here):
                 loaded = load_rows(str(path), self._tokenizer, DataSettings())
         except DataError as error:
             told = error
@@ -96,10 +98,11 @@ def config_or_error(make: Callable[[], Config]) -> Config | ConfigError:
 
 
 class Index:
-    """Bytes as each index of a checkpoint in turn: manifest, LATEST, header of a shard; hashed anew where they are a table.
+    """Bytes as each index of a checkpoint in turn: manifest, LATEST, header of a shard; hashed anew where
+    they are a table.
 
-    However they read, `verify` answers, `load` gives the state saved or leaves the live tensors alone, and the generation
-    that is whole is found when LATEST lies.
+    However they read, `verify` answers, `load` gives the state saved or leaves the live tensors alone, and
+    the generation that is whole is found when LATEST lies.
     """
 
     def __init__(self, folder: Path):
@@ -124,7 +127,9 @@ class Index:
         return self._with(self.path / MANIFEST, data, self._read)
 
     def as_header(self, data: bytes) -> list[str]:
-        return self._with(self._shard, len(data).to_bytes(8, "little") + data + self._whole[self._body :], self._read)
+        return self._with(
+            self._shard, len(data).to_bytes(8, "little") + data + self._whole[self._body :], self._read
+        )
 
     def as_latest(self, data: bytes) -> None:
         found = self._with(self.folder / LATEST, data, lambda: newest(self.folder))
@@ -164,7 +169,11 @@ def hashed_anew(data: bytes) -> bytes | None:
         return None
 
 
-DOORS: dict[str, Callable[[Path], Callable[[bytes], None]]] = {"rows": Rows, "settings": SettingsText, "manifest": Index}
+DOORS: dict[str, Callable[[Path], Callable[[bytes], None]]] = {
+    "rows": Rows,
+    "settings": SettingsText,
+    "manifest": Index,
+}
 
 
 def corpus(door: str, folder: Path) -> list[bytes]:
@@ -182,4 +191,8 @@ def corpus(door: str, folder: Path) -> list[bytes]:
         {"prompt": "p", "completion": "c"}, {"prompt": turns[:1], "completion": turns[1:]},
         {"instruction": "i", "input": "", "output": "o"}, {"text": "t"}, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
     ]  # fmt: skip
-    return [GOOD_ROW, *(json.dumps(row).encode() + b"\n" for row in rows), json.dumps([rows[0], rows[0]]).encode()]
+    return [
+        GOOD_ROW,
+        *(json.dumps(row).encode() + b"\n" for row in rows),
+        json.dumps([rows[0], rows[0]]).encode(),
+    ]

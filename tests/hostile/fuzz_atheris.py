@@ -1,8 +1,10 @@
-"""Fuzz a door by flag: coverage-guided with atheris where it is installed, by a seeded mutator where it is not.
+"""Fuzz a door by flag: coverage-guided with atheris where it is installed, by a seeded mutator where it is
+not.
 
     python -m tests.hostile.fuzz_atheris rows|settings|manifest --seconds 60
 
-Exit code 0: nothing but the project's own errors came out. Otherwise the traceback is printed and the bytes are kept in a file.
+Exit code 0: nothing but the project's own errors came out. Otherwise the traceback is printed and the bytes
+are kept in a file.
 """
 
 from __future__ import annotations
@@ -18,9 +20,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
 NO_ATHERIS = "atheris is not installed (pip install atheris): a seeded mutator without coverage runs instead"
 _TOKENS = (
     b"{", b"}", b"[", b"]", b":", b",", b'"', b"'", b"\\", b"\n", b"\r", b"\t", b" ", b"\0", b"\xff", b"\xef\xbb\xbf", b"\x80",
@@ -32,7 +31,8 @@ _TOKENS = (
 
 
 def mutated(draw: random.Random, corpus: Sequence[bytes]) -> bytes:
-    """One of the corpus after one to six changes: bits, bytes, cuts, repeats, tokens, a piece of another, a repeated token."""
+    """One of the corpus after one to six changes: bits, bytes, cuts, repeats, tokens, a piece of another, a
+    repeated token."""
     data = bytearray(draw.choice(corpus))
     for _ in range(draw.randint(1, 6)):
         at = draw.choice((0, len(data), draw.randint(0, len(data))))
@@ -61,9 +61,15 @@ def mutated(draw: random.Random, corpus: Sequence[bytes]) -> bytes:
 
 
 def search(
-    door: Callable[[bytes], object], corpus: Sequence[bytes], *, seed: int, seconds: float = float("inf"), runs: int = 10**12
+    door: Callable[[bytes], object],
+    corpus: Sequence[bytes],
+    *,
+    seed: int,
+    seconds: float = float("inf"),
+    runs: int = 10**12,
 ) -> tuple[int, bytes | None]:
-    """(inputs tried, the first that let anything escape or None), until `seconds` or `runs` are spent. The same for a seed."""
+    """(inputs tried, the first that let anything escape or None), until `seconds` or `runs` are spent. The
+    same for a seed."""
     draw, began = random.Random(seed), time.monotonic()
     for tried in range(runs):
         if time.monotonic() - began > seconds:
@@ -78,23 +84,29 @@ def search(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.hostile.fuzz_atheris", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.hostile.fuzz_atheris", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("door", choices=("rows", "settings", "manifest"))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--findings", type=Path, default=Path("."), help="folder for bytes that let something escape")
+    parser.add_argument(
+        "--findings", type=Path, default=Path("."), help="folder for bytes that let something escape"
+    )
     given = parser.parse_args(arguments)
     guided = importlib.util.find_spec("atheris") is not None
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         if guided:
             return _guided(given, Path(name))
         print(NO_ATHERIS, flush=True)
-        import byte_doors
+        from tests.hostile import byte_doors
 
         folder = Path(name, "door")
         folder.mkdir()
         corpus = byte_doors.corpus(given.door, Path(name))
-        tried, found = search(byte_doors.DOORS[given.door](folder), corpus, seed=given.seed, seconds=given.seconds)
+        tried, found = search(
+            byte_doors.DOORS[given.door](folder), corpus, seed=given.seed, seconds=given.seconds
+        )
     if found is None:
         print(f"{given.door}: {tried} inputs, nothing but the project's own errors")
         return 0
@@ -108,8 +120,10 @@ def _guided(given: argparse.Namespace, folder: Path) -> int:
     """libFuzzer's loop; it ends the process itself, with another code than 0 after a finding."""
     import atheris
 
-    with atheris.instrument_imports(include=["repsft_fast.config", "repsft_fast.data", "repsft_fast.checkpoint", "yaml"]):
-        import byte_doors
+    with atheris.instrument_imports(
+        include=["repsft_fast.config", "repsft_fast.data", "repsft_fast.checkpoint", "yaml"]
+    ):
+        from tests.hostile import byte_doors
     seeds, files = folder / "seeds", folder / "door"
     seeds.mkdir()
     files.mkdir()

@@ -1,7 +1,7 @@
 """Whole settings files, drawn by a seed, and what hands, editors and other programs do to them.
 
-`drawn(seed)` gives a valid file; `mutated(seed)` one that a mutation went over, and the mutation's name. `said(text)` is what
-a file says, read by PyYAML's composer alone: the measure of whether a setting was lost.
+`drawn(seed)` gives a valid file; `mutated(seed)` one that a mutation went over, and the mutation's name.
+`said(text)` is what a file says, read by PyYAML's composer alone: the measure of whether a setting was lost.
 """
 
 from __future__ import annotations
@@ -39,12 +39,19 @@ VALUES: dict[str, list[str]] = {
     "snapshot.disk_bytes": ["2GiB", "0"],
     "mixture.z": ["2.5"],
 }
-LEAST = {"run.folder": "runs/x", "model.path": "m", "data.train": "{a: a.jsonl, b: [b.jsonl, c.jsonl]}", "budget.epochs": "3"}
+LEAST = {
+    "run.folder": "runs/x",
+    "model.path": "m",
+    "data.train": "{a: a.jsonl, b: [b.jsonl, c.jsonl]}",
+    "budget.epochs": "3",
+}
 
 
 def drawn(seed: int) -> str:
     draw = random.Random(seed)
-    chosen = dict(LEAST) | {name: draw.choice(VALUES[name]) for name in draw.sample(sorted(VALUES), draw.randint(3, 14))}
+    chosen = dict(LEAST) | {
+        name: draw.choice(VALUES[name]) for name in draw.sample(sorted(VALUES), draw.randint(3, 14))
+    }
     by_section: dict[str, dict[str, str]] = {}
     for name, value in chosen.items():
         section, _, key = name.partition(".")
@@ -65,7 +72,8 @@ def mutated(seed: int) -> tuple[str, bytes]:
 
 
 def said(text: str) -> dict[tuple[str, ...], Any]:
-    """Every leaf of the file's mappings, at its dotted key; scalars as they are written. Raises yaml.YAMLError."""
+    """Every leaf of the file's mappings, at its dotted key; scalars as they are written. Raises
+    yaml.YAMLError."""
     found: dict[tuple[str, ...], Any] = {}
 
     def walk(node: yaml.Node, above: tuple[str, ...]) -> None:
@@ -95,7 +103,11 @@ def same(written: Any, held: Any) -> bool:
     if isinstance(written, list):
         return isinstance(held, list) and len(written) == len(held) and all(map(same, written, held))
     if isinstance(written, dict):
-        return isinstance(held, dict) and set(written) == set(held) and all(same(written[key], held[key]) for key in held)
+        return (
+            isinstance(held, dict)
+            and set(written) == set(held)
+            and all(same(written[key], held[key]) for key in held)
+        )
     if held is None:
         return written.lower() in ("", "~", "null")
     if isinstance(held, bool):
@@ -157,7 +169,9 @@ def _twice(text: str, draw: random.Random) -> str:
 
 
 def _section_again(text: str, draw: random.Random) -> str:
-    return text + draw.choice([line for line in text.splitlines() if not line.startswith(" ")]) + "\n  seed: 5\n"
+    return (
+        text + draw.choice([line for line in text.splitlines() if not line.startswith(" ")]) + "\n  seed: 5\n"
+    )
 
 
 def _dotted_again(text: str, draw: random.Random) -> str:
@@ -166,11 +180,15 @@ def _dotted_again(text: str, draw: random.Random) -> str:
 
 def _flat(text: str, draw: random.Random) -> str:
     """A setting taken out of its section."""
-    return _line(text, draw, lambda line: "") + draw.choice(["folder: x\n", "lr: 1e-3\n", "epochs: 3\n", "train: a.jsonl\n"])
+    return _line(text, draw, lambda line: "") + draw.choice(
+        ["folder: x\n", "lr: 1e-3\n", "epochs: 3\n", "train: a.jsonl\n"]
+    )
 
 
 def _elsewhere(text: str, draw: random.Random) -> str:
-    return text + draw.choice(["log:\n  lr: 1\n", "schedule:\n  warmup_fraction: 0.1\n", "snapshot:\n  folder: x\n"])
+    return text + draw.choice(
+        ["log:\n  lr: 1\n", "schedule:\n  warmup_fraction: 0.1\n", "snapshot:\n  folder: x\n"]
+    )
 
 
 STRANGE = [
@@ -195,11 +213,34 @@ STRANGE = [
     "\u0663",  # a digit of another script
 ]
 OTHER_TYPES = [
-    *("[]", "{}", "[[1]]", "{a: {b: {c: 1}}}", "''", "null", "true", "2026-11-21", "!!str 3", "!!int '3'", "!!set {a}"),
+    *(
+        "[]",
+        "{}",
+        "[[1]]",
+        "{a: {b: {c: 1}}}",
+        "''",
+        "null",
+        "true",
+        "2026-11-21",
+        "!!str 3",
+        "!!int '3'",
+        "!!set {a}",
+    ),
     *("[1, 2, 3]", "? x"),
 ]
 TAGGED = ["!!python/name:os.system", "!x 3", "!!binary aGk=", "!!float 3"]
-CONTROLS = ["\\0", "\\a", "\\e[31m", "\\x7f", "\\x85", "\\u2028", "\\ud800", "\\U0010FFFF", "\\uFEFF", "\\r\\n"]
+CONTROLS = [
+    "\\0",
+    "\\a",
+    "\\e[31m",
+    "\\x7f",
+    "\\x85",
+    "\\u2028",
+    "\\ud800",
+    "\\U0010FFFF",
+    "\\uFEFF",
+    "\\r\\n",
+]
 UNICODE = ["é", "日本", "\u202e", "\u200b", "\u00a0", "１６", "ａｄａｍｗ", "🦊", "\ufeff", "ﬁ"]
 MUTATIONS: dict[str, Callable[[str, random.Random], str | bytes]] = {
     "a strange number": lambda text, draw: _value(text, draw, draw.choice(STRANGE)),

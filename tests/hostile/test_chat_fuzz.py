@@ -1,4 +1,5 @@
-"""Random conversations × chat templates of different families: every mask is the independent one, or the row is refused.
+"""Random conversations × chat templates of different families: every mask is the independent one, or the row
+is refused.
 
     python -m tests.hostile.test_chat_fuzz --conversations 10000 [--seed 1] [NAME …]
 
@@ -13,15 +14,12 @@ import random
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-
-from tests.data.template_matrix import table, template_of  # noqa: E402
-from tests.independent_masks import judge  # noqa: E402
-from tests.marked_chats import Case, Maker, answer, quoted, result, said, shared  # noqa: E402
+from tests.data.template_matrix import table, template_of
+from tests.helpers.independent_masks import judge
+from tests.helpers.marked_chats import Case, Maker, answer, quoted, result, said, shared
 
 FAMILIES = (
     "llama_2", "llama_3_1", "qwen_2_5", "qwen_3", "qwen_3_training", "mistral_nemo", "gemma_3", "phi_3",
@@ -88,7 +86,11 @@ def disorderly(draw: random.Random, length: int) -> list[Maker]:
         if role == "assistant":
             chat.append(answered(draw, draw.choice((0, 0, 1))))
         else:
-            chat.append(result() if role == "tool" else said(role, body(draw), draw.choice(SPACES), draw.choice(SPACES)))
+            chat.append(
+                result()
+                if role == "tool"
+                else said(role, body(draw), draw.choice(SPACES), draw.choice(SPACES))
+            )
     return chat
 
 
@@ -96,7 +98,9 @@ def conversation(seed: int) -> Case:
     draw = random.Random(seed)
     length = draw.randint(1, 12)
     chat = orderly(draw, length) if draw.random() < 0.7 else disorderly(draw, length)
-    marks = tuple(number for number in range(len(chat)) if draw.random() < 0.5) if draw.random() < 0.2 else None
+    marks = (
+        tuple(number for number in range(len(chat)) if draw.random() < 0.5) if draw.random() < 0.2 else None
+    )
     return Case(tuple(chat), draw.choice((0, 0, 1, 3)), marks, draw.choice(("all", "all", "all", "last")))
 
 
@@ -110,7 +114,9 @@ def run(name: str, conversations: int, seed: int) -> tuple[Counter[str], list[st
         if verdict.outcome == "WRONG":
             given = json.dumps(verdict.conversation, ensure_ascii=False)
             place = f"{name}, conversation {seed * 1_000_000 + number}: {verdict.reason}"
-            wrong.append(f"{place}\ngiven    {given}\nexpected {verdict.expected!r}\ngot      {verdict.got!r}")
+            wrong.append(
+                f"{place}\ngiven    {given}\nexpected {verdict.expected!r}\ngot      {verdict.got!r}"
+            )
     return outcomes, wrong
 
 
@@ -131,7 +137,9 @@ def test_ten_thousand_random_conversations(name):
 
 
 def test_a_conversation_is_the_same_for_its_seed_and_they_hold_every_kind_of_turn():
-    assert [conversation(number).messages for number in range(20)] == [conversation(number).messages for number in range(20)]
+    assert [conversation(number).messages for number in range(20)] == [
+        conversation(number).messages for number in range(20)
+    ]
     cases = [conversation(number) for number in range(FEW)]
     messages = [message for case in cases for message in case.messages]
     assert {message["role"] for message in messages} == {"system", "user", "assistant", "tool"}

@@ -1,18 +1,19 @@
-"""Files from hell: every one gets a DataError with its place, in bounded time and memory, or is read exactly."""
+"""Files from hell: every one gets a DataError with its place, in bounded time and memory, or is read
+exactly."""
 
 import json
 import tracemalloc
 
 import pytest
-from byte_doors import GOOD_ROW as GOOD
-from byte_doors import Rows
-from chat_tokenizers import byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repsft_fast.data import sources
+from repsft_fast.data import text_rows
 from repsft_fast.data.load import DataSettings, load
 from repsft_fast.errors import DataError
+from tests.helpers.chat_tokenizers import byte_level
+from tests.hostile.byte_doors import GOOD_ROW as GOOD
+from tests.hostile.byte_doors import Rows
 
 
 @pytest.fixture
@@ -35,12 +36,20 @@ def attempt(tmp_path):
         (GOOD + b'{"query": "\xff", "response": "a"}\n', "rows.jsonl:2", "not UTF-8.*0xff at byte 11"),
         (GOOD + b'{"query": "q\0", "response": "a"}\n', "rows.jsonl:2", "NUL byte at byte 12"),
         (GOOD + b"\0" * 4096, "rows.jsonl:2", "NUL"),
-        (GOOD + rb'{"query": "\ud800", "response": "a"}' + b"\n", "rows.jsonl:2, field 'query'", r"surrogate.*U\+D800"),
+        (
+            GOOD + rb'{"query": "\ud800", "response": "a"}' + b"\n",
+            "rows.jsonl:2, field 'query'",
+            r"surrogate.*U\+D800",
+        ),
         (GOOD + b'["query", "response"]\n', "rows.jsonl:2", "not a row.*list"),
         (GOOD + b"17\n", "rows.jsonl:2", "not a row.*int"),
         (GOOD + b"null\n", "rows.jsonl:2", "not a row"),
         (GOOD + b'{"query": "q", "response": null}\n', "rows.jsonl:2, field 'response'", "null"),
-        (GOOD + b'{"text": "t"}\n', "rows.jsonl:2, field 'query'", "missing.*'query' rows.*looks like 'text'"),
+        (
+            GOOD + b'{"text": "t"}\n',
+            "rows.jsonl:2, field 'query'",
+            "missing.*'query' rows.*looks like 'text'",
+        ),
         (GOOD + b'{"query": "q", "response": 1' + b"0" * 5000 + b"}\n", "rows.jsonl:2", "not JSON"),
         (GOOD + b"[" * 100_000 + b"\n", "rows.jsonl:2", "nested too deeply"),
         (GOOD + b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "rows.jsonl:2", "nested too deeply"),
@@ -69,7 +78,9 @@ def test_a_damaged_line_is_named(attempt, content, place, words):
     ],
 )
 def test_harmless_oddities_are_read_exactly(attempt, content):
-    assert [sample.ids for sample in attempt(content).samples] == [sample.ids for sample in attempt(GOOD).samples]
+    assert [sample.ids for sample in attempt(content).samples] == [
+        sample.ids for sample in attempt(GOOD).samples
+    ]
 
 
 def test_odd_but_valid_text_is_kept(attempt):
@@ -84,8 +95,8 @@ def test_odd_but_valid_text_is_kept(attempt):
 
 
 def test_a_line_of_100_megabytes_is_refused_without_reading_it(tmp_path, monkeypatch):
-    assert sources.MAX_LINE_BYTES < 100 * 2**20
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    assert text_rows.MAX_LINE_BYTES < 100 * 2**20
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as stream:
         stream.write(GOOD)
@@ -94,7 +105,9 @@ def test_a_line_of_100_megabytes_is_refused_without_reading_it(tmp_path, monkeyp
     load_settings = DataSettings()
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"rows.jsonl:2: is too long a line, expected at most 1048576 bytes"):
+        with pytest.raises(
+            DataError, match=r"rows.jsonl:2: is too long a line, expected at most 1048576 bytes"
+        ):
             load(str(path), tokenizer, load_settings)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
@@ -122,7 +135,7 @@ def test_json_files(attempt, content, words):
 
 
 def test_a_json_file_past_its_limit_is_refused(attempt, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(text_rows, "MAX_JSON_BYTES", 10)
     with pytest.raises(DataError, match=r"too large.*write it as .jsonl"):
         attempt(b"[" + GOOD + b"]", "rows.json")
 
@@ -144,7 +157,9 @@ def test_a_damaged_or_foreign_arrow_folder(tmp_path):
         with pytest.raises(DataError, match="arrow: cannot be read as arrow"):
             load(tmp_path / "arrow", byte_level())
     (tmp_path / "arrow" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
-    with pytest.raises(DataError, match=r"arrow: cannot be read as arrow: state.json points outside its folder"):
+    with pytest.raises(
+        DataError, match=r"arrow: cannot be read as arrow: state.json points outside its folder"
+    ):
         load(tmp_path / "arrow", byte_level())
 
 
@@ -187,10 +202,13 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, source, words):
 
 def test_filtered_to_nothing_names_the_source_and_the_reasons(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD * 3)
-    (tmp_path / "b.jsonl").write_bytes(b'{"query": "q", "response": " "}\n' * 2 + GOOD.replace(b'"a"', b'"' + b"a" * 99 + b'"'))
+    (tmp_path / "b.jsonl").write_bytes(
+        b'{"query": "q", "response": " "}\n' * 2 + GOOD.replace(b'"a"', b'"' + b"a" * 99 + b'"')
+    )
     sources_given = {"a": tmp_path / "a.jsonl", "b": tmp_path / "b.jsonl"}
     with pytest.raises(
-        DataError, match=r"b.jsonl: none of its 3 rows is usable .2 × no assistant turn to train on, 1 × over-long"
+        DataError,
+        match=r"b.jsonl: none of its 3 rows is usable .2 × no assistant turn to train on, 1 × over-long",
     ):
         load(sources_given, byte_level(), DataSettings(max_tokens=60))
 
@@ -199,7 +217,8 @@ def test_filtered_to_nothing_names_the_source_and_the_reasons(tmp_path):
 def test_a_token_past_the_vocabulary_names_the_row(attempt, ids):
     row = json.dumps({"input_ids": ids}).encode() + b"\n"
     with pytest.raises(
-        DataError, match=rf"rows.jsonl:2, token {ids.index(50)}: is out of range, expected less than 50.*got 50"
+        DataError,
+        match=rf"rows.jsonl:2, token {ids.index(50)}: is out of range, expected less than 50.*got 50",
     ):
         load_with_vocabulary(attempt, b'{"input_ids": [1, 49]}\n' + row, 50)
 
@@ -234,7 +253,8 @@ def outcome(call):
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner)
     ),
     max_leaves=8,
 )
@@ -252,7 +272,10 @@ KEYS = [
     "output",
 ]
 TURNS = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": JSON}), max_size=4
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": JSON}
+    ),
+    max_size=4,
 )
 
 

@@ -1,13 +1,15 @@
-"""The fuzzer: it finds what escapes, keeps the bytes, is the same for a seed; and from our doors nothing escapes."""
+"""The fuzzer: it finds what escapes, keeps the bytes, is the same for a seed; and from our doors nothing
+escapes."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import fuzz_atheris
 import pytest
-from byte_doors import DOORS, corpus
+
+from tests.hostile import fuzz_atheris
+from tests.hostile.byte_doors import DOORS, corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = {"rows": 300, "settings": 150, "manifest": 100}
@@ -57,7 +59,18 @@ def test_an_escape_is_found_and_its_bytes_are_kept(tmp_path, monkeypatch, capfd)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_minute_at_every_door(door, tmp_path):
-    command = [sys.executable, "-m", "tests.hostile.fuzz_atheris", door, "--seconds", "60", "--findings", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "tests.hostile.fuzz_atheris",
+        door,
+        "--seconds",
+        "60",
+        "--findings",
+        str(tmp_path),
+    ]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-5000:]
     assert list(tmp_path.iterdir()) == []

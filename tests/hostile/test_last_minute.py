@@ -1,8 +1,9 @@
-"""The last minute of a run under a disk that fails: at every write, sync, rename and folder it makes after its last update.
+"""The last minute of a run under a disk that fails: at every write, sync, rename and folder it makes after
+its last update.
 
-Each failure is one call that raises, or all from there on. The run then ends well with the same model, or with one error
-that says where and what to do; nothing is torn, and --resume without the failure trains nothing and ends as the undisturbed
-run did.
+Each failure is one call that raises, or all from there on. The run then ends well with the same model, or
+with one error that says where and what to do; nothing is torn, and --resume without the failure trains
+nothing and ends as the undisturbed run did.
 """
 
 import builtins
@@ -10,25 +11,26 @@ import errno
 import json
 import os
 import random
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import transformers.modeling_utils
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE)]
+from repsft_fast import cli
+from repsft_fast.errors import RepsftError
+from repsft_fast.training import trainer
+from repsft_fast.training.saver import Saver
+from tests.helpers import runs
 
-import runs  # noqa: E402
-import transformers.modeling_utils  # noqa: E402
-
-from repsft_fast import cli  # noqa: E402
-from repsft_fast.errors import RepsftError  # noqa: E402
-from repsft_fast.training import trainer  # noqa: E402
-
-SETTINGS = {"stop__token_accuracy": None, "budget__epochs": None, "budget__updates": 6, "optim__warmup_updates": 1}
+SETTINGS = {
+    "stop__token_accuracy": None,
+    "budget__epochs": None,
+    "budget__updates": 6,
+    "optim__warmup_updates": 1,
+}
 KINDS = {"full": {}, "lora": {"model__lora": {"rank": 2}}}
 WAYS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 # What a process does to a disk, by where the call is looked up.
@@ -39,9 +41,12 @@ PLACES = (
 
 
 class Disk:
-    """Counts the calls that change the run's folder once `armed`; the n-th raises, and all later ones where `stays` says so."""
+    """Counts the calls that change the run's folder once `armed`; the n-th raises, and all later ones where
+    `stays` says so."""
 
-    def __init__(self, folder: Path, fail_at: int | None = None, number: int = errno.ENOSPC, stays: bool = False):
+    def __init__(
+        self, folder: Path, fail_at: int | None = None, number: int = errno.ENOSPC, stays: bool = False
+    ):
         self.folder, self.fail_at, self.number, self.stays = str(folder), fail_at, number, stays
         self.armed, self.calls = False, []
 
@@ -70,7 +75,9 @@ class Disk:
         return any(self._inside(a) for a in (*args, *more.values()) if isinstance(a, (str, Path)))
 
     def _inside(self, path: object) -> bool:
-        return isinstance(path, (str, os.PathLike)) and os.path.abspath(os.fspath(path)).startswith(self.folder)
+        return isinstance(path, (str, os.PathLike)) and os.path.abspath(os.fspath(path)).startswith(
+            self.folder
+        )
 
 
 @contextmanager
@@ -79,13 +86,13 @@ def on(disk: Disk):
         for holder, name in PLACES:
             if hasattr(holder, name):
                 patch.setattr(holder, name, disk.wrap(name.removeprefix("safe_"), getattr(holder, name)))
-        end = trainer.Saver.save_end
+        end = Saver.save_end
 
         def save_end(self):
             disk.armed = True
             end(self)
 
-        patch.setattr(trainer.Saver, "save_end", save_end)
+        patch.setattr(Saver, "save_end", save_end)
         yield
 
 
@@ -94,7 +101,13 @@ def settings_of(kind: str, folder: Path):
 
 
 def model(folder: Path) -> dict[str, bytes]:
-    names = ("model.safetensors", "adapter_model.safetensors", "config.json", "adapter_config.json", "generation_config.json")
+    names = (
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "config.json",
+        "adapter_config.json",
+        "generation_config.json",
+    )
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
@@ -144,7 +157,10 @@ def failing(at: int, draw: random.Random, whole, folder: Path, capsys) -> str:
 def test_failures_of_the_last_minute(whole, tmp_path, capsys):
     draw = random.Random(0)
     count = len(whole[2])
-    went = [failing(at, draw, whole, tmp_path / str(at), capsys) for at in sorted(draw.sample(range(1, count + 1), 10))]
+    went = [
+        failing(at, draw, whole, tmp_path / str(at), capsys)
+        for at in sorted(draw.sample(range(1, count + 1), 10))
+    ]
     assert {"ended well", "an error"} == set(went)
 
 

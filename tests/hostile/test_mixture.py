@@ -1,4 +1,5 @@
-"""Mixtures that go wrong: tasks without rows or scores, budgets that cannot hold, the same moment gone back to again."""
+"""Mixtures that go wrong: tasks without rows or scores, budgets that cannot hold, the same moment gone back
+to again."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, SnapshotError
 from repsft_fast.policies.statistics import Score
 from repsft_fast.report import timeline
-from repsft_fast.training.parts import build
-from repsft_fast.training.scoring import Scored, TaskScorer
-from tests import runs
+from repsft_fast.training.build import build
+from repsft_fast.training.evaluation import Scored, TaskScorer
+from tests.helpers import runs
 
 MIXTURE: dict[str, Any] = {
     "tasks": 3, "mixture__policy": "msft", "mixture__metric": "nll", "mixture__max_stages": 3, "schedule__name": "constant",
@@ -45,7 +46,11 @@ def given(folder, train_rows, validation_rows, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "train.jsonl").write_text("\n".join(train_rows) + "\n")
     (folder / "validation.jsonl").write_text("\n".join(validation_rows) + "\n")
-    changes = {"data__validation_fraction": 0.0, "data__validation": str(folder / "validation.jsonl"), **changes}
+    changes = {
+        "data__validation_fraction": 0.0,
+        "data__validation": str(folder / "validation.jsonl"),
+        **changes,
+    }
     return settings(folder, **changes)
 
 
@@ -68,13 +73,19 @@ def test_a_task_without_validation_rows_is_trained_and_never_best_nor_excluded(t
     assert all("silent" in d["active"] for d in found if d["kind"] == "stage")
     evaluations = runs.metrics(tmp_path, "evaluation")
     assert {e["scores"]["silent"] for e in evaluations} == {None}
-    assert all(isinstance(e["pooled"], float) for e in evaluations), "a task that never had a score counts nowhere"
+    assert all(isinstance(e["pooled"], float) for e in evaluations), (
+        "a task that never had a score counts nowhere"
+    )
 
 
 def test_a_task_of_one_row_and_one_validation_row(tmp_path):
-    made = given(tmp_path, [*rows(12, "a", 1), *rows(1, "single", 2)], [*rows(4, "a", 3), *rows(1, "single", 4)])
+    made = given(
+        tmp_path, [*rows(12, "a", 1), *rows(1, "single", 2)], [*rows(4, "a", 3), *rows(1, "single", 4)]
+    )
     assert train(made).success
-    assert all(e["errors"]["single"] is None for e in runs.metrics(tmp_path, "evaluation")), "one row has no standard error"
+    assert all(e["errors"]["single"] is None for e in runs.metrics(tmp_path, "evaluation")), (
+        "one row has no standard error"
+    )
 
 
 def test_one_task_alone_and_more_tasks_than_samples_per_update(tmp_path):
@@ -88,7 +99,8 @@ def test_one_task_alone_and_more_tasks_than_samples_per_update(tmp_path):
 
 
 def test_a_constant_metric_under_the_literal_rule_goes_back_to_the_base_again_and_again(tmp_path):
-    """Every first maximum is the one at 0.00: three reverts to one moment, and the result is the model as it came."""
+    """Every first maximum is the one at 0.00: three reverts to one moment, and the result is the model as it
+    came."""
     made = settings(tmp_path, mixture__metric="exact_match", mixture__max_stages=4)
     base = {name: tensor.clone() for name, tensor in build(Config.of(made)).model.state_dict().items()}
     result = train(made)
@@ -118,13 +130,24 @@ def test_a_task_whose_score_is_nan_is_never_best_nor_excluded_there(tmp_path, mo
     def scoring(scorer):
         found = plain(scorer)
         calls[0] += 1
-        if when == "always" or (when == "after the first" and calls[0] > 1) or (when == "once" and calls[0] == 3):
+        if (
+            when == "always"
+            or (when == "after the first" and calls[0] > 1)
+            or (when == "once" and calls[0] == 3)
+        ):
             scores = {**found.scores, "task1": Score(math.nan, found.scores["task1"].n, None)}
-            return Scored(scores, {**found.line, "scores": {**found.line["scores"], "task1": None}}, found.work)
+            return Scored(
+                scores, {**found.line, "scores": {**found.line["scores"], "task1": None}}, found.work
+            )
         return found
 
     monkeypatch.setattr(TaskScorer, "__call__", scoring)
-    changes = {"mixture__z": 0.0, "mixture__min_progress": 0.0, "mixture__patience": 1, "mixture__compute_budget": 2}
+    changes = {
+        "mixture__z": 0.0,
+        "mixture__min_progress": 0.0,
+        "mixture__patience": 1,
+        "mixture__compute_budget": 2,
+    }
     result = train(settings(tmp_path, mixture__rule=rule, optim__lr=3e-2, **changes))
     assert result.success
     text = (tmp_path / "run" / "result.json").read_text() + (tmp_path / "run" / timeline.FILE).read_text()
@@ -147,16 +170,22 @@ def test_a_task_weight_of_zero_leaves_it_out(tmp_path):
 class TestDecidedBeforeAnyWork:
     @pytest.fixture(autouse=True)
     def no_update(self, monkeypatch):
-        monkeypatch.setattr("repsft_fast.training.trainer.train_step", lambda *_: pytest.fail("work was done"))
+        monkeypatch.setattr(
+            "repsft_fast.training.trainer.train_step", lambda *_: pytest.fail("work was done")
+        )
         monkeypatch.setattr(TaskScorer, "__call__", lambda *_: pytest.fail("an evaluation was made"))
 
     def test_c_shorter_than_one_evaluation_interval(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"compute_budget: a stage would end before its first evaluation.*0.25.*got 0.2"):
+        with pytest.raises(
+            ConfigError, match=r"compute_budget: a stage would end before its first evaluation.*0.25.*got 0.2"
+        ):
             train(settings(tmp_path, mixture__compute_budget=0.2))
 
     def test_a_snapshot_budget_too_small_for_one_snapshot(self, tmp_path):
         made = settings(tmp_path, snapshot__device_bytes=1000, snapshot__pinned_bytes=0)
-        with pytest.raises(SnapshotError, match=r"hold 0 of \d+ snapshots of [\d,]+ bytes.*device 1,000.*raise a budget"):
+        with pytest.raises(
+            SnapshotError, match=r"hold 0 of \d+ snapshots of [\d,]+ bytes.*device 1,000.*raise a budget"
+        ):
             train(made)
 
     def test_validation_rows_of_a_task_that_is_not_trained(self, tmp_path):
@@ -185,7 +214,8 @@ class TestDecidedBeforeAnyWork:
 
     def test_answers_without_a_tokenizer(self, tmp_path):
         with pytest.raises(
-            ConfigError, match=r"mixture.metric: answer reads text, and there is no tokenizer; set tokenizer.path"
+            ConfigError,
+            match=r"mixture.metric: answer reads text, and there is no tokenizer; set tokenizer.path",
         ):
             train(settings(tmp_path, mixture__metric="answer"))
 

@@ -1,4 +1,5 @@
-"""Every JSON file of a model folder, mutated: it loads as the same model, or is refused in one of our errors, and in time."""
+"""Every JSON file of a model folder, mutated: it loads as the same model, or is refused in one of our errors,
+and in time."""
 
 import copy
 import json
@@ -11,8 +12,8 @@ import torch
 
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model, load_tokenizer, save_pretrained
-from tests.models.sources import VOCABULARY, write, write_source
-from tests.models.test_door import shard
+from tests.helpers.sources import VOCABULARY, write, write_source
+from tests.models.test_guards import shard
 
 SECONDS = 30
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -39,9 +40,15 @@ def source(tmp_path_factory):
     write(folder / "added_tokens.json", {"<tool>": VOCABULARY - 2, "<think>": VOCABULARY - 1})
     write(folder / "chat_template.json", {"chat_template": "{{ messages[0].content }}"})
     write(folder / "processor_config.json", {"processor_class": "LlavaProcessor", "image_token": "<tool>"})
-    write(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", "size": {"height": 8}})
+    write(
+        folder / "preprocessor_config.json",
+        {"image_processor_type": "CLIPImageProcessor", "size": {"height": 8}},
+    )
     letters = [chr(i) for i in range(33, 33 + VOCABULARY - 2)]
-    write(folder / "vocab.json", {"<|endoftext|>": 0, "Ġ": 1, **{letter: i + 2 for i, letter in enumerate(letters)}})
+    write(
+        folder / "vocab.json",
+        {"<|endoftext|>": 0, "Ġ": 1, **{letter: i + 2 for i, letter in enumerate(letters)}},
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
     adapted = load_model(folder, lora={"rank": 2, "target_modules": ["q_proj"]})
     save_pretrained(adapted, None, folder.parent / "adapters")
@@ -87,7 +94,12 @@ class Attack:
         self.name, self.folder = name, shutil.copytree(source, folder / "model")
         self.adapters = shutil.copytree(source.parent / "adapters", folder / "adapters")
         if name in OLD_FILES:
-            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            for file in (
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "added_tokens.json",
+            ):
                 (self.folder / file).unlink()
             write(self.folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
         self.file = (self.adapters if name in ADAPTER_FILES else self.folder) / name
@@ -113,12 +125,15 @@ class Attack:
         return True
 
     def same_model(self, model, text):
-        """Its weights are the file's; a key of its configuration that was changed has an effect, or is said."""
+        """Its weights are the file's; a key of its configuration that was changed has an effect, or is
+        said."""
         for name, value in model.state_dict().items():
             assert torch.equal(value, self.weights[name]), (name, text)
         if self.name == "config.json":
             kept = self.config.keys() - {"transformers_version"}  # which is the library's own
-            changed = {key for key, value in json.loads(text).items() if key in kept and value != self.config[key]}
+            changed = {
+                key for key, value in json.loads(text).items() if key in kept and value != self.config[key]
+            }
             assert not changed or model.load_said or model.config.to_dict() != self.config, text
 
 

@@ -1,25 +1,22 @@
-"""Run folders damaged at random, then resumed: bit-equal, refused or harmless, never a silent other result, never a hang.
+"""Run folders damaged at random, then resumed: bit-equal, refused or harmless, never a silent other result,
+never a hang.
 
-`-m slow` makes 200 damages of runs that had ended, were cut off, or were cut off in the last minute; the default run two dozen.
+`-m slow` makes 200 damages of runs that had ended, were cut off, or were cut off in the last minute; the
+default run two dozen.
 """
 
 import json
 import os
 import random
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE)]
-
-import runs  # noqa: E402
-
-from repsft_fast.errors import RepsftError  # noqa: E402
-from repsft_fast.training import finish, trainer  # noqa: E402
+from repsft_fast.errors import RepsftError
+from repsft_fast.training import finish, trainer
+from tests.helpers import runs
 
 SETTINGS = {
     "stop__token_accuracy": None, "optim__warmup_updates": 1, "budget__epochs": None, "budget__updates": 12,
@@ -50,7 +47,7 @@ def folders(tmp_path_factory):
             trainer.train(run)
             continue
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "interrupted", lambda *_: None)
+            patch.setattr(trainer, "result_of_error", lambda *_: None)
             if name == "last minute":
                 patch.setattr(finish.results, "write", cut_late)
             with pytest.raises(PowerCut):
@@ -95,7 +92,9 @@ def damage(folder: Path, draw: random.Random) -> str:
     elif how == "rename":
         path.rename(path.with_name(draw.choice(["old", f"{path.name}.bak", f"{path.name}~"])))
     elif how == "json":
-        path.write_text(draw.choice(["{}", "[]", "null", '{"a": NaN}', "[" * 5000, '{"success": true, "code": "budget"}']))
+        path.write_text(
+            draw.choice(["{}", "[]", "null", '{"a": NaN}', "[" * 5000, '{"success": true, "code": "budget"}'])
+        )
     return f"{how} {name}"
 
 

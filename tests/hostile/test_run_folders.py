@@ -1,7 +1,9 @@
-"""Folders that hold what a run did not make: it is never overwritten, written through or deleted, and is said.
+"""Folders that hold what a run did not make: it is never overwritten, written through or deleted, and is
+said.
 
-Each folder here is somebody's file, link, folder or pipe under a name that a run writes, that makes a saved model be read as
-another, or that is nothing to it. Begun in it or resumed in it: refused before anything is written, or the run does no harm.
+Each folder here is somebody's file, link, folder or pipe under a name that a run writes, that makes a saved
+model be read as another, or that is nothing to it. Begun in it or resumed in it: refused before anything is
+written, or the run does no harm.
 """
 
 import json
@@ -11,14 +13,14 @@ import stat
 from pathlib import Path
 
 import pytest
-import runs
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError
-from repsft_fast.training import made
-from repsft_fast.training.prints import Print
-from repsft_fast.training.rundir import RunFolder
+from repsft_fast.rundir import made, publish
+from repsft_fast.rundir.fingerprints import Fingerprint
+from repsft_fast.rundir.folder import RunFolder
 from repsft_fast.training.trainer import train
+from tests.helpers import runs
 
 SHORT = {"budget__updates": 2, "checkpoint__every_updates": 1, "stop__token_accuracy": None}
 LORA = {"model__lora": {"rank": 2, "merge": True}}
@@ -49,7 +51,11 @@ HARMLESS = (
 )  # fmt: skip
 HOSTILE = (
     [(name, kind) for name in WRITTEN for kind in KINDS if (name, kind) != (".lock", "empty")]
-    + [(name, kind) for name in SAVED for kind in ("file", "link", "dangling", "folder", "pipe", "second-name")]
+    + [
+        (name, kind)
+        for name in SAVED
+        for kind in ("file", "link", "dangling", "folder", "pipe", "second-name")
+    ]
     + [(name, "file") for name in READ_WITH_IT]
     + [(".run.png.part", "link"), (".run.yaml.1.tmp", "link"), (".metrics.jsonl.part", "folder")]
 )
@@ -57,12 +63,15 @@ assert len(HOSTILE) >= 60
 
 
 def everything(top):
-    """{path: what is there}: bytes of files, targets of links, kinds of all else. The texts of locks are nobody's."""
+    """{path: what is there}: bytes of files, targets of links, kinds of all else. The texts of locks are
+    nobody's."""
     found = {}
     for root, folders, files in os.walk(top):
         for path in (Path(root, name) for name in (*folders, *files)):
             mode = os.lstat(path).st_mode
-            content = os.readlink(path) if stat.S_ISLNK(mode) else path.read_bytes() if stat.S_ISREG(mode) else None
+            content = (
+                os.readlink(path) if stat.S_ISLNK(mode) else path.read_bytes() if stat.S_ISREG(mode) else None
+            )
             ours = path.name == ".lock" and stat.S_ISREG(mode) and content.startswith(b'{"pid": ')
             found[str(path.relative_to(top))] = (stat.S_IFMT(mode), None if ours else content)
     return found
@@ -117,12 +126,16 @@ def test_begun_in_somebodys_folder(name, kind, tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), HOSTILE, ids=lambda part: part)
 def test_somebody_put_it_into_a_run(name, kind, resumed, tmp_path):
-    """Where the run's file has its name, one with other bytes is taken for its own, if it is one that changes."""
+    """Where the run's file has its name, one with other bytes is taken for its own, if it is one that
+    changes."""
     config, folder = resumed
     put(folder / name, kind, tmp_path / "outside")
     before = everything(tmp_path)
     words, _ = enter(config, resume=True)
-    by_name = (name in WRITTEN[:4] and kind in ("file", "empty", "second-name")) or (name, kind) == ("checkpoints", "folder")
+    by_name = (name in WRITTEN[:4] and kind in ("file", "empty", "second-name")) or (name, kind) == (
+        "checkpoints",
+        "folder",
+    )
     cut = name in SAVED and kind == "empty"
     assert (words is None) == (by_name or cut), words
     assert words is None or name in words
@@ -178,7 +191,8 @@ def test_names_that_only_some_settings_write(name, changes, kind, tmp_path):
 
 
 class TestWholeRuns:
-    """The same through the front door: exit code 2 and nothing touched, or a run and nothing of others touched."""
+    """The same through the front door: exit code 2 and nothing touched, or a run and nothing of others
+    touched."""
 
     @pytest.mark.parametrize("name", ["slurm-4711.out", "config.yaml", "adapter"])
     def test_it_trains_beside_other_files_and_resumes(self, name, tmp_path):
@@ -191,7 +205,9 @@ class TestWholeRuns:
         assert {path: after[path] for path in before} == before
         assert made.whole(tmp_path / "run") is None
 
-    @pytest.mark.parametrize(("name", "kind"), [("adapter", "folder-link"), ("model.safetensors", "link"), ("run.png", "link")])
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("adapter", "folder-link"), ("model.safetensors", "link"), ("run.png", "link")]
+    )
     def test_nothing_is_written_through_a_link(self, name, kind, tmp_path):
         put(tmp_path / "run" / name, kind, tmp_path / "outside")
         settings = runs.settings(tmp_path, **SHORT, **LORA)
@@ -204,11 +220,15 @@ class TestWholeRuns:
         config, folder = resumed
         shutil.copy(folder / "adapter" / "adapter_model.safetensors", folder / "model.safetensors")
         before = everything(tmp_path)
-        with pytest.raises(ConfigError, match=r"model.safetensors \(not as the run wrote it\).* got .*; move them away"):
+        with pytest.raises(
+            ConfigError, match=r"model.safetensors \(not as the run wrote it\).* got .*; move them away"
+        ):
             train(config, resume=True)
         assert everything(tmp_path) == before
 
-    @pytest.mark.parametrize("gone", ["model.safetensors", "config.json", "adapter/adapter_model.safetensors"])
+    @pytest.mark.parametrize(
+        "gone", ["model.safetensors", "config.json", "adapter/adapter_model.safetensors"]
+    )
     def test_a_model_that_is_missing_is_written_again(self, gone, resumed):
         config, folder = resumed
         was = everything(folder)[gone]
@@ -223,7 +243,9 @@ class TestWhereTheFolderIs:
     """By what paths lead to: a run's folder that is, or would be written over, what the run reads."""
 
     @pytest.mark.parametrize("spelled", ["base", "./base", "base/../base", "linked", "other/../base/"])
-    @pytest.mark.parametrize("setting", ["model.path", "tokenizer.path", "model.lora.from", "data.cache_folder", "data.train"])
+    @pytest.mark.parametrize(
+        "setting", ["model.path", "tokenizer.path", "model.lora.from", "data.cache_folder", "data.train"]
+    )
     def test_the_folder_that_is_read(self, setting, spelled, tmp_path, monkeypatch):
         (tmp_path / "base").mkdir()
         (tmp_path / "other").mkdir()
@@ -234,7 +256,9 @@ class TestWhereTheFolderIs:
             settings["model"] = {"path": str(tmp_path / "other")}
         before = everything(tmp_path)
         for resume in (False, True):
-            words, _ = enter(Config.of(settings, {setting: str(tmp_path / "base"), "run.folder": spelled}), resume=resume)
+            words, _ = enter(
+                Config.of(settings, {setting: str(tmp_path / "base"), "run.folder": spelled}), resume=resume
+            )
             assert f"is the folder of {setting}" in words
         assert everything(tmp_path) == before
 
@@ -242,7 +266,9 @@ class TestWhereTheFolderIs:
         (tmp_path / "base").mkdir()
         settings = runs.settings(tmp_path)
         del settings["model"]["config"]
-        config = Config.of(settings, {"model.path": str(tmp_path / "base"), "run.folder": str(tmp_path / "base" / "run1")})
+        config = Config.of(
+            settings, {"model.path": str(tmp_path / "base"), "run.folder": str(tmp_path / "base" / "run1")}
+        )
         assert enter(config) == (None, [])
 
     def test_what_is_read_may_lie_in_the_runs_folder(self, tmp_path):
@@ -250,17 +276,26 @@ class TestWhereTheFolderIs:
         shutil.move(runs.write_samples(tmp_path / "x.jsonl", 8), tmp_path / "run" / "x.jsonl")
         settings = runs.settings(tmp_path)
         del settings["model"]["config"]
-        where = {"model.path": str(tmp_path / "run" / "base"), "data.train": str(tmp_path / "run" / "x.jsonl")}
+        where = {
+            "model.path": str(tmp_path / "run" / "base"),
+            "data.train": str(tmp_path / "run" / "x.jsonl"),
+        }
         assert enter(Config.of(settings, where)) == (None, ["base", "x.jsonl"])
 
     @pytest.mark.parametrize("where", ["adapter", "checkpoints/gen-00000001/hf"])
     def test_but_not_where_the_run_writes(self, where, resumed):
         config, folder = resumed
         config = Config.of(
-            {**config.to_dict(), "model": {"path": str(folder.parent), "lora": {"from": str(folder / where), "merge": True}}}
+            {
+                **config.to_dict(),
+                "model": {"path": str(folder.parent), "lora": {"from": str(folder / where), "merge": True}},
+            }
         )
         words, _ = enter(config, resume=True)
-        assert f"is where model.lora.from lies, under a name that the run writes itself ({where.split('/')[0]})" in words
+        assert (
+            f"is where model.lora.from lies, under a name that the run writes itself ({where.split('/')[0]})"
+            in words
+        )
 
     def test_rows_are_not_read_from_a_run(self, tmp_path):
         """The run's own metrics.jsonl would be rows of the next one, or of its own resume."""
@@ -269,7 +304,9 @@ class TestWhereTheFolderIs:
         inside = {"data.train": str(tmp_path / "rows"), "run.folder": str(tmp_path / "rows" / "runs" / "1")}
         assert "all of which is read" in enter(Config.of(settings, inside))[0]
         assert not (tmp_path / "rows" / "runs").exists()
-        assert enter(Config.of(settings, {**inside, "run.folder": str(tmp_path / "rows" / ".runs" / "1")})) == (None, [])
+        assert enter(
+            Config.of(settings, {**inside, "run.folder": str(tmp_path / "rows" / ".runs" / "1")})
+        ) == (None, [])
 
     @pytest.mark.parametrize(
         ("pattern", "mean"),
@@ -285,8 +322,13 @@ class TestWhereTheFolderIs:
 
     @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "adapter"])
     def test_a_cache_that_would_be_made_at_a_name_of_the_runs(self, name, tmp_path):
-        config = Config.of(runs.settings(tmp_path, **LORA), {"data.cache_folder": str(tmp_path / "run" / name)})
-        assert f"is where data.cache_folder lies, under a name that the run writes itself ({name})" in enter(config)[0]
+        config = Config.of(
+            runs.settings(tmp_path, **LORA), {"data.cache_folder": str(tmp_path / "run" / name)}
+        )
+        assert (
+            f"is where data.cache_folder lies, under a name that the run writes itself ({name})"
+            in enter(config)[0]
+        )
         assert not (tmp_path / "run").exists()
         inside = Config.of(config, {"data.cache_folder": str(tmp_path / "run" / "cache")})
         assert enter(inside) == (None, [])
@@ -398,15 +440,16 @@ class TestHostileRecords:
         assert enter(config, resume=True)[0] is None
 
     def test_a_record_that_claims_a_way_through_a_link(self, tmp_path):
-        """It says that a file below a link is the run's; with its print it would be deleted by the next publish."""
+        """It says that a file below a link is the run's; with its print it would be deleted by the next
+        publish."""
         folder, outside = tmp_path / "run", tmp_path / "outside"
         outside.mkdir(), folder.mkdir()
         (outside / "x").write_text("theirs")
         (folder / "sub").symlink_to(outside)
-        print_ = Print.of(outside / "x")
+        print_ = Fingerprint.of(outside / "x")
         made.Made(folder, models={".": {"sub/x": [print_]}}).write()
-        staged = made.stage(folder)
+        staged = publish.stage(folder)
         (staged / "config.json").write_text("{}")
-        made.publish(staged, folder)
+        publish.publish(staged, folder)
         assert (outside / "x").read_text() == "theirs"
         assert json.loads((folder / made.FILE).read_text())["models"]["."].keys() == {"config.json"}

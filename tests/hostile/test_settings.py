@@ -1,4 +1,5 @@
-"""Bad settings: every one is told, all at once, by name, with what was expected and what came; nothing else ever escapes."""
+"""Bad settings: every one is told, all at once, by name, with what was expected and what came; nothing else
+ever escapes."""
 
 import collections
 import time
@@ -7,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from byte_doors import GOOD_SETTINGS as LEAST_YAML
-from byte_doors import SettingsText, config_or_error
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from mutated_settings import MUTATIONS, drawn, mutated, said, same
 
-from repsft_fast.config import Config, page, setting_names
+from repsft_fast.config import Config, reference, setting_names
 from repsft_fast.errors import ConfigError
+from tests.hostile.byte_doors import GOOD_SETTINGS as LEAST_YAML
+from tests.hostile.byte_doors import SettingsText, config_or_error
+from tests.hostile.mutated_settings import MUTATIONS, drawn, mutated, said, same
 
 # Machines that run tests are often busy: no verdict by the clock.
 CALM = hypothesis_settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -70,7 +71,9 @@ class TestUnknownKeys:
 
     def test_in_the_environment(self):
         found = problems(environment={"REPSFT_OPTIM__LRR": "1", "REPSFT_NONSENSE": "1", "OTHER": "1"})
-        assert any("REPSFT_OPTIM__LRR" in problem and "did you mean optim.lr?" in problem for problem in found)
+        assert any(
+            "REPSFT_OPTIM__LRR" in problem and "did you mean optim.lr?" in problem for problem in found
+        )
         assert any("REPSFT_NONSENSE" in problem for problem in found)
         assert len(found) == 2
 
@@ -90,7 +93,9 @@ class TestAllAtOnce:
             "optim: {warmup_fracton: 1, lr: x}\nbatch: {samples: 0}\nevaluate: 3\n"
             "data: {train: a, validation: b, validation_fraction: 0.1}\n"
         )
-        found = "\n".join(problems({"loss.average": "sum"}, source=path, environment={"REPSFT_RUN__SEED": "-1"}))
+        found = "\n".join(
+            problems({"loss.average": "sum"}, source=path, environment={"REPSFT_RUN__SEED": "-1"})
+        )
         for piece in (
             "optim.warmup_fracton is not a setting",
             "optim.lr: cannot be used, expected a valid number, got x (run.yaml line 1)",
@@ -98,7 +103,10 @@ class TestAllAtOnce:
             "evaluate: is a section",
             "run.folder: is missing",
             "loss.average: cannot be used, expected 'sample' or 'token', got sum (overrides)",
-            "run.seed: cannot be used, expected greater than or equal to 0, got -1 (environment variable REPSFT_RUN__SEED)",
+            (
+                "run.seed: cannot be used, expected greater than or equal to 0, got -1 (environment variable"
+                " REPSFT_RUN__SEED)"
+            ),
             "data.validation_fraction: validation rows are given",
             "model: has neither path nor config",
             "budget: has no limit",
@@ -161,7 +169,9 @@ IMPOSSIBLE = {
 
 
 class TestWrongTypesAndValues:
-    @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+    @pytest.mark.parametrize(
+        ("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values]
+    )
     def test_is_told_by_name(self, name, value):
         found = problems({name: value})
         assert len(found) == 1
@@ -178,8 +188,14 @@ class TestContradictions:
         [
             ({"model.path": None}, "model"),
             ({"model.config": {"model_type": "llama"}}, "model"),
-            ({"model.path": None, "model.config": {"model_type": "llama"}, "model.init": "pretrained"}, "model.init"),
-            ({"model.path": None, "model.config": {"model_type": "llama"}, "data.format": "messages"}, "tokenizer.path"),
+            (
+                {"model.path": None, "model.config": {"model_type": "llama"}, "model.init": "pretrained"},
+                "model.init",
+            ),
+            (
+                {"model.path": None, "model.config": {"model_type": "llama"}, "data.format": "messages"},
+                "tokenizer.path",
+            ),
             ({"model.path": None, "model.config": {"a": 1}, "model.gguf_file": "x"}, "model.gguf_file"),
             ({"model.layer_kernels": "liger", "model.compile": True}, "model.layer_kernels"),
             ({"batch.samples": 4, "batch.tokens": 100}, "batch.tokens"),
@@ -204,12 +220,22 @@ class TestContradictions:
             ({**TASKS, "mixture.policy": "msft", "data.validation_fraction": 0}, "mixture.policy"),
             ({"mixture.policy": "sft", "data.task_column": "t"}, "mixture.policy"),
             (
-                {**TASKS, "data.validation_fraction": 0, "mixture.policy": "msft", "mixture.exclude_on": "saturation"},
+                {
+                    **TASKS,
+                    "data.validation_fraction": 0,
+                    "mixture.policy": "msft",
+                    "mixture.exclude_on": "saturation",
+                },
                 "mixture.policy",
             ),
             ({**TASKS, "mixture.policy": "msft", "mixture.compute_budget": 0.2}, "mixture.compute_budget"),
             (
-                {**TASKS, "mixture.policy": "msft", "mixture.exclude_on": "saturation", "stop.token_accuracy": None},
+                {
+                    **TASKS,
+                    "mixture.policy": "msft",
+                    "mixture.exclude_on": "saturation",
+                    "stop.token_accuracy": None,
+                },
                 "mixture.exclude_on",
             ),
             ({**TASKS, "mixture.weights": {"a": 0, "b": 0}}, "mixture.weights"),
@@ -323,8 +349,11 @@ class TestMutated:
         read = config_or_error(lambda: Config.of(path))
         assert time.process_time() - began < 1
         if isinstance(read, ConfigError):
-            places = ("run.yaml", *(f"{n}:" for n in (*setting_names(), *page.sections())))
-            assert all(any(place in problem for place in places) for problem in read.problems), (name, read.problems)
+            places = ("run.yaml", *(f"{n}:" for n in (*setting_names(), *reference.sections())))
+            assert all(any(place in problem for place in places) for problem in read.problems), (
+                name,
+                read.problems,
+            )
             return
         path.write_text(read.to_yaml(), encoding="utf-8")
         assert Config.of(path) == read
@@ -365,11 +394,16 @@ class TestNothingElseEscapes:
         config_or_error(lambda: Config.of({**LEAST, **values}))
 
     @CALM
-    @given(st.binary(max_size=80) | st.text(max_size=80).map(lambda text: (LEAST_YAML + text).encode("utf-8", "surrogatepass")))
+    @given(
+        st.binary(max_size=80)
+        | st.text(max_size=80).map(lambda text: (LEAST_YAML + text).encode("utf-8", "surrogatepass"))
+    )
     def test_any_file(self, tmp_path_factory, content):
         SettingsText(tmp_path_factory.mktemp("any"))(content)
 
     @CALM
     @given(st.sampled_from(setting_names()), st.text(max_size=20))
     def test_any_text_in_the_environment(self, name, text):
-        config_or_error(lambda: Config.of(LEAST, environment={"REPSFT_" + name.upper().replace(".", "__"): text}))
+        config_or_error(
+            lambda: Config.of(LEAST, environment={"REPSFT_" + name.upper().replace(".", "__"): text})
+        )

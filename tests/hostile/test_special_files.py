@@ -1,4 +1,5 @@
-"""No file that a path leads to is waited for or read without end: pipes, devices, sockets, folders, links to them, /proc."""
+"""No file that a path leads to is waited for or read without end: pipes, devices, sockets, folders, links to
+them, /proc."""
 
 import contextlib
 import json
@@ -22,7 +23,7 @@ from repsft_fast.data.template import find_template
 from repsft_fast.errors import ConfigError, DataError, ModelError, RepsftError, open_plain
 from repsft_fast.models.adapter_folder import AdapterFolder
 from repsft_fast.models.folder import check_model_files, check_tokenizer_files
-from repsft_fast.models.instead import other_file
+from repsft_fast.models.foreign_files import other_file
 
 SECONDS = 20  # of a busy machine; what is refused takes milliseconds
 WORDS = r"it is a|Is a directory|Too many levels|No such file"
@@ -50,7 +51,9 @@ MAKE = {
     "a file of the kernel": lambda path: path.symlink_to(KERNELS),
 }
 SPECIAL = pytest.mark.parametrize("kind", [kind for kind in MAKE if kind != "a folder"])
-WAITING = pytest.mark.parametrize("kind", ["a pipe", "a link to a pipe", "a socket", "an endless device", "a silent device"])
+WAITING = pytest.mark.parametrize(
+    "kind", ["a pipe", "a link to a pipe", "a socket", "an endless device", "a silent device"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -148,11 +151,15 @@ class TestSettings:
 
 class TestData:
     @WAITING
-    @pytest.mark.parametrize("end", [".jsonl", ".json", ".csv", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrow"])
+    @pytest.mark.parametrize(
+        "end", [".jsonl", ".json", ".csv", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrow"]
+    )
     def test_a_file_of_rows(self, tmp_path, kind, end):
         MAKE[kind](tmp_path / f"rows{end}")
         for named in (f"rows{end}", "rows*", [f"rows{end}"], {"task": f"rows{end}"}, "."):
-            with pytest.raises(DataError, match=rf"rows{end}: is a (named pipe|socket|device), expected a file; save it"):
+            with pytest.raises(
+                DataError, match=rf"rows{end}: is a (named pipe|socket|device), expected a file; save it"
+            ):
                 list_sources(named)
 
     def test_a_file_of_the_kernel(self, tmp_path):
@@ -176,11 +183,15 @@ class TestData:
             read_card(tmp_path / "data", "data", [])
 
     @WAITING
-    @pytest.mark.parametrize("file", ["state.json", "dataset_dict.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+    @pytest.mark.parametrize(
+        "file", ["state.json", "dataset_dict.json", "dataset_info.json", "data-00000-of-00001.arrow"]
+    )
     def test_a_saved_data_set(self, tmp_path, kind, file):
         folder = tmp_path / "saved"
         folder.mkdir()
-        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        (folder / "state.json").write_text(
+            json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+        )
         (folder / "dataset_info.json").write_text("{}")
         (folder / "data-00000-of-00001.arrow").write_bytes(b"")
         (folder / file).unlink(missing_ok=True)
@@ -200,7 +211,9 @@ class TestData:
     @SPECIAL
     def test_a_chat_template(self, tmp_path, kind):
         MAKE[kind](tmp_path / "chat.jinja")
-        with pytest.raises(DataError, match=r"tokenizer\.chat_template: is neither a template nor a readable file"):
+        with pytest.raises(
+            DataError, match=r"tokenizer\.chat_template: is neither a template nor a readable file"
+        ):
             find_template(None, str(tmp_path / "chat.jinja"))
 
     def test_an_enormous_chat_template(self, tmp_path):
@@ -227,7 +240,10 @@ class TestModels:
         (folder / file).parent.mkdir(parents=True)
         MAKE[kind](folder / file)
         for check in (check_model_files, check_tokenizer_files):
-            with pytest.raises(ModelError, match=rf"where {Path(file).name}: is a (named pipe|socket|device), expected a file"):
+            with pytest.raises(
+                ModelError,
+                match=rf"where {Path(file).name}: is a (named pipe|socket|device), expected a file",
+            ):
                 check(folder, "where")
 
     def test_what_no_library_opens_may_be_anything(self, tmp_path):

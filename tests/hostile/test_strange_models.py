@@ -9,7 +9,7 @@ import torch
 
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model, load_tokenizer
-from tests import tiny
+from tests.helpers import tiny
 
 
 class Bomb:
@@ -42,7 +42,8 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
-    """Code beside models is copied to a folder of this test alone, and forgotten after it: the name of its package is one."""
+    """Code beside models is copied to a folder of this test alone, and forgotten after it: the name of its
+    package is one."""
     folder = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
 
@@ -65,7 +66,8 @@ def test_code_beside_a_model_runs_only_when_asked_for_by_name(tmp_path, own_modu
     (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": auto}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto}))
     trace = tmp_path / "trace"
-    (folder / "strange.py").write_text(f"open({str(trace)!r}, 'w').close()\nraise SystemExit(7)\n")  # an exit is refused too
+    # an exit is refused too
+    (folder / "strange.py").write_text(f"open({str(trace)!r}, 'w').close()\nraise SystemExit(7)\n")
     for load in (load_model, load_tokenizer):
         with pytest.raises(ModelError, match=r"^(model|tokenizer)\.path config\.json: "):
             load(folder, trust_remote_code=asked)

@@ -5,13 +5,14 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from chat_tokenizers import CHATML, byte_level
 
 from repsft_fast.data import bounded
 from repsft_fast.data.load import DataSettings, load
 from repsft_fast.errors import DataError
+from tests.helpers.chat_tokenizers import CHATML, byte_level
 
 CONTENT = "secret of the row"
 ESCAPES = [
@@ -28,7 +29,10 @@ BROKEN = {
     "range": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
     "memory": ("{{ 'x' * 10**11 }}", "memory"),
     "doubling": (
-        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+        (
+            "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor"
+            " %}{{ ns.s }}"
+        ),
         "memory",
     ),
     "output": ("{{ 'x' * 3 * 10**6 }}", "output is larger"),
@@ -64,9 +68,16 @@ def _small_limits(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_child_is_left():
+    before = _children()  # of libraries, which keep a server for tests that came before
     yield
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert _children() <= before
+
+
+def _children() -> set[str]:
+    """Processes of this one, ended and not yet waited for among them."""
+    return {
+        one for task in Path("/proc/self/task").iterdir() for one in (task / "children").read_text().split()
+    }
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -89,7 +100,10 @@ def test_a_broken_template_is_named_in_bounded_time_and_memory(attempt, name):
 @pytest.mark.parametrize(
     "loop",
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{%"
+            " endfor %}{% endfor %}"
+        ),
         "{{ 7 ** (10 ** 9) }}",  # inside C code, where no Python signal handler runs
     ],
 )
@@ -104,8 +118,14 @@ def test_an_endless_loop_ends(attempt, monkeypatch, loop):
 def test_only_the_row_that_breaks_a_limit_is_named(attempt, monkeypatch, tmp_path):
     """A template may behave for a thousand rows: every row runs under the limits, not a first probe only."""
     monkeypatch.setattr(bounded, "MAX_SECONDS", 0.5)
-    template = "{% if 'loop' in messages[0].content %}{{ 7 ** (10 ** (5 + messages[0].content | length)) }}{% endif %}" + CHATML
-    rows = [{"messages": [{"role": "user", "content": f"row {n}"}, {"role": "assistant", "content": "a"}]} for n in range(50)]
+    template = (
+        "{% if 'loop' in messages[0].content %}{{ 7 ** (10 ** (5 + messages[0].content | length)) }}{%"
+        " endif %}" + CHATML
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": f"row {n}"}, {"role": "assistant", "content": "a"}]}
+        for n in range(50)
+    ]
     rows[37]["messages"][0]["content"] = "loop"
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -118,7 +138,8 @@ def test_only_the_row_that_breaks_a_limit_is_named(attempt, monkeypatch, tmp_pat
     [
         (
             CHATML.replace(
-                "{{ '<|im_start|>' + message.role", "{% if message.role == 'user' %}{{ '<|im_start|>' + message.role"
+                "{{ '<|im_start|>' + message.role",
+                "{% if message.role == 'user' %}{{ '<|im_start|>' + message.role",
             ).replace("{% endfor %}", "{% endif %}{% endfor %}"),
             "does not continue",
         ),
@@ -127,7 +148,10 @@ def test_only_the_row_that_breaks_a_limit_is_named(attempt, monkeypatch, tmp_pat
             "turn 2, field 'content': the chat template drops",
         ),
         ("{# #}constant<|im_end|>", "drops or changes"),
-        (CHATML.replace("message.content", "message.content[:3]"), "drops or changes the assistant's text.*'answer'"),
+        (
+            CHATML.replace("message.content", "message.content[:3]"),
+            "drops or changes the assistant's text.*'answer'",
+        ),
         (CHATML.replace("message.content", "message.content | upper"), "drops or changes"),
         ("{{ messages | length }}" + CHATML, "does not continue its generation prompt"),
     ],

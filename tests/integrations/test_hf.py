@@ -1,7 +1,7 @@
-"""The mixin against the losses of the trainers it is put into: Hugging Face's Trainer and TRL's SFTTrainer."""
+"""The mixin against the losses of the trainers it is put into: Hugging Face's Trainer and TRL's
+SFTTrainer."""
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Trainer, TrainingArguments
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Train
 from repsft_fast.errors import ConfigError, ModelError
 from repsft_fast.integrations.hf import FusedHeadMixin, extend_forward
 from repsft_fast.ops import products
+from tests.helpers import tiny
 
 SIZES = {name: value for name, value in tiny.config("llama").to_dict().items() if name in tiny._SIZES}
 LENGTHS = (9, 5, 14, 7, 11, 6, 8, 12)
@@ -20,7 +21,9 @@ class Fast(FusedHeadMixin, Trainer):
 
 def model(name="llama", dtype=torch.float64, **changes):
     torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(tiny.config(name, **changes), dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_config(
+        tiny.config(name, **changes), dtype=dtype, attn_implementation="eager"
+    )
 
 
 def rows(prompt=2):
@@ -51,7 +54,13 @@ def build(kind, folder, its_model=None, data=None, **changes):
         }
     )  # fmt: skip
     data = Dataset.from_list(rows() if data is None else data)
-    return kind(model=its_model or model(), args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
+    return kind(
+        model=its_model or model(),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+    )
 
 
 def losses(trainer):
@@ -80,7 +89,10 @@ class TestTrainer:
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_a_run_logs_the_same_losses_and_ends_at_the_same_weights(self, tmp_path, accumulation):
-        trainers = [build(kind, tmp_path, gradient_accumulation_steps=accumulation, optim="sgd") for kind in (Trainer, Fast)]
+        trainers = [
+            build(kind, tmp_path, gradient_accumulation_steps=accumulation, optim="sgd")
+            for kind in (Trainer, Fast)
+        ]
         theirs, ours = (losses(trainer) for trainer in trainers)
         assert len(theirs) == 2
         close(ours, theirs, rtol=1e-5)
@@ -106,7 +118,9 @@ class TestTrainer:
     def test_evaluation_gives_their_loss_and_exact_counts_without_logits(self, tmp_path, monkeypatch):
         theirs = build(Trainer, tmp_path).evaluate()
         trainer = build(Fast, tmp_path)
-        monkeypatch.setattr(products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient in evaluation"))
+        monkeypatch.setattr(
+            products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient in evaluation")
+        )
         monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("full logits"))
         ours = trainer.evaluate()
         assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
@@ -136,7 +150,9 @@ class TestTrainer:
         one[1:] = -100
         one[0, :8] = -100  # a single trained token
         batch["labels"] = one
-        theirs, ours = (t.compute_loss(t.model, dict(batch)).item() for t in (build(Trainer, tmp_path), trainer))
+        theirs, ours = (
+            t.compute_loss(t.model, dict(batch)).item() for t in (build(Trainer, tmp_path), trainer)
+        )
         assert ours == pytest.approx(theirs, rel=1e-6)
 
     @pytest.mark.parametrize("kind", ["tied", "soft-capped", "scaled"])
@@ -148,7 +164,9 @@ class TestTrainer:
                 case "tied":
                     its = model("llama-tied")
                 case "soft-capped":
-                    its = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=0.5, head_dim=8))
+                    its = AutoModelForCausalLM.from_config(
+                        Gemma2Config(**SIZES, final_logit_softcapping=0.5, head_dim=8)
+                    )
                 case "scaled":
                     its = AutoModelForCausalLM.from_config(CohereConfig(**SIZES, logit_scale=0.3))
             pair.append(build(trainer, tmp_path, its))
@@ -173,7 +191,10 @@ class TestTrainer:
 class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "message"),
-        [({"label_smoothing_factor": 0.1}, "label smoothing"), ({"use_liger_kernel": True}, "use_liger_kernel")],
+        [
+            ({"label_smoothing_factor": 0.1}, "label smoothing"),
+            ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ],
     )
     def test_what_needs_full_logits_is_refused_when_built(self, tmp_path, changes, message):
         with pytest.raises(ConfigError, match=message):
@@ -186,7 +207,9 @@ class TestRefusals:
 
     def test_a_head_that_is_more_than_a_linear_layer_is_refused(self):
         peft = pytest.importorskip("peft")
-        adapted = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["lm_head"], r=2, task_type="CAUSAL_LM"))
+        adapted = peft.get_peft_model(
+            model(), peft.LoraConfig(target_modules=["lm_head"], r=2, task_type="CAUSAL_LM")
+        )
         with pytest.raises(ModelError, match="plain linear layer"):
             extend_forward(adapted.get_base_model())
 
@@ -209,7 +232,9 @@ def test_lora_on_the_backbone_trains_with_the_fused_head(tmp_path):
     results = []
     for kind in (Trainer, Fast):
         torch.manual_seed(0)
-        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+        config = peft.LoraConfig(
+            target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False
+        )
         trainer = build(kind, tmp_path, peft.get_peft_model(model(), config))
         results.append(losses(trainer))
         assert all(p.grad is None for p in trainer.model.get_base_model().lm_head.parameters())
@@ -221,7 +246,7 @@ class TestSftTrainer:
 
     def build(self, kind, folder, **changes):
         trl = pytest.importorskip("trl")
-        from chat_tokenizers import byte_level
+        from tests.helpers.chat_tokenizers import byte_level
 
         arguments = trl.SFTConfig(
             **{
@@ -232,7 +257,13 @@ class TestSftTrainer:
             }
         )  # fmt: skip
         data = Dataset.from_list(rows())
-        return kind(model=model(), args=arguments, train_dataset=data, eval_dataset=data, processing_class=byte_level())
+        return kind(
+            model=model(),
+            args=arguments,
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=byte_level(),
+        )
 
     def kinds(self):
         trl = pytest.importorskip("trl")
@@ -263,7 +294,9 @@ class TestSftTrainer:
 
     def test_evaluation_is_theirs(self, tmp_path):
         """One batch, where the mean of batches' means is the mean."""
-        theirs, ours = (self.build(kind, tmp_path, per_device_eval_batch_size=8).evaluate() for kind in self.kinds())
+        theirs, ours = (
+            self.build(kind, tmp_path, per_device_eval_batch_size=8).evaluate() for kind in self.kinds()
+        )
         assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
         assert ours["eval_token_accuracy"] == pytest.approx(theirs["eval_mean_token_accuracy"], rel=1e-6)
 

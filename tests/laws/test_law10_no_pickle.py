@@ -34,7 +34,9 @@ def violations(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
                 found += _forbidden_module(alias.name, node.lineno)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
@@ -49,7 +51,8 @@ def violations(source: str) -> list[str]:
                 found.append(f"line {node.lineno}: {full}")
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
-                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None  # None: not known here
+                # None: not known here
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 if (keyword.arg in TRUE_IS_PICKLE and value is not False) or (
                     keyword.arg in FALSE_IS_PICKLE and value is False
                 ):

@@ -1,4 +1,5 @@
-"""Law 11: equal row statistics give bit-equal segment sums in any row order; with fixed chunking a call is bit-reproducible."""
+"""Law 11: equal row statistics give bit-equal segment sums in any row order; with fixed chunking a call is
+bit-reproducible."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
-from repsft_fast.stats import RowStats, TokenStats
+from repsft_fast.stats import PositionStats, TokenStats
 
 FIELDS = ("loss", "correct", "entropy", "top1_probability", "margin", "log10_miss")
 
@@ -15,11 +16,16 @@ def head_inputs(n=400, width=16, vocabulary=700, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, width, generator=generator)
     head = torch.randn(vocabulary, width, generator=generator)
-    return hidden, head, torch.randint(vocabulary, (n,), generator=generator), torch.rand(n, generator=generator)
+    return (
+        hidden,
+        head,
+        torch.randint(vocabulary, (n,), generator=generator),
+        torch.rand(n, generator=generator),
+    )
 
 
-def taken(stats: RowStats, index: torch.Tensor) -> RowStats:
-    return RowStats(**{name: getattr(stats, name)[index] for name in FIELDS})
+def taken(stats: PositionStats, index: torch.Tensor) -> PositionStats:
+    return PositionStats(**{name: getattr(stats, name)[index] for name in FIELDS})
 
 
 @settings(max_examples=40, deadline=None)
@@ -28,22 +34,28 @@ def test_any_row_order_and_any_split_give_the_same_bits(seed, segments):
     _, stats = linear_cross_entropy(*head_inputs(seed=seed % 7))
     generator = torch.Generator().manual_seed(seed)
     owner = torch.randint(segments, (400,), generator=generator)
-    whole = stats.by(owner, segments)
+    whole = stats.sum_by(owner, segments)
     order = torch.randperm(400, generator=generator)
-    assert torch.equal(taken(stats, order).by(owner[order], segments).table, whole.table)
+    assert torch.equal(taken(stats, order).sum_by(owner[order], segments).table, whole.table)
     cut = int(torch.randint(0, 401, (), generator=generator))
-    parts = [taken(stats, part).by(owner[part], segments) for part in (order[:cut], order[cut:])]
+    parts = [taken(stats, part).sum_by(owner[part], segments) for part in (order[:cut], order[cut:])]
     assert torch.equal((parts[1] + parts[0]).table, whole.table)
 
 
 def test_the_sums_are_those_of_exact_arithmetic():
     _, stats = linear_cross_entropy(*head_inputs())
     owner = torch.arange(400) % 3
-    sums = stats.by(owner, 3)
-    for name, error in (("loss", 2.0**-32), ("entropy", 2.0**-32), ("margin", 2.0**-24), ("log10_miss", 2.0**-32)):
+    sums = stats.sum_by(owner, 3)
+    for name, error in (
+        ("loss", 2.0**-32),
+        ("entropy", 2.0**-32),
+        ("margin", 2.0**-24),
+        ("log10_miss", 2.0**-32),
+    ):
         for segment in range(3):
             exact = getattr(stats, name)[owner == segment].double().sum().item()
-            assert abs(sums.column(name)[segment].item() - exact) <= 134 * error  # half a unit of fixed point a row
+            # half a unit of fixed point a row
+            assert abs(sums.column(name)[segment].item() - exact) <= 134 * error
     assert sums.total.tolist() == [134, 133, 133]
     assert sums.correct.tolist() == [int(stats.correct[owner == s].sum()) for s in range(3)]
     assert sums.correct.dtype == torch.int64
@@ -54,7 +66,7 @@ def test_every_token_of_a_sample_correct():
     targets[::2] = (hidden @ head.T).argmax(1)[::2]
     _, stats = linear_cross_entropy(hidden, head, targets, weights)
     owner = torch.where(stats.correct, 0, 1)
-    sums = stats.by(owner, 3)
+    sums = stats.sum_by(owner, 3)
     assert sums.all_correct.tolist() == [True, False, False]
     assert torch.equal(sums.table + TokenStats.zeros(3).table, sums.table)
 

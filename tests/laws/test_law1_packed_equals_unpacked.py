@@ -1,10 +1,11 @@
-"""Law 1: per-token loss and gradients of a row equal those of its samples alone; one document changes no other."""
+"""Law 1: per-token loss and gradients of a row equal those of its samples alone; one document changes no
+other."""
 
 import pytest
-import tiny
 import torch
 
 from repsft_fast.models import load_model
+from tests.helpers import tiny
 
 LENGTHS = (5, 17, 1, 9, 9, 30)  # shorter and longer than Olmo3's window, equal ones, a single position
 
@@ -17,7 +18,7 @@ def build(name, dtype=torch.float64, **options):
 def losses(model, samples, **options):
     row = tiny.row(samples, prompt=1, **options)
     _, stats = model.loss(row)
-    return [stats.loss[row.row_segments == i] for i in range(len(samples))]
+    return [stats.loss[row.position_segments == i] for i in range(len(samples))]
 
 
 def gradients(model, rows):
@@ -56,7 +57,9 @@ def test_losses_equal_transformers_own_forward(name, attention, bound):
     from transformers import AutoModelForCausalLM
 
     model = build(name)
-    plain = AutoModelForCausalLM.from_config(tiny.config(name), attn_implementation=attention, dtype=torch.float64)
+    plain = AutoModelForCausalLM.from_config(
+        tiny.config(name), attn_implementation=attention, dtype=torch.float64
+    )
     plain.load_state_dict(model.state_dict())
     samples = tiny.documents(LENGTHS)
     with torch.no_grad():

@@ -1,14 +1,14 @@
-"""Law 2, at the model: the gradient of an update is that of its samples, however they are cut into rows and ranks."""
+"""Law 2, at the model: the gradient of an update is that of its samples, however they are cut into rows and
+ranks."""
 
 import copy
 
 import pytest
-import ranks
-import tiny
 import torch
 
 from repsft_fast.distributed import full_tensor, shard
 from repsft_fast.models import load_model
+from tests.helpers import ranks, tiny
 
 LENGTHS = tuple(torch.randint(2, 60, (16,), generator=torch.Generator().manual_seed(3)).tolist())
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -20,13 +20,17 @@ def build(name, dtype):
 
 
 def update(parts, *, length=None, average="sample"):
-    """The rows of one update of all samples, cut into `parts` rows (some of unequal size), all with one denominator."""
+    """The rows of one update of all samples, cut into `parts` rows (some of unequal size), all with one
+    denominator."""
     samples = tiny.documents(LENGTHS)
     denominator = len(samples) if average == "sample" else sum(n - 2 for n in LENGTHS)
     numbers = list(range(len(samples)))
     cut = [numbers[part::parts] for part in range(parts)]
     return [
-        tiny.row([samples[i] for i in part], denominator=denominator, prompt=1, length=length, average=average) for part in cut
+        tiny.row(
+            [samples[i] for i in part], denominator=denominator, prompt=1, length=length, average=average
+        )
+        for part in cut
     ]
 
 
@@ -39,7 +43,10 @@ def gradients(model, rows):
 
 def worst(got, expected):
     assert got.keys() == expected.keys()
-    return max(((got[n].double() - expected[n].double()).norm() / expected[n].double().norm()).item() for n in expected)
+    return max(
+        ((got[n].double() - expected[n].double()).norm() / expected[n].double().norm()).item()
+        for n in expected
+    )
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -85,7 +92,9 @@ def on_rank(world, name, dtype, parts):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "olmo3"])
-@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 4), (torch.float64, 4), (torch.float64, 3), (torch.float64, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [(torch.float32, 4), (torch.float64, 4), (torch.float64, 3), (torch.float64, 1)]
+)
 def test_two_ranks_do_not_change_the_gradient(name, dtype, parts):
     expected = gradients(build(name, dtype), update(1))
     for answer in ranks.run_ranks(on_rank, name, dtype, parts):

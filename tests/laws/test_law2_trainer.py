@@ -1,12 +1,13 @@
-"""Law 2 in the trainer: row length, buckets and order inside the update change weights after SGD by less than 1e-6 relative."""
+"""Law 2 in the trainer: row length, buckets and order inside the update change weights after SGD by less than
+1e-6 relative."""
 
 import pytest
 import torch
 
 from repsft_fast.config import Config
-from repsft_fast.training.parts import build
+from repsft_fast.training.build import build
 from repsft_fast.training.step import train_step
-from tests import runs
+from tests.helpers import runs
 
 
 def weights_after(folder, updates=3, **changes):
@@ -14,13 +15,18 @@ def weights_after(folder, updates=3, **changes):
     epoch = parts.plan.epoch(0, 0)
     for n in range(updates):
         train_step(parts, epoch[n])
-        parts.progress.step_done(parts.work_of(epoch[n]), len(epoch))
+        parts.step_done(epoch[n], len(epoch))
     return {name: p.detach().clone() for name, p in parts.model.named_parameters()}, parts
 
 
 @pytest.mark.parametrize("average", ["sample", "token"])
 @pytest.mark.parametrize(
-    "changes", [{"batch__row_tokens": 20}, {"batch__row_tokens": 33}, {"batch__row_tokens": 128, "batch__bucket_tokens": 64}]
+    "changes",
+    [
+        {"batch__row_tokens": 20},
+        {"batch__row_tokens": 33},
+        {"batch__row_tokens": 128, "batch__bucket_tokens": 64},
+    ],
 )
 def test_rows_do_not_change_the_weights(tmp_path, average, changes):
     one, _ = weights_after(tmp_path, loss__average=average)

@@ -1,4 +1,5 @@
-"""Law 2, on the host: an update's denominator and token weights do not know how it is cut into rows or spread over ranks."""
+"""Law 2, on the host: an update's denominator and token weights do not know how it is cut into rows or spread
+over ranks."""
 
 import math
 from fractions import Fraction
@@ -26,17 +27,20 @@ def data_sets(draw):
 
 
 def token_weights(store: TokenStore, epoch, average: str, scale: float = 1.0):
-    """Per update its denominator and, by (sample, position), every token weight: float64 and as the rows have it in fp32."""
+    """Per update its denominator and, by (sample, position), every token weight: float64 and as the rows have
+    it in fp32."""
     updates = []
     for update in epoch:
         exact, rounded = {}, {}
         for planned in (row for rows in update.ranks for row in rows):
             row = store.row(planned, denominator=update.denominator, average=average, scale=scale)
-            weights = store.token_weights(planned.samples, denominator=update.denominator, average=average, scale=scale)
+            weights = store.token_weights(
+                planned.samples, denominator=update.denominator, average=average, scale=scale
+            )
             for at in range(planned.padded_tokens):
-                if at not in row.trained_rows.tolist():
+                if at not in row.trained_positions.tolist():
                     assert row.weights[at] == 0.0
-            for at, segment in zip(row.trained_rows.tolist(), row.row_segments.tolist()):
+            for at, segment in zip(row.trained_positions.tolist(), row.position_segments.tolist()):
                 token = (row.samples[segment], int(row.positions[0, at]))
                 assert token not in exact
                 exact[token] = weights[segment]
@@ -76,10 +80,14 @@ def test_no_split_changes_a_bit_of_them(samples, batch_samples, average, data):
 def test_they_are_what_the_average_says(samples, average):
     """In exact fractions: an update's loss is the weighted mean over samples, or over tokens."""
     store = TokenStore(samples, "cpu")
-    epoch = Plan(store.index, seed=1, row_tokens=64, bucket_tokens=8, batch_samples=5, average=average).epoch(0, 0)
+    epoch = Plan(store.index, seed=1, row_tokens=64, bucket_tokens=8, batch_samples=5, average=average).epoch(
+        0, 0
+    )
     for update, (denominator, exact, _) in zip(epoch, token_weights(store, epoch, average)):
         members = [samples[i] for i in update.samples.tolist()]
-        trains = [sample.num_trained if average == "token" else min(sample.num_trained, 1) for sample in members]
+        trains = [
+            sample.num_trained if average == "token" else min(sample.num_trained, 1) for sample in members
+        ]
         total = sum(Fraction(sample.weight) * n for sample, n in zip(members, trains))
         assert denominator == pytest.approx(float(total), rel=1e-15)
         for (i, _), weight in exact.items():
@@ -91,7 +99,9 @@ def test_they_are_what_the_average_says(samples, average):
 @given(data_sets(), st.sampled_from(["sample", "token"]))
 def test_the_weights_of_an_update_sum_to_one_so_a_constant_loss_is_itself(samples, average):
     store = TokenStore(samples, "cpu")
-    epoch = Plan(store.index, seed=1, row_tokens=64, bucket_tokens=8, batch_samples=5, ranks=2, average=average).epoch(0, 0)
+    epoch = Plan(
+        store.index, seed=1, row_tokens=64, bucket_tokens=8, batch_samples=5, ranks=2, average=average
+    ).epoch(0, 0)
     for denominator, exact, _ in token_weights(store, epoch, average):
         assert math.fsum(exact.values()) == pytest.approx(1.0 if denominator else 0.0, rel=1e-14)
 
@@ -99,7 +109,8 @@ def test_the_weights_of_an_update_sum_to_one_so_a_constant_loss_is_itself(sample
 @pytest.mark.parametrize("average", ["sample", "token"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_scaling_by_the_world_size_is_exactly_undone_by_the_mean_over_ranks(average, ranks):
-    """FSDP2 averages gradients over ranks, so the weights carry the world size; a power of two costs no rounding."""
+    """FSDP2 averages gradients over ranks, so the weights carry the world size; a power of two costs no
+    rounding."""
     samples = [Sample([1] * (n + 1), [False] + [True] * n, weight=1 + n / 7) for n in range(1, 30)]
     store = TokenStore(samples, "cpu")
     plan = Plan(store.index, seed=0, row_tokens=64, bucket_tokens=8, ranks=ranks, average=average)

@@ -1,7 +1,9 @@
-"""Law 3: RMS error against float64 at most 1.5 × that of plain torch in the same dtype, every output and every gradient.
+"""Law 3: RMS error against float64 at most 1.5 × that of plain torch in the same dtype, every output and
+every gradient.
 
-Maximum errors of one correct kernel swing by a factor of ten, so the root of the mean square over at least 10⁴ elements is
-compared. The floor is one part in 10⁹ of the truth's own size, for outputs where plain torch happens to be exact.
+Maximum errors of one correct kernel swing by a factor of ten, so the root of the mean square over at least
+10⁴ elements is compared. The floor is one part in 10⁹ of the truth's own size, for outputs where plain torch
+happens to be exact.
 """
 
 import math
@@ -9,11 +11,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import interpret
-from plain_rows import OUTPUTS, capped, plain_rows
 
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import cross_entropy_rows, linear_cross_entropy_reference
+from tests.helpers.interpreter import interpret
+from tests.helpers.plain_rows import OUTPUTS, capped, plain_rows
 
 ALLOWED = 1.5
 FLOOR = 1e-9
@@ -24,8 +26,11 @@ def rms(values: torch.Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-def hold(name: str, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, at_least: int = ELEMENTS) -> None:
-    """Ours may err 1.5 × as much as plain torch. Rows where plain torch is not even finite are held to the others' error."""
+def hold(
+    name: str, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, at_least: int = ELEMENTS
+) -> None:
+    """Ours may err 1.5 × as much as plain torch. Rows where plain torch is not even finite are held to the
+    others' error."""
     assert truth.numel() >= at_least
     assert ours.isfinite().all()
     usable = plain.isfinite()
@@ -75,7 +80,8 @@ def test_the_torch_path(shape, softcap):
     hold("hidden gradient", hidden.grad, plain_hidden.grad, grad_hidden)
     if head.numel() >= ELEMENTS:
         hold("head gradient", head.grad, plain_head.grad, grad_head)
-    assert abs(loss.item() - truth.item()) <= 1e-6 * truth.item()  # 10⁴ fp32 losses: pairwise sums keep eps · log₂(n)
+    # 10⁴ fp32 losses: pairwise sums keep eps · log₂(n)
+    assert abs(loss.item() - truth.item()) <= 1e-6 * truth.item()
     ties = stats.margin < 1e-4  # nearer than the rounding of the logits, either may lead
     assert torch.equal(ours.correct[~ties], stats.correct[~ties])
     if softcap is None:
@@ -102,7 +108,8 @@ def test_the_torch_path_in_half_precision(dtype):
     hold("head gradient", head.grad, plain_head.grad, grad_head)
 
 
-INTERPRETED_ROWS = 400  # 10 ms a row: the gradients have their 10⁴ elements, the row outputs make do with these
+# 10 ms a row: the gradients have their 10⁴ elements, the row outputs make do with these
+INTERPRETED_ROWS = 400
 
 
 @pytest.mark.parametrize("spread", [1.0, 6.0])
@@ -118,7 +125,9 @@ def test_the_triton_row_kernel_in_the_interpreter(count, vocabulary, dtype, spre
     logits = (spread * torch.randn(count, vocabulary, generator=generator)).to(dtype)
     best = logits.argmax(1)
     targets = torch.where(
-        torch.rand(count, generator=generator) < 0.5, best, torch.randint(vocabulary, (count,), generator=generator)
+        torch.rand(count, generator=generator) < 0.5,
+        best,
+        torch.randint(vocabulary, (count,), generator=generator),
     )
     weights = torch.rand(count, generator=generator)
     _, stats, gradient = cross_entropy_rows(logits.double(), targets, weights.double())

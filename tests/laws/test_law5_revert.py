@@ -1,11 +1,12 @@
-"""Law 5: snapshot, run on, revert, run again gives the same losses and the same state hash, bit for bit, from every tier."""
+"""Law 5: snapshot, run on, revert, run again gives the same losses and the same state hash, bit for bit, from
+every tier."""
 
 import pytest
-from toy_state import Toy
 
 from repsft_fast.errors import SnapshotError
 from repsft_fast.snapshot import SnapshotPool
 from repsft_fast.state import RunState
+from tests.helpers.toy_state import Toy
 
 GIB = 1 << 30
 
@@ -13,7 +14,9 @@ GIB = 1 << 30
 def pool_for(toy, tier, folder):
     one = SnapshotPool(toy.state.tensors(), device_bytes=GIB, pinned_bytes=0, keep=1).bytes_each
     device = {"device": GIB, "moved to disk": one, "disk": 0}[tier]
-    return SnapshotPool(toy.state.tensors(), device_bytes=device, pinned_bytes=0, disk_bytes=GIB, disk_folder=folder, keep=3)
+    return SnapshotPool(
+        toy.state.tensors(), device_bytes=device, pinned_bytes=0, disk_bytes=GIB, disk_folder=folder, keep=3
+    )
 
 
 @pytest.mark.parametrize("tier", ["device", "moved to disk", "disk"])

@@ -1,17 +1,12 @@
-"""Law 6, of budgets: a run whose budget is raised on --resume equals, bit for bit, the run that had it all along."""
+"""Law 6, of budgets: a run whose budget is raised on --resume equals, bit for bit, the run that had it all
+along."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "crash")]
-
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
+from tests.helpers import run_jobs, runs
 
 OPEN = {"stop__token_accuracy": None}
 STAGES = {
@@ -51,15 +46,8 @@ SCENARIOS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(run_jobs.PRELOAD, [str(HERE), str(HERE.parent)])
-    yield started
-    started.close()
-
-
 def job(server, settings, **more):
-    outcome = server.run("run_jobs:train", {"settings": settings, **more})
+    outcome = server.run("tests.helpers.run_jobs:train", {"settings": settings, **more})
     return outcome, (outcome.result, lines(settings))
 
 
@@ -94,7 +82,9 @@ def test_a_raised_budget_equals_the_larger_one_from_the_start(scenario, server, 
 
 
 def raw(settings):
-    return [json.loads(line) for line in Path(settings["run"]["folder"], "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in Path(settings["run"]["folder"], "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_twice_raised(server, tmp_path):
@@ -110,11 +100,19 @@ def test_twice_raised(server, tmp_path):
 
 def test_resumed_from_before_the_decay_it_can_still_be_raised(server, tmp_path):
     """That checkpoint was made before it had a number that it could hold; newer ones do not push it out."""
-    changes = {**OPEN, "optim__warmup_updates": 1, "schedule__decay_fraction": 0.5, "checkpoint__keep_last": 1}
+    changes = {
+        **OPEN,
+        "optim__warmup_updates": 1,
+        "schedule__decay_fraction": 0.5,
+        "checkpoint__keep_last": 1,
+    }
     short = runs.settings(tmp_path / "short", **changes, **within({"updates": 20}))
     outcome, _ = job(server, short, kill_after=17)
     assert outcome.killed
-    assert job(server, {**short, "checkpoint": {"keep_last": 1, "every_updates": 2}}, resume=True)[0].exit_code == 0
+    assert (
+        job(server, {**short, "checkpoint": {"keep_last": 1, "every_updates": 2}}, resume=True)[0].exit_code
+        == 0
+    )
     outcome, found = job(server, {**short, "budget": {"updates": 40}}, resume=True)
     assert outcome.exit_code == 0, outcome.output
     assert found == job(server, runs.settings(tmp_path / "whole", **changes, **within({"updates": 40})))[1]
@@ -128,7 +126,9 @@ def test_raised_then_killed_and_resumed_within_the_warm_up_it_would_have_had(ser
     assert job(server, longer, resume=True, kill_after=7)[0].killed
     outcome, found = job(server, longer, resume=True)
     assert outcome.exit_code == 0, outcome.output
-    same = runs.settings(tmp_path / "whole", **{**OPEN, "optim__warmup_updates": 2, **within({"updates": 60})})
+    same = runs.settings(
+        tmp_path / "whole", **{**OPEN, "optim__warmup_updates": 2, **within({"updates": 60})}
+    )
     assert found == job(server, same)[1]
 
 
@@ -140,6 +140,8 @@ def test_the_warm_up_stays_what_it_was(server, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     notes = run_jobs.notes(short["run"]["folder"])
     assert any("warm-up stays at 2 updates" in note and "12" in note for note in notes), notes
-    same = runs.settings(tmp_path / "whole", **{**OPEN, "optim__warmup_updates": 2, **within({"updates": 60})})
+    same = runs.settings(
+        tmp_path / "whole", **{**OPEN, "optim__warmup_updates": 2, **within({"updates": 60})}
+    )
     _, expected = job(server, same)
     assert found == expected

@@ -1,27 +1,21 @@
-"""Law 6: kill -9 at any moment, resume: the run equals the uninterrupted one in losses, decisions and state hash."""
+"""Law 6: kill -9 at any moment, resume: the run equals the uninterrupted one in losses, decisions and state
+hash."""
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
 from repsft_fast.checkpoint import newest
-
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "crash")]
-
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
+from tests.helpers import run_jobs, runs
 
 MIXTURE = {
     "samples": 36, "tasks": 3, "data__validation_fraction": 0.25, "budget__epochs": 6, "stop__token_accuracy": None,
     "optim__lr": 3e-2, "mixture__metric": "nll", "mixture__rule": "paper",
 }  # fmt: skip
 LORA = {"rank": 4, "dropout": 0.2}
-# name: settings, updates after which the process is killed (counted over all branches), an event that lies before the last kill
+# name: settings, updates after which the process is killed (counted over all branches), an event that lies
+# before the last kill
 SCENARIOS = {
     "plain": ({"stop__token_accuracy": 0.4, "budget__epochs": 30}, (8, 15), "epoch"),
     "before the first checkpoint": ({}, (1, 2), None),
@@ -49,17 +43,11 @@ SCENARIOS = {
     ),
     "reverted for a NaN": ({"numbers__on_nonfinite": "revert", "log__every_updates": 2}, (12, 17), "revert"),
     "memorised rows left out": (
-        {"loss__skip_below": 0.97, "optim__lr": 3e-2, "budget__epochs": 4}, (9, 16), "epoch",  # the guess is below 1 at both
+        # the guess is below 1 at both
+        {"loss__skip_below": 0.97, "optim__lr": 3e-2, "budget__epochs": 4}, (9, 16), "epoch",
     ),
     "out of memory, retried": ({"numbers__on_out_of_memory": "retry", "batch__samples": 8}, (5, 8), "epoch"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(run_jobs.PRELOAD, [str(HERE), str(HERE.parent)])
-    yield started
-    started.close()
 
 
 def settings_of(folder, changes, every=3):
@@ -68,13 +56,13 @@ def settings_of(folder, changes, every=3):
 
 
 def whole(server, settings, **more):
-    outcome = server.run("run_jobs:train", {"settings": settings, **more})
+    outcome = server.run("tests.helpers.run_jobs:train", {"settings": settings, **more})
     assert outcome.exit_code == 0, outcome.output
     return outcome.result, run_jobs.lines(settings["run"]["folder"])
 
 
 def killed(server, settings, **more):
-    outcome = server.run("run_jobs:train", {"settings": settings, **more})
+    outcome = server.run("tests.helpers.run_jobs:train", {"settings": settings, **more})
     assert outcome.killed, f"the kill did not land: {outcome.output}"
     return run_jobs.lines(settings["run"]["folder"])
 
@@ -113,13 +101,18 @@ KILLED = {
     "skipping": (SCENARIOS["ies"][0], 60, {}),
     "dynamix": (SCENARIOS["dynamix"][0], 56, {}),
     "memory": (SCENARIOS["out of memory, retried"][0], 8, {"full_after": 4}),
-    "decay": ({"numbers__on_nonfinite": "skip", "budget__epochs": None, "budget__updates": 17}, 17, {"poison": [3]}),
+    "decay": (
+        {"numbers__on_nonfinite": "skip", "budget__epochs": None, "budget__updates": 17},
+        17,
+        {"poison": [3]},
+    ),
     "revert": ({"numbers__on_nonfinite": "revert"}, 12, {"poison": [8]}),
     "memorised": (SCENARIOS["memorised rows left out"][0], 16, {}),
-    "best": ({**SCENARIOS["best weights"][0], "optim__lr": 0.03, "budget__epochs": 9}, 18, {}),  # best after 10
+    # best after 10
+    "best": ({**SCENARIOS["best weights"][0], "optim__lr": 0.03, "budget__epochs": 9}, 18, {}),
 }
-# The first two are as in a fresh run until a run has ended, which saves nothing more; seconds are of the clock; and every
-# update sets the length of its epoch before anybody reads it.
+# The first two are as in a fresh run until a run has ended, which saves nothing more; seconds are of the
+# clock; and every update sets the length of its epoch before anybody reads it.
 NEVER = {
     "value:state|progress|reason", "value:conductor|words", "value:conductor|seconds",
     "value:state|progress|updates_in_epoch",
@@ -143,8 +136,14 @@ def items_of(folder):
     generation = newest(folder / "run" / "checkpoints")
     values = json.loads((generation.path / "values-00000-of-00001.json").read_text())
     found = [f"value:state|{name}" for name in values["state"] if name not in ("progress", "schedule")]
-    found += [f"value:state|{part}|{name}" for part in ("progress", "schedule") for name in values["state"][part]]
-    return [*generation.manifest.tensors, *found, *(f"value:conductor|{name}" for name in values["conductor"])]
+    found += [
+        f"value:state|{part}|{name}" for part in ("progress", "schedule") for name in values["state"][part]
+    ]
+    return [
+        *generation.manifest.tensors,
+        *found,
+        *(f"value:conductor|{name}" for name in values["conductor"]),
+    ]
 
 
 def is_missed(item, server, broken_runs, tmp_path):
@@ -155,7 +154,9 @@ def is_missed(item, server, broken_runs, tmp_path):
         shutil.copytree(folder, copy)
         settings = settings_of(copy, changes, every=1)
         settings["data"] = settings_of(folder, changes)["data"]
-        outcome = server.run("run_jobs:train", {"settings": settings, "resume": True, "forget": item, **more})
+        outcome = server.run(
+            "tests.helpers.run_jobs:train", {"settings": settings, "resume": True, "forget": item, **more}
+        )
         if outcome.exit_code != 0 or (outcome.result, run_jobs.lines(copy / "run")) != expected:
             return True
     return False
@@ -190,8 +191,15 @@ def test_every_kind_of_tensor_is_needed(item, server, broken_runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_value_is_needed(server, broken_runs, tmp_path):
-    everything = {item for _, folder, *_ in broken_runs.values() for item in items_of(folder) if item.startswith("value:")}
+    everything = {
+        item
+        for _, folder, *_ in broken_runs.values()
+        for item in items_of(folder)
+        if item.startswith("value:")
+    }
     unmissed = [
-        item for n, item in enumerate(sorted(everything - NEVER)) if not is_missed(item, server, broken_runs, tmp_path / str(n))
+        item
+        for n, item in enumerate(sorted(everything - NEVER))
+        if not is_missed(item, server, broken_runs, tmp_path / str(n))
     ]
     assert not unmissed, "\n".join(unmissed)

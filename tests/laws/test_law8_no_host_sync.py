@@ -1,19 +1,20 @@
-"""Law 8: no host sync in an update that does not log, decide or save; no new shape after warm-up where rows are bucketed."""
+"""Law 8: no host sync in an update that does not log, decide or save; no new shape after warm-up where rows
+are bucketed."""
 
 import torch
 
 from repsft_fast.config import Config
-from repsft_fast.training.parts import build
+from repsft_fast.selftest.syncs import SyncCounter
+from repsft_fast.training.build import build
 from repsft_fast.training.step import train_step
-from repsft_fast.training.syncs import SyncCounter
-from tests import runs
+from tests.helpers import runs
 
 
 def steps(parts, count):
     epoch = parts.plan.epoch(0, 0)
     for n in range(count):
         train_step(parts, epoch[n])
-        parts.progress.step_done(parts.work_of(epoch[n]), len(epoch))
+        parts.step_done(epoch[n], len(epoch))
 
 
 def test_an_update_reads_nothing_back(tmp_path):
@@ -25,7 +26,7 @@ def test_an_update_reads_nothing_back(tmp_path):
 
 
 def test_an_evaluation_reads_nothing_row_by_row(tmp_path):
-    """On a GPU it waits once, for its table (tests/training/test_fake_cuda.py)."""
+    """On a GPU it waits once, for its table (tests/training/test_step_fake_cuda.py)."""
     parts = build(Config.of(runs.settings(tmp_path, data__validation_fraction=0.5)))
     assert len(parts.validation._rows) > 1
     with SyncCounter() as syncs:
@@ -49,7 +50,9 @@ def test_a_veto_leaves_weights_moments_and_step_untouched_without_a_read(tmp_pat
 
     moments = {n: t.clone() for n, t in state_tensors(parts.optimizer).items()}
     plain = parts.model.loss
-    monkeypatch.setattr(parts.model, "loss", lambda row: (lambda loss, stats: (loss * float("nan"), stats))(*plain(row)))
+    monkeypatch.setattr(
+        parts.model, "loss", lambda row: (lambda loss, stats: (loss * float("nan"), stats))(*plain(row))
+    )
     with SyncCounter() as syncs:
         steps(parts, 1)
     assert syncs.total == 0, syncs.found
@@ -57,14 +60,18 @@ def test_a_veto_leaves_weights_moments_and_step_untouched_without_a_read(tmp_pat
     assert all(torch.equal(t, moments[n]) for n, t in state_tensors(parts.optimizer).items())
     records = parts.ledger.read()
     assert [r.vetoed for r in records] == [False, True]
-    assert int(parts.ledger.epoch_totals().total.sum()) == int(records[0].tasks.total.sum()), "a vetoed update counts no tokens"
+    assert int(parts.ledger.epoch_totals().total.sum()) == int(records[0].tasks.total.sum()), (
+        "a vetoed update counts no tokens"
+    )
 
 
 def test_a_loss_that_is_not_finite_is_vetoed_though_its_gradients_are(tmp_path, monkeypatch):
     parts = build(Config.of(runs.settings(tmp_path)))
     plain = parts.model.loss
     nan = torch.tensor(float("nan"))
-    monkeypatch.setattr(parts.model, "loss", lambda row: (lambda loss, stats: (loss + nan, stats))(*plain(row)))
+    monkeypatch.setattr(
+        parts.model, "loss", lambda row: (lambda loss, stats: (loss + nan, stats))(*plain(row))
+    )
     before = {n: t.detach().clone() for n, t in parts.optimizer.names.items()}
     steps(parts, 1)
     record = parts.ledger.read()[0]

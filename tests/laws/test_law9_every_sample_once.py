@@ -1,4 +1,5 @@
-"""Law 9: every sample of an unweighted plan is seen exactly once per epoch, whatever the ranks, rows, kill or revert."""
+"""Law 9: every sample of an unweighted plan is seen exactly once per epoch, whatever the ranks, rows, kill or
+revert."""
 
 import json
 import os
@@ -52,7 +53,10 @@ def spell(updates) -> list:
             (update.cursor.stage, update.cursor.epoch, update.cursor.update),
             update.samples.tolist(),
             update.denominator,
-            [[[row.samples.tolist(), row.real_tokens, row.padded_tokens] for row in rows] for rows in update.ranks],
+            [
+                [[row.samples.tolist(), row.real_tokens, row.padded_tokens] for row in rows]
+                for rows in update.ranks
+            ],
         ]
         for update in updates
     ]
@@ -85,7 +89,9 @@ def test_which_samples_share_an_update_does_not_depend_on_ranks_or_rows(case):
     index, settings = case
     other = settings | {"ranks": 1, "row_tokens": settings["row_tokens"] + 77, "bucket_tokens": 1}
     one, two = Plan(index, **settings).epoch(0, 0), Plan(index, **other).epoch(0, 0)
-    assert [(u.samples.tolist(), u.denominator) for u in one] == [(u.samples.tolist(), u.denominator) for u in two]
+    assert [(u.samples.tolist(), u.denominator) for u in one] == [
+        (u.samples.tolist(), u.denominator) for u in two
+    ]
 
 
 @given(plans(), st.data())
@@ -142,24 +148,30 @@ def test_lengths_about_the_row_length(shift):
 
 
 IN_ANOTHER_PROCESS = """
-import json, sys
-sys.path[:0] = [{root!r}, {here!r}]
-from test_law9_every_sample_once import make_index, spell
+import json
+from tests.laws.test_law9_every_sample_once import make_index, spell
 from repsft_fast.data.plan import Plan
 plan = Plan(make_index(range(1, 41), [i % 3 for i in range(40)]), seed=5, row_tokens=64, bucket_tokens=8, ranks=2)
-weighted = plan.epoch(1, 2, active={{2, 0}}, task_weights={{2: 0.3, 0: 0.7}}, skip={{3, 39, 9}})
+weighted = plan.epoch(1, 2, active={2, 0}, task_weights={2: 0.3, 0: 0.7}, skip={3, 39, 9})
 print(json.dumps([spell(plan.epoch(1, 2)), spell(weighted)]))
 """
 
 
 def test_other_processes_with_other_hash_seeds_plan_the_same():
-    code = IN_ANOTHER_PROCESS.format(root=str(ROOT), here=str(Path(__file__).parent))
     answers = []
     for seed in ("0", "1", "4242"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", IN_ANOTHER_PROCESS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         answers.append(json.loads(done.stdout))
-    plan = Plan(make_index(range(1, 41), [i % 3 for i in range(40)]), seed=5, row_tokens=64, bucket_tokens=8, ranks=2)
+    plan = Plan(
+        make_index(range(1, 41), [i % 3 for i in range(40)]), seed=5, row_tokens=64, bucket_tokens=8, ranks=2
+    )
     weighted = plan.epoch(1, 2, active=[0, 2], task_weights={0: 0.7, 2: 0.3}, skip=[9, 39, 3])
     here = json.loads(json.dumps([spell(plan.epoch(1, 2)), spell(weighted)]))
     assert answers == [here, here, here]

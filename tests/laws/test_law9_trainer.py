@@ -1,4 +1,5 @@
-"""Law 9 in the trainer: what was really trained, recorded at the model's door, is every sample once per epoch."""
+"""Law 9 in the trainer: what was really trained, recorded at the model's door, is every sample once per
+epoch."""
 
 import collections
 
@@ -6,7 +7,7 @@ import pytest
 
 from repsft_fast import train
 from repsft_fast.training import parts as parts_module
-from tests import runs
+from tests.helpers import runs
 
 
 @pytest.fixture
@@ -24,7 +25,9 @@ def seen(monkeypatch):
     return trained
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch__samples": 1}, {"batch__row_tokens": 21}, {"batch__samples": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch__samples": 1}, {"batch__row_tokens": 21}, {"batch__samples": 5}]
+)
 def test_every_sample_once_per_epoch(tmp_path, seen, changes):
     train(runs.settings(tmp_path, samples=23, budget__epochs=2, stop__token_accuracy=None, **changes))
     counts = collections.Counter(sample for samples in seen for sample in samples)

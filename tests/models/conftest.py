@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

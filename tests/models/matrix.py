@@ -1,8 +1,10 @@
-"""What is computed for every architecture, beside plain transformers: `python -m tests.models.matrix` makes docs/models.md.
+"""What is computed for every architecture, beside plain transformers: `python -m tests.models.matrix` makes
+docs/models.md.
 
-A tiny random model of each (`architectures`) is held in fp64. Three documents go through it in one packed row, in the same row
-with padding, and one a row; loss and every gradient must be those of transformers' own forward over each document alone, within
-1e-6 of the largest gradient (some architectures compute their softmax or norms in fp32 whatever they are held in).
+A tiny random model of each (`architectures`) is held in fp64. Three documents go through it in one packed
+row, in the same row with padding, and one a row; loss and every gradient must be those of transformers' own
+forward over each document alone, within 1e-6 of the largest gradient (some architectures compute their
+softmax or norms in fp32 whatever they are held in).
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from repsft_fast.errors import ModelError
 from repsft_fast.models import Lengths, check_no_leak, load_model, save_pretrained
 from repsft_fast.models.merge import check_merge, merged_state
 from repsft_fast.row import Row
-from tests import tiny
-from tests.models.architectures import NAMES, VOCABULARY, tiny_config
+from tests.helpers import tiny
+from tests.helpers.architectures import NAMES, VOCABULARY, tiny_config
 
 LENGTHS = (5, 13, 4)  # longer and shorter than the windows of `tiny_config`
 WITHIN = 1e-6
@@ -58,7 +60,9 @@ def outcome(kind: str) -> Outcome:
         "packed": lambda: _same(_model(config), _rows(config, documents), documents),
         "padded": lambda: _same(_model(config), _rows(config, documents, length=32), documents),
         "one a row": lambda: _same(
-            _model(config, packed=False), [tiny.row([d], denominator=4.0, length=16) for d in documents], documents
+            _model(config, packed=False),
+            [tiny.row([d], denominator=4.0, length=16) for d in documents],
+            documents,
         ),
     }
     for name, attempt in attempts.items():
@@ -74,7 +78,9 @@ def outcome(kind: str) -> Outcome:
     if other is not None:
         found["tied"] = _tried(lambda: _same(_model(other, packed=packed), rows, documents))
     options = {"packed": packed}
-    found["checkpointed"] = _tried(lambda: _same(_model(config, activation_checkpointing="full", **options), rows, documents))
+    found["checkpointed"] = _tried(
+        lambda: _same(_model(config, activation_checkpointing="full", **options), rows, documents)
+    )
     found["exported"] = _tried(lambda: _exported(_model(config, **options)))
     found["LoRA"] = _tried(lambda: _adapted(_model(config, lora={"rank": 2}, **options), rows))
     if found["LoRA"] == "exact":
@@ -158,7 +164,9 @@ def _exported(model: Any) -> None:
         save_pretrained(model, None, folder)
         config = AutoConfig.from_pretrained(folder)
         config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
-        loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=next(model.parameters()).dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=next(model.parameters()).dtype
+        )
     expected = _logits(_plain(model))
     torch.testing.assert_close(_logits(loaded), expected, rtol=0, atol=WITHIN * expected.abs().max().item())
 
@@ -168,7 +176,9 @@ def _adapted(model: Any, rows: Iterable[Row]) -> None:
     for row in rows:
         model.loss(row)[0].backward()
     trained = {
-        name: p.grad is not None and bool(p.grad.isfinite().all()) for name, p in model.named_parameters() if p.requires_grad
+        name: p.grad is not None and bool(p.grad.isfinite().all())
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
     assert trained, "nothing is trained"
     assert all("lora_" in name for name in trained), "more than adapters are trained"
@@ -210,7 +220,9 @@ def page(results: dict[str, Outcome]) -> str:
     """docs/models.md, whole."""
     tried = {kind: found for kind, found in results.items() if "not tried" not in found}
     exact = [kind for kind, found in tried.items() if found["packed"] == "exact"]
-    apart = [kind for kind, found in tried.items() if found["packed"] != "exact" and found["one a row"] == "exact"]
+    apart = [
+        kind for kind, found in tried.items() if found["packed"] != "exact" and found["one a row"] == "exact"
+    ]
     refused = [kind for kind in tried if kind not in exact and kind not in apart]
     notes: dict[str, int] = {}
     rest = [column for column in COLUMNS if column not in ("packed", "padded", "one a row")]
@@ -241,13 +253,20 @@ def page(results: dict[str, Outcome]) -> str:
         lines += ["## Notes to the tables", "", *(f"{number}. {text}" for text, number in notes.items()), ""]
     lines += ["## Not tried", "", "No small model of these is known here, or transformers makes none.", ""]
     lines += ["| architecture | why |", "|---|---|"]
-    lines += [f"| {kind} | {_words(found['not tried'])} |" for kind, found in sorted(results.items()) if "not tried" in found]
+    lines += [
+        f"| {kind} | {_words(found['not tried'])} |"
+        for kind, found in sorted(results.items())
+        if "not tried" in found
+    ]
     lines.append("")
     return "\n".join(lines)
 
 
 def _row(name: str, cells: list[str | None], notes: dict[str, int]) -> str:
-    marks = ["–" if c is None else "✓" if c == "exact" else f"[{notes.setdefault(_words(c), len(notes) + 1)}]" for c in cells]
+    marks = [
+        "–" if c is None else "✓" if c == "exact" else f"[{notes.setdefault(_words(c), len(notes) + 1)}]"
+        for c in cells
+    ]
     return f"| {name} | {' | '.join(marks)} |"
 
 
@@ -257,7 +276,9 @@ _REASONS = {
     "changes with its neighbours": "state goes from document to document",
     "differs from the document alone": "a document is computed otherwise than alone",
     "its code takes no positions": "its code takes no positions",
-    "do not call transformers' attention interface": "its layers do not call transformers' attention interface",
+    "do not call transformers' attention interface": (
+        "its layers do not call transformers' attention interface"
+    ),
     "stops at a row without a mask": "its own code needs a mask of its own",
     "not causal by itself": "its layers are causal by their mask alone",
     "place in the row": "attention is scaled by the place in the row",

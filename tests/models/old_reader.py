@@ -1,7 +1,10 @@
-"""Runs under an old transformers, without ours: makes model folders as it writes them, reads what we made of them.
+"""Runs under an old transformers, without ours: makes model folders as it writes them, reads what we made of
+them.
 
-    python old_reader.py make CONFIGS FOLDER     CONFIGS: JSON file {name: configuration}; FOLDER/NAME/source, one of each
-    python old_reader.py read FOLDER             logits of NAME/source and NAME/result, token ids of a text, stops of generate
+    python old_reader.py make CONFIGS FOLDER     CONFIGS: JSON file {name: configuration}; FOLDER/NAME/source,
+                                                 one of each
+    python old_reader.py read FOLDER             logits of NAME/source and NAME/result, token ids of a text,
+                                                 stops of generate
 
 Both print one JSON object {name: what was found}.
 """
@@ -37,7 +40,9 @@ def make(configs, folder):
             torch.manual_seed(1)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.save_pretrained(folder / name / "source")
-            tokenizer(config.get_text_config().vocab_size).save_pretrained(folder / name / "source", save_jinja_files=False)
+            tokenizer(config.get_text_config().vocab_size).save_pretrained(
+                folder / name / "source", save_jinja_files=False
+            )
             found[name] = "made"
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:300]
@@ -47,7 +52,9 @@ def make(configs, folder):
 def tokenizer(size):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size - 2)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0", additional_special_tokens=["<tool>"])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w2", pad_token="w0", additional_special_tokens=["<tool>"]
+    )
     made.add_tokens([AddedToken("<think>", special=False)])
     made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return made
@@ -61,18 +68,26 @@ def read(folder):
             try:
                 seen[name] = look(place / name)
             except Exception as error:
-                found[place.name] = {"error": f"{type(error).__name__}: {error}"[:300], "source": name == "source"}
+                found[place.name] = {
+                    "error": f"{type(error).__name__}: {error}"[:300],
+                    "source": name == "source",
+                }
                 break
         else:
             source, result = seen["source"], seen["result"]
             difference = (source.pop("logits") - result.pop("logits")).abs().max().item()
-            found[place.name] = {"difference": difference, "unlike": [key for key in source if source[key] != result[key]]}
+            found[place.name] = {
+                "difference": difference,
+                "unlike": [key for key in source if source[key] != result[key]],
+            }
     return found
 
 
 def look(folder):
     """What a user sees of a model folder."""
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS, use_cache=False).logits
     words = AutoTokenizer.from_pretrained(folder)
@@ -80,7 +95,9 @@ def look(folder):
         "logits": logits,
         "class": type(model).__name__,
         "loading": {key: sorted(map(str, value)) for key, value in report.items()},
-        "generation": {k: v for k, v in model.generation_config.to_dict().items() if k != "transformers_version"},
+        "generation": {
+            k: v for k, v in model.generation_config.to_dict().items() if k != "transformers_version"
+        },
         "tokenizer": type(words).__name__,
         "ids": words(TEXT)["input_ids"],
         "added": {str(token): str(value) for token, value in words.added_tokens_decoder.items()},

@@ -1,4 +1,5 @@
-"""Going on from a folder of adapters: taken whole, by this model, or refused; on several ranks and after a resumption too."""
+"""Going on from a folder of adapters: taken whole, by this model, or refused; on several ranks and after a
+resumption too."""
 
 import json
 import os
@@ -7,11 +8,7 @@ import re
 import shutil
 
 import pytest
-import ranks
-import runs
-import tiny
 import torch
-from architectures import tiny_config
 from safetensors.torch import load_file, save_file
 
 from repsft_fast.distributed import full_state, shard
@@ -19,8 +16,12 @@ from repsft_fast.errors import ModelError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models.lora import lora_said
 from repsft_fast.training.trainer import train
+from tests.helpers import ranks, runs, tiny
+from tests.helpers.architectures import tiny_config
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+)
 
 
 def build(kind="llama", **options):
@@ -33,7 +34,9 @@ def trained(tmp_path):
     """(base folder, adapter folder, the adapted model)."""
     build().save_pretrained(tmp_path / "base")
     model = tiny.filled(
-        load_model(tmp_path / "base", lora={"rank": 2, "alpha": 6.0, "target_modules": ["q_proj", "down_proj"]})
+        load_model(
+            tmp_path / "base", lora={"rank": 2, "alpha": 6.0, "target_modules": ["q_proj", "down_proj"]}
+        )
     )
     save_pretrained(model, None, tmp_path / "adapters")
     return tmp_path / "base", tmp_path / "adapters", model
@@ -44,7 +47,9 @@ class TestFrom:
         base, folder, before = trained
         model = load_model(base, lora={"from": str(folder)})
         assert model.state_dict().keys() == before.state_dict().keys()
-        assert all(torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items())
+        assert all(
+            torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items()
+        )
         layer = model.model.layers[0].mlp.down_proj
         assert (layer.scaling["default"], layer.r["default"]) == (3.0, 2)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -68,16 +73,23 @@ class TestFrom:
         assert model.model.layers[0].mlp.down_proj.lora_dropout["default"].p == 0.25
 
     @pytest.mark.parametrize(
-        "setting", [{"rank": 4}, {"alpha": 7.0}, {"target_modules": ["q_proj"]}], ids=lambda given: next(iter(given))
+        "setting",
+        [{"rank": 4}, {"alpha": 7.0}, {"target_modules": ["q_proj"]}],
+        ids=lambda given: next(iter(given)),
     )
     def test_settings_that_say_otherwise_are_refused(self, trained, setting):
         base, folder, _ = trained
-        with pytest.raises(ModelError, match=rf"model\.lora\.{next(iter(setting))}: .*model\.lora\.from.*drop it"):
+        with pytest.raises(
+            ModelError, match=rf"model\.lora\.{next(iter(setting))}: .*model\.lora\.from.*drop it"
+        ):
             load_model(base, lora={"from": str(folder), **setting})
 
     def test_settings_that_agree_are_not(self, trained):
         base, folder, _ = trained
-        load_model(base, lora={"from": str(folder), "rank": 2, "alpha": 6.0, "target_modules": ["down_proj", "q_proj"]})
+        load_model(
+            base,
+            lora={"from": str(folder), "rank": 2, "alpha": 6.0, "target_modules": ["down_proj", "q_proj"]},
+        )
 
     def test_another_base_is_told(self, trained, tmp_path):
         base, folder, _ = trained
@@ -207,7 +219,9 @@ class TestFrom:
                 wrong = dict(right)
                 value = wrong.pop(name)
                 if change != "dropped":
-                    wrong[name[:-1] if change == "misspelt" else name] = value if change == "misspelt" else value.T.contiguous()
+                    wrong[name[:-1] if change == "misspelt" else name] = (
+                        value if change == "misspelt" else value.T.contiguous()
+                    )
                 save_file(wrong, file, metadata={"format": "pt"})
                 with pytest.raises(ModelError, match=r"model\.lora\.from"):
                     load_model(base, lora={"from": str(folder)})
@@ -272,12 +286,16 @@ class TestFrom:
         base, folder, _ = trained
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(ModelError, match=r"model\.lora\.from adapter_model\.safetensors: .*fetch it again"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora\.from adapter_model\.safetensors: .*fetch it again"
+        ):
             load_model(base, lora={"from": str(folder)})
 
     @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
     def test_transposed_layers_and_experts(self, kind, tmp_path):
-        targets = ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind == "gpt_oss" else "all-linear"
+        targets = (
+            ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind == "gpt_oss" else "all-linear"
+        )
         before = tiny.filled(build(kind, lora={"rank": 2, "target_modules": targets}))
         save_pretrained(before, None, tmp_path)
         model = build(kind, lora={"from": str(tmp_path), "merge": True})
@@ -303,10 +321,15 @@ def test_going_on_from_a_run_and_resuming(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(runs.settings(tmp_path / "broken", budget__epochs=1, **changes) | {"model": lora}, on_update=interrupt)
+        train(
+            runs.settings(tmp_path / "broken", budget__epochs=1, **changes) | {"model": lora},
+            on_update=interrupt,
+        )
     train(runs.settings(tmp_path / "broken", budget__epochs=1, **changes) | {"model": lora}, resume=True)
     train(runs.settings(tmp_path / "whole", budget__epochs=1, **changes) | {"model": lora})
-    broken, whole = (load_file(tmp_path / n / "run" / "adapter_model.safetensors") for n in ("broken", "whole"))
+    broken, whole = (
+        load_file(tmp_path / n / "run" / "adapter_model.safetensors") for n in ("broken", "whole")
+    )
     assert whole.keys() == start.keys()
     assert all(torch.equal(broken[name], value) for name, value in whole.items())
     assert not any(torch.equal(start[name], value) for name, value in whole.items())
@@ -325,7 +348,9 @@ def test_two_ranks_go_on_from_a_folder(trained):
     base, folder, before = trained
     found, _ = ranks.run_ranks(from_on_ranks, str(base), str(folder))
     assert found.keys() == before.state_dict().keys()
-    assert all(torch.equal(torch.from_numpy(found[name]), value) for name, value in before.state_dict().items())
+    assert all(
+        torch.equal(torch.from_numpy(found[name]), value) for name, value in before.state_dict().items()
+    )
 
 
 def wrong_folder_on_ranks(world, base, folder):
@@ -340,4 +365,7 @@ def test_every_rank_sees_that_a_folder_is_another_models(trained):
     base, folder, _ = trained
     file = folder / "adapter_model.safetensors"
     save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
-    assert all("1 weights are missing" in said for said in ranks.run_ranks(wrong_folder_on_ranks, str(base), str(folder)))
+    assert all(
+        "1 weights are missing" in said
+        for said in ranks.run_ranks(wrong_folder_on_ranks, str(base), str(folder))
+    )

@@ -6,14 +6,15 @@ import pytest
 
 from repsft_fast.errors import ModelError
 from repsft_fast.models import check_head, check_no_leak, load_model
-from tests.models.architectures import tiny_config
+from tests.helpers.architectures import tiny_config
 
 LOST = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:8917: Connection reset by peer"
 
 
 @pytest.mark.parametrize("check", [lambda model: check_head(model, model.loss_settings.head), check_no_leak])
 @pytest.mark.parametrize(
-    ("words", "error", "said"), [(LOST, RuntimeError, "Connection reset"), ("sizes", ModelError, "does not take packed rows")]
+    ("words", "error", "said"),
+    [(LOST, RuntimeError, "Connection reset"), ("sizes", ModelError, "does not take packed rows")],
 )
 def test_a_lost_rank_is_no_fault_of_the_architecture(check, words, error, said, monkeypatch):
     model = load_model(tiny_config("llama"))

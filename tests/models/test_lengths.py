@@ -1,4 +1,5 @@
-"""Lengths at which a model computes something else: read from configurations, kept by rows, checked at the start."""
+"""Lengths at which a model computes something else: read from configurations, kept by rows, checked at the
+start."""
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from repsft_fast.errors import DataError, ModelError
 from repsft_fast.evaluate.generate import generate
 from repsft_fast.models import Lengths, check_no_leak, learned_positions, load_model
 from repsft_fast.models.loss import backbone_of
-from tests import tiny
-from tests.models.architectures import KINDS, tiny_config
+from tests.helpers import tiny
+from tests.helpers.architectures import KINDS, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ def test_every_length_is_one_the_check_looks_at():
     ],
 )  # fmt: skip
 def test_positions_that_end(name, key):
-    """Learned ones, tables of angles and masks: the limit is the last length that transformers' own forward takes."""
+    """Learned ones, tables of angles and masks: the limit is the last length that transformers' own forward
+    takes."""
     limit = None if key is None else 12
     config = tiny_config(name, **({key: 12, "n_ctx": 12} if name == "codegen" else {key: 12} if key else {}))
     model = load_model(config, packed=False)
@@ -63,13 +65,16 @@ TUNED = {"attn_temperature_tuning": True, "no_rope_layers": [1, 0]}
 
 
 def test_rows_in_which_attention_is_scaled_by_the_place_in_the_row():
-    """Llama 4: right up to `floor_scale`, and past it a document would hang on the length of those before it."""
+    """Llama 4: right up to `floor_scale`, and past it a document would hang on the length of those before
+    it."""
     model = load_model(tiny_config("llama4_text", floor_scale=20, **TUNED))
     check_no_leak(model)
     two = tiny.documents((10, 9))
     model.loss(tiny.row(two, length=32))  # padding is nobody's
     model.loss(tiny.row(tiny.documents((30,))))  # a document alone begins at 0
-    with pytest.raises(ModelError, match=r"scales attention by the place in the row past 19 .*set batch.row_tokens: 19, or"):
+    with pytest.raises(
+        ModelError, match=r"scales attention by the place in the row past 19 .*set batch.row_tokens: 19, or"
+    ):
         model.loss(tiny.row(tiny.documents((10, 10))))
     free = load_model(tiny_config("llama4_text", floor_scale=20, **{**TUNED, "no_rope_layers": [1, 1]}))
     free.loss(tiny.row(tiny.documents((10, 10))))
@@ -100,10 +105,15 @@ def test_what_stands_between_head_and_logits(name, changes):
         ("qwen3_next", {}, "a convolution carries tokens"),
         ("mamba2", {}, "a convolution carries tokens"),
         ("bart", {}, "its code takes no positions"),
-        ("stablelm", {"pad_token_id": 0}, r"its own code stops at a row without a mask of its own: .*must match"),
+        (
+            "stablelm",
+            {"pad_token_id": 0},
+            r"its own code stops at a row without a mask of its own: .*must match",
+        ),
         ("gptj", {}, "its layers do not call transformers' attention interface"),
         (
-            "minimax_m3_vl_text",  # whose sparse layers leave their selection out under any attention but their own
+            # whose sparse layers leave their selection out under any attention but their own
+            "minimax_m3_vl_text",
             {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_head_dim": 8},
             "passes block_indices",
         ),
@@ -111,12 +121,16 @@ def test_what_stands_between_head_and_logits(name, changes):
 )
 def test_one_wording_for_what_takes_no_packed_rows(name, changes, why):
     of_this_transformers(name)
-    with pytest.raises(ModelError, match=rf"^model: \w+ does not take packed rows \(.*{why}.*\); set batch.pack: false"):
+    with pytest.raises(
+        ModelError, match=rf"^model: \w+ does not take packed rows \(.*{why}.*\); set batch.pack: false"
+    ):
         check_no_leak(load_model(tiny_config(name, **changes)))
 
 
 def test_what_could_not_be_read_again_is_refused():
-    with pytest.raises(ModelError, match="saved as mllama_text_model, which AutoModelForCausalLM cannot read again"):
+    with pytest.raises(
+        ModelError, match="saved as mllama_text_model, which AutoModelForCausalLM cannot read again"
+    ):
         load_model(tiny_config("mllama"))
 
 
@@ -151,18 +165,24 @@ def test_documents_on_both_sides_of_a_window_are_checked():
 
 def run(folder, name, longest, **changes):
     from repsft_fast.training.trainer import train
-    from tests import runs
+    from tests.helpers import runs
 
     folder.mkdir(exist_ok=True)
     runs.write_samples(folder / "train.jsonl", 24, longest=longest)
-    config = {key: value for key, value in tiny_config(name).to_dict().items() if key != "transformers_version"}
-    settings = runs.settings(folder, model__config={**config, **changes}, stop__token_accuracy=None, budget__epochs=1)
+    config = {
+        key: value for key, value in tiny_config(name).to_dict().items() if key != "transformers_version"
+    }
+    settings = runs.settings(
+        folder, model__config={**config, **changes}, stop__token_accuracy=None, budget__epochs=1
+    )
     assert train(settings).success
     return [line["text"] for line in runs.metrics(folder, "note")]
 
 
 def test_samples_longer_than_learned_positions_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"samples are longer than the 12 positions .* got \d+; set data.max_tokens: 12"):
+    with pytest.raises(
+        DataError, match=r"samples are longer than the 12 positions .* got \d+; set data.max_tokens: 12"
+    ):
         run(tmp_path, "gpt2", 30, n_positions=12)
 
 

@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
 import transformers
-from architectures import KINDS, VOCABULARY, tiny_config
 from transformers import AutoModelForCausalLM
 
 from repsft_fast.config import Config
@@ -21,7 +18,9 @@ from repsft_fast.models.merge import adapted_layers
 from repsft_fast.models.targets import all_linear, routers, shortest
 from repsft_fast.training import finish as finish_module
 from repsft_fast.training.trainer import train
-from tests.models.sources import named_stacks
+from tests.helpers import runs, tiny
+from tests.helpers.architectures import KINDS, VOCABULARY, tiny_config
+from tests.helpers.sources import named_stacks
 
 WHERE = r"model\.lora\.target_modules"
 
@@ -47,7 +46,10 @@ def said_of_layers(model):
 
 def adapted(model):
     """Ends of the names of what is adapted."""
-    return {".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in adapted_layers(model)}
+    return {
+        ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
+        for name in adapted_layers(model)
+    }
 
 
 class TestAllLinear:
@@ -67,13 +69,17 @@ class TestAllLinear:
     def test_what_feeds_a_top_k_stays_out(self, kind, router):
         model = made(kind)
         assert not any(
-            name.endswith(router) or ".router." in f".{name}." or "indexer" in name for name in adapted_layers(model)
+            name.endswith(router) or ".router." in f".{name}." or "indexer" in name
+            for name in adapted_layers(model)
         )
         assert router in " ".join(lora_said(model))
 
-    @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "dots1", "minimax"])
+    @pytest.mark.parametrize(
+        "kind", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "dots1", "minimax"]
+    )
     def test_nothing_is_adapted_by_names_of_another_time(self, kind):
-        """peft takes gate_proj, gate and the like for parts of the experts, and puts adapters on the router."""
+        """peft takes gate_proj, gate and the like for parts of the experts, and puts adapters on the
+        router."""
         model = made(kind)
         assert all("attn" in name for name in adapted_layers(model)), "attention alone"
         assert not model.peft_config["default"].target_parameters
@@ -95,7 +101,10 @@ class TestAllLinear:
     def test_layers_that_are_read_and_not_called_stay_out(self):
         for kind, layer in (("mamba2", "out_proj"), ("mamba", "dt_proj"), ("bamba", "out_proj")):
             model = made(kind)
-            assert not any(name.endswith(f"mixer.{layer}") or name.endswith(f"mamba.{layer}") for name in adapted_layers(model))
+            assert not any(
+                name.endswith(f"mixer.{layer}") or name.endswith(f"mamba.{layer}")
+                for name in adapted_layers(model)
+            )
             assert "would be passed over" in " ".join(lora_said(model))
         assert "mlp.dense_4h_to_h" in adapted(made("bloom"))
 
@@ -123,7 +132,9 @@ class TestAllLinear:
         model = made("gpt_oss", ["all-linear", "experts.down_proj"])
         (said,) = said_of_layers(model)
         assert "leaves out experts.gate_up_proj (2): experts" in said
-        assert said_of_layers(made("gpt_oss", ["all-linear", "experts.down_proj", "experts.gate_up_proj"])) == []
+        assert (
+            said_of_layers(made("gpt_oss", ["all-linear", "experts.down_proj", "experts.gate_up_proj"])) == []
+        )
 
     def test_stacked_experts_are_told(self):
         (said,) = said_of_layers(made("gpt_oss"))
@@ -141,7 +152,9 @@ class TestAllLinear:
             pytest.skip(f"no tiny model: {type(error).__name__}")
         words = ("router", "indexer", "lm_head", "embed_tokens", "gate.wg", "pooler", "encoder_attn")
         found = [name for name in chosen if any(word in name for word in words)]
-        assert [name for name in found if "modality_router" not in name] == [], "Gemma 3n's mixes, it chooses nothing"
+        assert [name for name in found if "modality_router" not in name] == [], (
+            "Gemma 3n's mixes, it chooses nothing"
+        )
         assert chosen or left
 
     def test_names_are_as_short_as_they_can_be(self):
@@ -192,7 +205,9 @@ class TestNames:
             made(kind, targets)
 
     def test_dropout_with_adapters_of_experts(self):
-        with pytest.raises(ModelError, match=r"model\.lora\.dropout: adapters of parameters .*expected 0, got 0\.1"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora\.dropout: adapters of parameters .*expected 0, got 0\.1"
+        ):
             build("gpt_oss", lora={"dropout": 0.1, "target_modules": ["experts.down_proj"]})
         build("gpt_oss", lora={"dropout": 0.1})
 
@@ -218,7 +233,9 @@ class TestSettings:
 
     @pytest.mark.parametrize("rank", [33, 10**6, 10**18])
     def test_a_rank_above_every_layers_own_is_refused_before_memory_is_taken(self, rank):
-        with pytest.raises(ModelError, match=rf"model\.lora\.rank: is more than any .* at most 32, .* got {rank};"):
+        with pytest.raises(
+            ModelError, match=rf"model\.lora\.rank: is more than any .* at most 32, .* got {rank};"
+        ):
             build(lora={"rank": rank})
 
     @pytest.mark.parametrize("pattern", [r"(([a-z_.0-9])+.)+[A-Z]([a-z])+$", ".*.*.*.*.*.*x", "(a+)+b"])
@@ -232,11 +249,15 @@ class TestSettings:
         import peft
 
         lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear") if lora == "peft" else lora
-        with pytest.raises(ModelError, match=r"model\.lora: are no settings of adapters, expected a mapping of rank, alpha, "):
+        with pytest.raises(
+            ModelError, match=r"model\.lora: are no settings of adapters, expected a mapping of rank, alpha, "
+        ):
             build(lora=lora)
 
     def test_reversible_layers_give_adapters_no_gradient(self):
-        with pytest.raises(ModelError, match=r"model\.lora: ReformerModelWithLMHead has reversible layers.*drop model\.lora"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora: ReformerModelWithLMHead has reversible layers.*drop model\.lora"
+        ):
             made("reformer")
 
     @pytest.mark.parametrize(
@@ -261,7 +282,9 @@ class TestSettings:
 
     def test_no_peft(self, monkeypatch):
         monkeypatch.setattr(lora_module.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ModelError, match=r"model\.lora: needs peft, which is not installed; pip install peft"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora: needs peft, which is not installed; pip install peft"
+        ):
             build(lora={"rank": 2})
 
 
@@ -270,10 +293,13 @@ TRAINED = [kind for kind, found in RESULTS.items() if found.get("LoRA") == "exac
 
 
 def without_gradient(kind, targets):
-    """Adapted layers whose B gets none from three documents, of a model none of whose own parameters is zero."""
+    """Adapted layers whose B gets none from three documents, of a model none of whose own parameters is
+    zero."""
     torch.manual_seed(0)
     model = load_model(
-        tiny_config(kind), packed=RESULTS[kind]["packed"] == "exact", lora={"rank": 2, "target_modules": targets}
+        tiny_config(kind),
+        packed=RESULTS[kind]["packed"] == "exact",
+        lora={"rank": 2, "target_modules": targets},
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -281,7 +307,11 @@ def without_gradient(kind, targets):
                 parameter.copy_(torch.randn(parameter.shape) * 0.1)
     for document in tiny.documents((30, 21, 25), vocabulary=VOCABULARY):
         model.loss(tiny.row([document], denominator=3.0))[0].backward()
-    found = [name for name, p in model.named_parameters() if "lora_B" in name and (p.grad is None or not p.grad.any())]
+    found = [
+        name
+        for name, p in model.named_parameters()
+        if "lora_B" in name and (p.grad is None or not p.grad.any())
+    ]
     assert any("lora_B" in name for name, _ in model.named_parameters())
     return found
 
@@ -324,7 +354,8 @@ class TestTheFolder:
 
     @pytest.mark.parametrize("merge", [False, True])
     def test_it_names_no_base_whose_weights_are_others(self, tmp_path, merge):
-        """Of random weights nothing is saved but the adapters: the folder that gave the configuration holds other ones."""
+        """Of random weights nothing is saved but the adapters: the folder that gave the configuration holds
+        other ones."""
         build().save_pretrained(tmp_path)
         model = load_model(tmp_path, random_weights=True, lora={"rank": 2, "merge": merge})
         assert model.peft_config["default"].base_model_name_or_path is None
@@ -344,7 +375,9 @@ class TestTheFolder:
     def test_peft_reads_the_same_adapters(self, kind, tmp_path):
         from peft import PeftModel
 
-        targets = ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind != "gpt2" else "all-linear"
+        targets = (
+            ["all-linear", "experts.down_proj", "experts.gate_up_proj"] if kind != "gpt2" else "all-linear"
+        )
         model = tiny.filled(build(kind, lora={"rank": 2, "target_modules": targets})).eval()
         save_pretrained(model, None, tmp_path)
         loaded = PeftModel.from_pretrained(build(kind), tmp_path).eval()
@@ -364,7 +397,13 @@ class TestRuns:
     def test_the_setting(self):
         assert (
             Config.of(
-                {"run.folder": "x", "data.train": "y", "model.path": "z", "budget.epochs": 1, "model.lora.from": "a"}
+                {
+                    "run.folder": "x",
+                    "data.train": "y",
+                    "model.path": "z",
+                    "budget.epochs": 1,
+                    "model.lora.from": "a",
+                }
             ).to_dict()["model"]["lora"]["from"]
             == "a"
         )
@@ -386,15 +425,23 @@ class TestRuns:
 
         monkeypatch.setattr(finish_module, "save_pretrained", save)
         monkeypatch.setattr(finish_module, "evaluate_test", lambda parts: saved.append("test"))
-        words = rf"RuntimeError: no room; the end .* is saved in gen-.* adapters are saved, whole, in {tmp_path}/run/adapter"
+        words = (
+            r"RuntimeError: no room; the end .* is saved in gen-.* adapters are saved, whole, in"
+            rf" {tmp_path}/run/adapter"
+        )
         with pytest.raises(TrainingError, match=words):
             train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
-        assert saved == [False, True], "adapters, then the merged model, and what only tells of them after both"
+        assert saved == [
+            False,
+            True,
+        ], "adapters, then the merged model, and what only tells of them after both"
         assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
     def test_merged_and_adapters_beside(self, tmp_path):
         train(run_of(tmp_path, model__lora={"rank": 2, "merge": True}))
         folder = tmp_path / "run"
         assert (folder / "model.safetensors").is_file()
-        assert not (folder / "adapter_config.json").exists(), "transformers would load them over the merged weights"
+        assert not (folder / "adapter_config.json").exists(), (
+            "transformers would load them over the merged weights"
+        )
         assert (folder / "adapter" / "adapter_config.json").is_file()

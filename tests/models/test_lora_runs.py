@@ -1,8 +1,8 @@
-"""Whole runs with adapters at the command line, on one rank and on two: what is saved, merged, gone on from and resumed."""
+"""Whole runs with adapters at the command line, on one rank and on two: what is saved, merged, gone on from
+and resumed."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE / "crash"), str(HERE)]
-
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
-from ranks import _free_port  # noqa: E402
-
-from repsft_fast import cli  # noqa: E402
-from tests.models.architectures import tiny_config  # noqa: E402
+from repsft_fast import cli
+from tests.helpers import run_jobs, runs
+from tests.helpers.architectures import tiny_config
+from tests.helpers.ranks import _free_port
 
 EXPERTS = ["all-linear", "experts.gate_up_proj", "experts.down_proj"]
 # Transposed layers, a tied head, experts that are named or not, with and without biases.
@@ -33,18 +27,13 @@ KINDS = {
 }
 FAST = (("gpt2", 1), ("experts", 2))
 ALL = [
-    pytest.param(name, size, marks=() if (name, size) in FAST else pytest.mark.slow, id=f"{name}, {size} ranks")
+    pytest.param(
+        name, size, marks=() if (name, size) in FAST else pytest.mark.slow, id=f"{name}, {size} ranks"
+    )
     for name in KINDS
     for size in (1, 2)
 ]
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(run_jobs.PRELOAD, [str(HERE), str(HERE.parent), str(HERE / "models")])
-    yield started
-    started.close()
 
 
 def base(folder, kind="llama", dtype=torch.float32, **changes):
@@ -55,7 +44,9 @@ def base(folder, kind="llama", dtype=torch.float32, **changes):
 
 def of_base(folder, path, lora, *, epochs=1, **model):
     """Settings of six updates an epoch, with checkpoints after every second."""
-    made = runs.settings(folder, budget__epochs=epochs, stop__token_accuracy=None, checkpoint__every_updates=2)
+    made = runs.settings(
+        folder, budget__epochs=epochs, stop__token_accuracy=None, checkpoint__every_updates=2
+    )
     return {**made, "model": {"path": str(path), "lora": lora, **model}}
 
 
@@ -65,7 +56,7 @@ def on_ranks(server, target, size, folder, settings, **more):
     children = []
     for rank in range(size):
         given = {"settings": settings, **more}
-        if target != "run_jobs:train":
+        if target != "tests.helpers.run_jobs:train":
             given["folder"] = str(folder / f"rank{rank}")
             Path(given["folder"]).mkdir(exist_ok=True)
         env = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
@@ -78,7 +69,7 @@ def codes(outcomes):
 
 
 def command(server, size, folder, settings, **more):
-    return on_ranks(server, "run_jobs:command_line", size, folder, settings, **more)
+    return on_ranks(server, "tests.helpers.run_jobs:command_line", size, folder, settings, **more)
 
 
 def full_disk(settings, folder, resume=False):
@@ -117,25 +108,34 @@ def test_merged_weights_compute_what_the_adapters_beside_them_do(name, size, ser
     monkeypatch.chdir("/")
     run = tmp_path / "run"
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert all(value.any() for name, value in weights.items() if "lora_B" in name), "one that was never trained"
+    assert all(value.any() for name, value in weights.items() if "lora_B" in name), (
+        "one that was never trained"
+    )
     expected = logits(by_peft(path, run / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(run)
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
-    assert (expected - logits(AutoModelForCausalLM.from_pretrained(path))).abs().max() > 1e-3, "the adapters do nothing"
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(path))).abs().max() > 1e-3, (
+        "the adapters do nothing"
+    )
     assert not (run / "adapter_config.json").exists()
     assert json.loads((run / "result.json").read_text())["code"] == "budget"
 
 
-@pytest.mark.parametrize("save", ["auto", *(pytest.param(save, marks=pytest.mark.slow) for save in ("float32", "float16"))])
+@pytest.mark.parametrize(
+    "save", ["auto", *(pytest.param(save, marks=pytest.mark.slow) for save in ("float32", "float16"))]
+)
 def test_the_type_is_the_merged_models(save, server, tmp_path):
-    """A base in bfloat16: adapters are fp32 whatever is asked, merged weights have the type that is asked or the base's."""
+    """A base in bfloat16: adapters are fp32 whatever is asked, merged weights have the type that is asked or
+    the base's."""
     path = base(tmp_path / "base", dtype=torch.bfloat16)
     made = of_base(tmp_path, path, {"rank": 2, "merge": True}, save_dtype=save)
     assert codes(command(server, 1, tmp_path, made)) == [0]
     run = tmp_path / "run"
     expected = {"auto": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}[save]
     assert {value.dtype for value in load_file(run / "model.safetensors").values()} == {expected}
-    assert {value.dtype for value in load_file(run / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
+    assert {value.dtype for value in load_file(run / "adapter" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
     if save == "float32":
         merged = AutoModelForCausalLM.from_pretrained(run)
         torch.testing.assert_close(logits(merged), logits(by_peft(path, run / "adapter")), rtol=0, atol=1e-5)
@@ -150,7 +150,9 @@ def test_killed_and_resumed_a_run_ends_as_left_alone(size, server, tmp_path):
     def ended(name, lora, **how):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return on_ranks(server, "run_jobs:train", size, folder, of_base(folder, path, lora, epochs=2), **how)
+        return on_ranks(
+            server, "tests.helpers.run_jobs:train", size, folder, of_base(folder, path, lora, epochs=2), **how
+        )
 
     for first, lora in (("new", {"rank": 2}), ("on", {"from": str(tmp_path / "moved"), "merge": True})):
         assert codes(ended(first, lora)) == [0] * size
@@ -165,7 +167,9 @@ def test_killed_and_resumed_a_run_ends_as_left_alone(size, server, tmp_path):
             shutil.move(whole, tmp_path / "moved")
         else:
             assert same(whole / "model.safetensors", other / "model.safetensors")
-    assert not same(tmp_path / "moved" / "adapter_model.safetensors", whole / "adapter" / "adapter_model.safetensors")
+    assert not same(
+        tmp_path / "moved" / "adapter_model.safetensors", whole / "adapter" / "adapter_model.safetensors"
+    )
     before = (whole / "model.safetensors").stat().st_mtime_ns
     made = of_base(tmp_path / "on", path, lora, epochs=2)
     assert codes(command(server, size, tmp_path / "on", made, resume=True)) == [0] * size
@@ -176,7 +180,7 @@ def test_killed_and_resumed_a_run_ends_as_left_alone(size, server, tmp_path):
 def test_no_room_for_the_merged_model(size, server, tmp_path):
     path = base(tmp_path / "base")
     made = of_base(tmp_path, path, {"rank": 2, "merge": True})
-    ended = on_ranks(server, "test_lora_runs:full_disk", size, tmp_path, made)
+    ended = on_ranks(server, "tests.models.test_lora_runs:full_disk", size, tmp_path, made)
     run = tmp_path / "run"
     assert ended[0].exit_code == 1
     assert all(codes(ended)), "no rank calls it a success"
@@ -195,7 +199,9 @@ def test_no_room_for_the_merged_model(size, server, tmp_path):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapters
     assert len(runs.metrics(tmp_path, "update")) == updates, "the end was saved: nothing is trained again"
     expected = logits(by_peft(path, run / "adapter"))
-    assert (expected - logits(AutoModelForCausalLM.from_pretrained(path))).abs().max() > 1e-3, "the adapters do nothing"
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(path))).abs().max() > 1e-3, (
+        "the adapters do nothing"
+    )
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(run)), expected, rtol=0, atol=1e-5)
 
 
@@ -216,7 +222,10 @@ def test_no_room_for_the_merged_model(size, server, tmp_path):
 )
 def test_settings_are_refused_before_work(lora, words, tmp_path, capfd):
     path = base(tmp_path / "base")
-    lora = {name: value.replace("BASE", str(path)) if isinstance(value, str) else value for name, value in lora.items()}
+    lora = {
+        name: value.replace("BASE", str(path)) if isinstance(value, str) else value
+        for name, value in lora.items()
+    }
     file = tmp_path / "settings.yaml"
     file.write_text(json.dumps(of_base(tmp_path, path, lora)))
     assert cli.main(["train", "--config", str(file)]) == 2

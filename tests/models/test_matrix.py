@@ -5,11 +5,12 @@ import json
 import pytest
 from transformers.utils import logging
 
-from tests.models.architectures import NAMES
+from tests.helpers.architectures import NAMES
 from tests.models.matrix import COLUMNS, PAGE, RESULTS, outcome, page
 
 KEPT = json.loads(RESULTS.read_text())
-# One of each kind: plain, biased head, learned positions, experts, sinks, windows, state, lengths, alone only, refused.
+# One of each kind: plain, biased head, learned positions, experts, sinks, windows, state, lengths, alone
+# only, refused.
 DOZEN = (
     "llama", "phi", "gpt2", "opt", "qwen3_moe", "gpt_oss", "gemma2", "qwen3_next", "mamba", "stablelm", "gptj",
     "llama, dynamic RoPE", "phi3, longrope", "llama4_text, chunks of 8", "bert",
@@ -38,7 +39,12 @@ def test_every_row_of_the_table(name):
 def test_nothing_fails_and_nothing_is_half_exact():
     """Every architecture is exact, or refused in our words, in every column."""
     assert set(KEPT) == set(NAMES)
-    fails = {(name, column) for name, found in KEPT.items() for column, words in found.items() if words.startswith("FAILS")}
+    fails = {
+        (name, column)
+        for name, found in KEPT.items()
+        for column, words in found.items()
+        if words.startswith("FAILS")
+    }
     assert not fails
     assert all("not tried" in found or set(found) <= set(COLUMNS) for found in KEPT.values())
 

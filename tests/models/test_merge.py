@@ -1,11 +1,9 @@
-"""Merged weights compute what peft computes, for every kind of layer that takes adapters, whole and sharded."""
+"""Merged weights compute what peft computes, for every kind of layer that takes adapters, whole and
+sharded."""
 
 import pytest
-import ranks
-import tiny
 import torch
 import transformers
-from architectures import KINDS, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -17,10 +15,13 @@ from repsft_fast.models import merge as merge_module
 from repsft_fast.models.lora import LoraSettings, add_lora
 from repsft_fast.models.merge import adapted_layers, check_merge, merged_state
 from repsft_fast.models.targets import Targets
-from tests.models.sources import named_stacks
+from tests.helpers import ranks, tiny
+from tests.helpers.architectures import KINDS, tiny_config
+from tests.helpers.sources import named_stacks
 
 STACKED = ["all-linear", "experts.gate_up_proj", "experts.down_proj"]
-FAMILIES = {  # kinds of layers: plain, transposed, a bias, shared experts, experts in one parameter (both ways round)
+# kinds of layers: plain, transposed, a bias, shared experts, experts in one parameter (both ways round)
+FAMILIES = {
     "llama": "all-linear", "gpt2": "all-linear", "phi": "all-linear", "qwen2_moe": "all-linear", "qwen3_moe": STACKED,
     "gpt_oss": STACKED, "llama4_text": STACKED, "deepseek_v3": "all-linear", "jamba": STACKED, "olmo3": "all-linear",
 }  # fmt: skip
@@ -88,7 +89,9 @@ def test_the_sum_is_made_in_fp32_and_rounded_once():
     """B A in bf16 first, or added in bf16, gives other weights."""
     for kind, targets in (("llama", "all-linear"), ("qwen3_moe", STACKED)):
         torch.manual_seed(0)
-        model = tiny.filled(load_model(tiny_config(kind), param_dtype="bfloat16", lora={"rank": 2, "target_modules": targets}))
+        model = tiny.filled(
+            load_model(tiny_config(kind), param_dtype="bfloat16", lora={"rank": 2, "target_modules": targets})
+        )
         state = model.state_dict()
         merged = merged_state(model, state)
         wide = {name: value.double() for name, value in state.items()}
@@ -115,7 +118,9 @@ class TestCheck:
 
         right = Linear.get_delta_weight
         monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * 1.01)
-        with pytest.raises(ModelError, match=r"model\.lora\.merge: .*k_proj \(Linear\) computes something else when merged"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora\.merge: .*k_proj \(Linear\) computes something else when merged"
+        ):
             load_model(tiny_config("llama"), lora={"rank": 2, "merge": True})
         load_model(tiny_config("llama"), lora={"rank": 2})  # nothing is merged
 
@@ -125,17 +130,26 @@ class TestCheck:
         if not hasattr(ParamWrapper, "get_delta_factors"):
             pytest.skip("this peft's forward calls get_delta_weight too")
         right = ParamWrapper.get_delta_weight
-        monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, adapter: right(self, adapter).flip(0))
+        monkeypatch.setattr(
+            ParamWrapper, "get_delta_weight", lambda self, adapter: right(self, adapter).flip(0)
+        )
         model = adapted("qwen3_moe", STACKED)
-        with pytest.raises(ModelError, match=r"model\.lora\.merge: .*experts .*computes something else when merged"):
+        with pytest.raises(
+            ModelError, match=r"model\.lora\.merge: .*experts .*computes something else when merged"
+        ):
             check_merge(model)
 
     def test_every_kind_is_tried_once_and_nothing_is_drawn(self, monkeypatch):
         tried = []
         right = merge_module._merged_and_not
-        monkeypatch.setattr(merge_module, "_merged_and_not", lambda layer: tried.append(layer) or right(layer))
+        monkeypatch.setattr(
+            merge_module, "_merged_and_not", lambda layer: tried.append(layer) or right(layer)
+        )
         model = adapted("qwen3_moe", STACKED)
-        before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+        before, state = (
+            torch.get_rng_state(),
+            {name: value.clone() for name, value in model.state_dict().items()},
+        )
         check_merge(model)
         assert len(tried) == 2, "linear layers, and experts in one parameter"
         assert torch.equal(torch.get_rng_state(), before)
@@ -170,13 +184,17 @@ def test_a_layer_named_like_peft_names_its_own_keeps_its_name():
 
 def merge_on_ranks(world, kind, targets, folder):
     torch.manual_seed(0)
-    model = load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets, "merge": True})
+    model = load_model(
+        tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets, "merge": True}
+    )
     tiny.filled(model)
     shard(model, world)
     check_merge(model)
     state = full_state(model, world)
     save_pretrained(model, None, folder, merge_lora=True, world=world)
-    return {name: value.numpy() for name, value in merged_state(model, state).items()} if world.is_main else None
+    return (
+        {name: value.numpy() for name, value in merged_state(model, state).items()} if world.is_main else None
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
@@ -184,7 +202,9 @@ def test_two_ranks_merge_as_one(kind, tmp_path):
     targets = FAMILIES[kind]
     sharded, _ = ranks.run_ranks(merge_on_ranks, kind, targets, tmp_path)
     torch.manual_seed(0)
-    model = tiny.filled(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets}))
+    model = tiny.filled(
+        load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": targets})
+    )
     whole = merged_state(model, model.state_dict())
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(torch.from_numpy(sharded[name]), value) for name, value in whole.items())
@@ -219,7 +239,9 @@ def one_thread():
 def test_adapters_train_sharded_as_whole(kind):
     loss, gradients = ranks.run_ranks(step_on_ranks, kind, FAMILIES[kind])[0]
     torch.manual_seed(0)
-    model = tiny.filled(load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": FAMILIES[kind]}))
+    model = tiny.filled(
+        load_model(tiny_config(kind), packed=False, lora={"rank": 2, "target_modules": FAMILIES[kind]})
+    )
     expected, _ = model.loss(tiny.row(tiny.documents((12,))))
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)

@@ -1,7 +1,8 @@
-"""Cases reported of trainers in the field, as users meet them: a folder, settings, a whole run or a public function.
+"""Cases reported of trainers in the field, as users meet them: a folder, settings, a whole run or a public
+function.
 
-Each is one member of a kind; the kinds are tested in the other files here. Nothing inside the package is named, so that these
-tests say the same of any version of it.
+Each is one member of a kind; the kinds are tested in the other files here. Nothing inside the package is
+named, so that these tests say the same of any version of it.
 """
 
 import json
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 from repsft_fast import train
 from repsft_fast.errors import RepsftError
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
-from tests import runs, tiny
-from tests.models.architectures import tiny_config
+from tests.helpers import runs, tiny
+from tests.helpers.architectures import tiny_config
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"budget": {"updates": 2}, "stop": {"token_accuracy": 1.0}}
@@ -59,7 +60,9 @@ class TestWeightsThatNeverLoaded:
     def test_a_foreign_prefix(self, tmp_path):
         base = llama(tmp_path)
         file = base / "model.safetensors"
-        save_file({f"module.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+        save_file(
+            {f"module.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"}
+        )
         words = refusal(settings(tmp_path, base))
         assert "module." in words
         assert "21" in words
@@ -130,7 +133,10 @@ class TestAdapters:
         base = source(tmp_path, tiny_config(kind))
         result = train(settings(tmp_path, base, model={"lora": {"rank": 4, "merge": True}}))
         assert result.updates == 2
-        before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+        before, after = (
+            load_file(base / "model.safetensors"),
+            load_file(tmp_path / "run" / "model.safetensors"),
+        )
         assert set(before) == set(after)
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert any("q_proj" in name for name in moved)
@@ -145,36 +151,50 @@ class TestAdapters:
         llama(tmp_path)
         monkeypatch.chdir(tmp_path)
         train(settings(tmp_path, "./base", model={"lora": {"rank": 2}}))
-        written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
         assert os.path.isabs(written)
         assert os.path.samefile(written, tmp_path / "base")
 
 
 class TestWhatIsComputed:
     def test_dynamic_frequencies_follow_each_sample(self, tmp_path):
-        """Documents of 40, 25 and 33 positions where the model was made for 32: packed and one a row they learn the same."""
+        """Documents of 40, 25 and 33 positions where the model was made for 32: packed and one a row they
+        learn the same."""
         config = tiny.config(
-            "llama", max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+            "llama",
+            max_position_embeddings=32,
+            rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0},
         )
         base = source(tmp_path, config)
         rows = [[3 + (7 * n + 5 * k) % 50 for k in range(n + 1)] for n in (40, 25, 33, 20)]
-        (tmp_path / "train.jsonl").write_text("".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in rows))
+        (tmp_path / "train.jsonl").write_text(
+            "".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in rows)
+        )
         losses = []
         for row_tokens in (41, 512):
             train(settings(tmp_path, base, batch={"row_tokens": row_tokens}, log={"every_updates": 1},
                            run={"folder": str(tmp_path / f"run{row_tokens}")}))  # fmt: skip
-            lines = [json.loads(line) for line in (tmp_path / f"run{row_tokens}" / "metrics.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in (tmp_path / f"run{row_tokens}" / "metrics.jsonl").read_text().splitlines()
+            ]
             losses.append([line["loss"] for line in lines if line["kind"] == "epoch"])
         assert losses[0]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    @pytest.mark.parametrize("kind", ["stablelm", "gptj", "gpt_neo", "qwen3_next", "lfm2", "granitemoehybrid"])
+    @pytest.mark.parametrize(
+        "kind", ["stablelm", "gptj", "gpt_neo", "qwen3_next", "lfm2", "granitemoehybrid"]
+    )
     def test_what_takes_no_packed_rows_trains_one_sample_a_row(self, kind, tmp_path):
         base = source(tmp_path, tiny_config(kind))
         words = refusal(settings(tmp_path, base))
         assert "does not take packed rows" in words
         assert "batch.pack: false" in words
-        result = train(settings(tmp_path, base, batch={"pack": False}, run={"folder": str(tmp_path / "alone")}))
+        result = train(
+            settings(tmp_path, base, batch={"pack": False}, run={"folder": str(tmp_path / "alone")})
+        )
         assert result.updates == 2
         assert result.loss < 20
 
@@ -214,14 +234,20 @@ class TestWhatIsSaved:
         words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(runs.VOCABULARY)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(base)
-        edit(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=["w7"])
+        edit(
+            base / "tokenizer_config.json",
+            tokenizer_class="PreTrainedTokenizerFast",
+            additional_special_tokens=["w7"],
+        )
         train(settings(tmp_path, base))
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
         assert saved["rope_theta"] == 1_000_000.0
         tokenizer = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text())
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert tokenizer["additional_special_tokens"] == ["w7"]
-        assert {v.dtype for v in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
+        assert {v.dtype for v in load_file(tmp_path / "run" / "model.safetensors").values()} == {
+            torch.bfloat16
+        }
 
     def test_file_modes_are_the_umasks(self, tmp_path):
         train(settings(tmp_path, llama(tmp_path)))
@@ -243,5 +269,9 @@ class TestWhatIsSaved:
         rows = [{"prompt": f"w{n} new1", "completion": f" w{n + 1} new2"} for n in range(3, 11)]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert "model.resize_vocabulary" in refusal(settings(tmp_path, base))
-        train(settings(tmp_path, base, model={"resize_vocabulary": True}, run={"folder": str(tmp_path / "grown")}))
+        train(
+            settings(
+                tmp_path, base, model={"resize_vocabulary": True}, run={"folder": str(tmp_path / "grown")}
+            )
+        )
         assert json.loads((tmp_path / "grown" / "config.json").read_text())["vocab_size"] >= len(tokenizer)

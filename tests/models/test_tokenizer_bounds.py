@@ -1,4 +1,5 @@
-"""Tokenizers that would work without end: refused by their files, before a library reads them; public ones pass."""
+"""Tokenizers that would work without end: refused by their files, before a library reads them; public ones
+pass."""
 
 import json
 
@@ -7,7 +8,7 @@ import pytest
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_tokenizer
 from repsft_fast.models.tokenizer_bounds import MOST_ADDED, MOST_SPECIAL, check_bounds
-from tests.models.sources import write_source
+from tests.helpers.sources import write_source
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 # As in tokenizer.json of SentencePiece models, of BERT and of T5.
@@ -23,7 +24,9 @@ PUBLIC = (
 
 @pytest.mark.parametrize("normalizer", PUBLIC)
 def test_public_ones_and_what_only_a_library_can_judge(normalizer):
-    check_bounds({"normalizer": normalizer}, {"extra_ids": 100, "offset": 103, "model_max_length": 10**30}, "where")
+    check_bounds(
+        {"normalizer": normalizer}, {"extra_ids": 100, "offset": 103, "model_max_length": 10**30}, "where"
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,18 +39,36 @@ def test_public_ones_and_what_only_a_library_can_judge(normalizer):
     ],
 )
 def test_normalizers_that_make_a_text_longer_and_longer(normalizer):
-    with pytest.raises(ModelError, match=r"where tokenizer\.json: its normalizers make a text over 100 times longer"):
+    with pytest.raises(
+        ModelError, match=r"where tokenizer\.json: its normalizers make a text over 100 times longer"
+    ):
         check_bounds({"normalizer": normalizer}, {}, "where")
 
 
 @pytest.mark.parametrize(
     ("file", "settings", "words"),
     [
-        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2000}}, {}, "normalizer: has more parts"),
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 2000}}, {}, "pre_tokenizer: has more"),
-        ({"post_processor": {"type": "TemplateProcessing", "single": [{}] * 2000}}, {}, "post_processor: has more parts"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2000}},
+            {},
+            "normalizer: has more parts",
+        ),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 2000}},
+            {},
+            "pre_tokenizer: has more",
+        ),
+        (
+            {"post_processor": {"type": "TemplateProcessing", "single": [{}] * 2000}},
+            {},
+            "post_processor: has more parts",
+        ),
         ({"added_tokens": [{}] * (MOST_ADDED + 1)}, {}, "tokenizer.json: added_tokens are more than"),
-        ({}, {"added_tokens_decoder": dict.fromkeys(range(MOST_ADDED + 1))}, "tokenizer_config.json: added_tokens_decoder"),
+        (
+            {},
+            {"added_tokens_decoder": dict.fromkeys(range(MOST_ADDED + 1))},
+            "tokenizer_config.json: added_tokens_decoder",
+        ),
         ({}, {"additional_special_tokens": ["x"] * (MOST_SPECIAL + 1)}, "additional_special_tokens are more"),
         ({}, {"extra_special_tokens": ["x"] * (MOST_SPECIAL + 1)}, "extra_special_tokens are more"),
         ({}, {"extra_ids": 10**9}, "tokenizer_config.json: extra_ids is more"),

@@ -1,4 +1,5 @@
-"""Text is split as tokenizer.json says, whatever class transformers takes for it; its own classes' files are left to them."""
+"""Text is split as tokenizer.json says, whatever class transformers takes for it; its own classes' files are
+left to them."""
 
 import shutil
 
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from repsft_fast.errors import ModelError
 from repsft_fast.models import load_tokenizer, save_pretrained
 from repsft_fast.models.tokenizer_file import as_the_file_says
-from tests.models.sources import change, read, write, write_source
+from tests.helpers.sources import change, read, write, write_source
 
 TEXT = "w5 w6 w7"
 
@@ -37,7 +38,9 @@ def ids_of_the_library(folder):
         return None
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", "GemmaTokenizerFast"])
+@pytest.mark.parametrize(
+    "name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", "GemmaTokenizerFast"]
+)
 def test_a_class_that_splits_otherwise(folder, name):
     change(folder / "tokenizer_config.json", tokenizer_class=name)
     tokenizer = load_tokenizer(folder)
@@ -51,7 +54,8 @@ def test_a_class_that_splits_otherwise(folder, name):
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2", "gpt_neox", "bert"])
 def test_an_architecture_whose_tokenizer_is_another(folder, kind):
-    """transformers takes the architecture's class where tokenizer_config.json names none, for qwen2 in spite of it."""
+    """transformers takes the architecture's class where tokenizer_config.json names none, for qwen2 in spite
+    of it."""
     change(folder / "config.json", model_type=kind)
     without_class(folder)
     assert load_tokenizer(folder)(TEXT).input_ids == [5, 6, 7]
@@ -76,7 +80,9 @@ def test_what_is_saved_is_the_file_again(folder, tmp_path):
 
 def byte_level(folder, *, prefix=False):
     """A file as GPT-2's and Qwen's are: bytes, no merges."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -85,10 +91,15 @@ def byte_level(folder, *, prefix=False):
 def pieces(folder, *, old):
     """A file as Llama's are, in transformers 4's form (old) or 5's."""
     letters = [chr(i) for i in range(33, 127)]
-    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters])}
+    vocabulary = {
+        t: i
+        for i, t in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters])
+    }
     merges = [("▁", letter) for letter in "abcdefgh"]
     vocabulary |= {f"▁{letter}": len(vocabulary) + i for i, letter in enumerate("abcdefgh")}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     if old:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
@@ -162,7 +173,9 @@ def test_settings_without_a_vocabulary_are_no_tokenizer(folder, name):
     """transformers makes an empty one of the class's name: every text would be no tokens at all."""
     (folder / "tokenizer.json").unlink()
     write(folder / "tokenizer_config.json", {"tokenizer_class": name})
-    with pytest.raises(ModelError, match=r"^tokenizer\.path: holds no tokenizer, only special tokens.*fetch it"):
+    with pytest.raises(
+        ModelError, match=r"^tokenizer\.path: holds no tokenizer, only special tokens.*fetch it"
+    ):
         load_tokenizer(folder)
 
 
@@ -177,7 +190,10 @@ def test_a_vocabulary_of_bytes_or_of_three_words_is_one(tmp_path):
 
 def test_a_tokenizer_of_code_that_may_not_run_names_the_setting(folder):
     (folder / "tokenizer.json").unlink()
-    write(folder / "tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    write(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+    )
     with pytest.raises(ModelError, match=r"^tokenizer\.path: .*set model\.trust_remote_code to true"):
         load_tokenizer(folder)
 
@@ -187,5 +203,7 @@ def test_a_tokenizer_of_code_that_may_not_run_names_the_setting(folder):
 def test_a_model_without_its_tokenizer(folder, setting, settings):
     for name in ["tokenizer.json", *(["tokenizer_config.json"] if not settings else [])]:
         (folder / name).unlink()
-    with pytest.raises(ModelError, match=rf"^{setting}: holds no tokenizer.*fetch it, or set tokenizer\.path"):
+    with pytest.raises(
+        ModelError, match=rf"^{setting}: holds no tokenizer.*fetch it, or set tokenizer\.path"
+    ):
         load_tokenizer(folder, setting=setting)

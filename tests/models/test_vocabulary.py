@@ -1,4 +1,5 @@
-"""Rows for tokens that the model has none for: embedding, head, bias, saved sizes; what cannot be grown is refused."""
+"""Rows for tokens that the model has none for: embedding, head, bias, saved sizes; what cannot be grown is
+refused."""
 
 import json
 import shutil
@@ -13,9 +14,9 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, ModelError
 from repsft_fast.models import load_model, save_pretrained
 from repsft_fast.models.vocabulary import grow_vocabulary, tokens_of
-from tests import ranks, runs
-from tests.models.architectures import KINDS, VOCABULARY, tiny_config
-from tests.models.sources import write_source
+from tests.helpers import ranks, runs
+from tests.helpers.architectures import KINDS, VOCABULARY, tiny_config
+from tests.helpers.sources import write_source
 
 SIZE = VOCABULARY + 5
 
@@ -38,13 +39,17 @@ def test_old_tokens_stay_and_new_ones_are_their_mean(kind, tied):
     model = made(kind, tie_word_embeddings=tied)
     before = logits(model, [5, 6, 7])
     said = grow_vocabulary(model, SIZE)
-    assert said == f"5 tokens more than the model had ({VOCABULARY}): their rows begin as the mean of the others"
+    assert (
+        said == f"5 tokens more than the model had ({VOCABULARY}): their rows begin as the mean of the others"
+    )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert (embedding.weight is head.weight) == tied
     assert embedding.weight.shape[0] == head.weight.shape[0] == model.config.vocab_size == SIZE
     for weight in (embedding.weight, head.weight, *([head.bias] if head.bias is not None else [])):
         assert weight.requires_grad
-        torch.testing.assert_close(weight[VOCABULARY:], weight[:VOCABULARY].mean(0).expand_as(weight[VOCABULARY:]))
+        torch.testing.assert_close(
+            weight[VOCABULARY:], weight[:VOCABULARY].mean(0).expand_as(weight[VOCABULARY:])
+        )
     after = logits(model, [5, 6, 7])
     torch.testing.assert_close(after[:, :VOCABULARY], before)
     if kind != "gemma2":  # whose logits are capped after the head
@@ -85,12 +90,15 @@ def test_what_is_saved_has_them(tmp_path):
     grow_vocabulary(model, tokens_of(words))
     save_pretrained(model, words, tmp_path / "result")
     assert json.loads((tmp_path / "result" / "config.json").read_text())["vocab_size"] == VOCABULARY + 2
-    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "result", output_loading_info=True, dtype=torch.float32)
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "result", output_loading_info=True, dtype=torch.float32
+    )
     assert not any(report.values())
     ids = AutoTokenizer.from_pretrained(tmp_path / "result")("w5 <a> <b>")["input_ids"]
     assert ids == [5, VOCABULARY, VOCABULARY + 1]
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()  # the source's type, in which the new rows too are saved
+        # the source's type, in which the new rows too are saved
+        parameter.data = parameter.data.bfloat16().float()
     torch.testing.assert_close(logits(again, ids), logits(model.eval(), ids), rtol=0, atol=1e-6)
 
 
@@ -106,7 +114,9 @@ def test_ids_with_gaps():
 def test_tokens_kept_elsewhere_are_refused():
     model = made()
     model.register_buffer("token_bias", torch.zeros(1, VOCABULARY))
-    with pytest.raises(ModelError, match=r"^model\.resize_vocabulary: LlamaForCausalLM keeps 97 tokens in token_bias too"):
+    with pytest.raises(
+        ModelError, match=r"^model\.resize_vocabulary: LlamaForCausalLM keeps 97 tokens in token_bias too"
+    ):
         grow_vocabulary(model, SIZE)
 
 
@@ -117,7 +127,10 @@ def test_what_transformers_cannot_resize_is_refused(monkeypatch):
         raise NotImplementedError("not here")
 
     monkeypatch.setattr(type(model), "resize_token_embeddings", fails)
-    with pytest.raises(ModelError, match=r"cannot be given more tokens \(NotImplementedError: not here\); use the model's own"):
+    with pytest.raises(
+        ModelError,
+        match=r"cannot be given more tokens \(NotImplementedError: not here\); use the model's own",
+    ):
         grow_vocabulary(model, SIZE)
     monkeypatch.setattr(type(model), "resize_token_embeddings", lambda *_, **__: None)
     with pytest.raises(ModelError, match=r"cannot be given more tokens \(it has 97 and 97 rows after it\)"):
@@ -128,15 +141,26 @@ def test_what_transformers_cannot_resize_is_refused(monkeypatch):
     ("kind", "why"),
     [
         ("mllama", "its embedding and head have 105 and 97 rows, of which some are no tokens of text"),
-        ("marian", "its configuration would not give model.decoder.embed_tokens.weight their new sizes when it is loaded"),
-        ("deepseek_v4", r"its configuration would not give model\.layers\.0\.mlp\.gate\.tid2eid their new sizes"),
+        (
+            "marian",
+            (
+                "its configuration would not give model.decoder.embed_tokens.weight their new sizes when it"
+                " is loaded"
+            ),
+        ),
+        (
+            "deepseek_v4",
+            r"its configuration would not give model\.layers\.0\.mlp\.gate\.tid2eid their new sizes",
+        ),
     ],
 )
 def test_what_could_not_be_loaded_again_is_refused(kind, why):
     """Rows of images beside those of tokens, sizes by other names, experts chosen by a table over tokens."""
     if kind not in KINDS:
         pytest.skip("an older transformers does not know it")
-    with pytest.raises(ModelError, match=rf"^model\.resize_vocabulary: \w+ cannot be given more tokens \({why}"):
+    with pytest.raises(
+        ModelError, match=rf"^model\.resize_vocabulary: \w+ cannot be given more tokens \({why}"
+    ):
         grow_vocabulary(made(kind), SIZE)
 
 
@@ -154,7 +178,10 @@ def test_weights_that_come_apart_are_refused(monkeypatch):
 
 
 def test_with_adapters_they_would_not_be_learned(tmp_path):
-    with pytest.raises(ModelError, match=r"adapters leave the embedding frozen.*expected 97 tokens, got 102; drop model\.lora"):
+    with pytest.raises(
+        ModelError,
+        match=r"adapters leave the embedding frozen.*expected 97 tokens, got 102; drop model\.lora",
+    ):
         grow_vocabulary(made(), SIZE, frozen=True)
     assert grow_vocabulary(made(), VOCABULARY, frozen=True) is None
     settings = runs.settings(tmp_path, model__resize_vocabulary=True, model__lora={"rank": 2})
@@ -163,13 +190,16 @@ def test_with_adapters_they_would_not_be_learned(tmp_path):
 
 
 def larger_tokenizer(folder, model):
-    """A model folder whose tokenizer has two tokens more than the model has rows; rows of text that use them."""
+    """A model folder whose tokenizer has two tokens more than the model has rows; rows of text that use
+    them."""
     source = write_source(folder / "source", vocab_size=VOCABULARY)
     words = AutoTokenizer.from_pretrained(source)
     words.add_tokens(["<a>", "<b>"])
     words.save_pretrained(source)
     data = folder / "train.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"w{i} w7", "completion": "<a> w3 <b>"}) for i in range(5, 17)))
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"w{i} w7", "completion": "<a> w3 <b>"}) for i in range(5, 17))
+    )
     settings = runs.settings(folder, data__format="prompt", stop__token_accuracy=None)
     settings["data"]["train"] = str(data)
     return settings | {"model": {"path": str(source), **model}, "budget": {"updates": 3}}
@@ -203,7 +233,9 @@ def test_a_run_that_goes_on_has_the_same_bits(tmp_path):
 
 
 def test_without_it_the_line_to_type_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"past the vocabulary, expected below 97.*model\.resize_vocabulary: true"):
+    with pytest.raises(
+        DataError, match=r"past the vocabulary, expected below 97.*model\.resize_vocabulary: true"
+    ):
         train(Config.of(larger_tokenizer(tmp_path, {})))
 
 
@@ -216,7 +248,9 @@ def test_two_ranks_learn_them_as_one_does(tmp_path):
     assert ranks.run_ranks(run_of, settings) == [True, True]
     settings["run"]["folder"] = str(tmp_path / "one")
     train(Config.of(settings))
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("one", "run"))
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("one", "run")
+    )
     assert one.config.vocab_size == two.config.vocab_size == VOCABULARY + 2
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=0, atol=1e-5)

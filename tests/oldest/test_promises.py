@@ -1,4 +1,5 @@
-"""What pyproject.toml promises is what `make test-oldest` runs, and what is carried to a GPU machine is what is tested here."""
+"""What pyproject.toml promises is what `make test-oldest` runs, and what is carried to a GPU machine is what
+is tested here."""
 
 import re
 import tomllib
@@ -12,18 +13,28 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 def pins(path: str) -> dict[str, str]:
     """name → version of every line of a requirements file, each of which must pin exactly."""
-    lines = [re.sub(r"\s*#.*", "", line).strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
-    return {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines if line)}
+    lines = [
+        re.sub(r"\s*#.*", "", line).strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()
+    ]
+    return {
+        name.lower().replace("_", "-"): version
+        for name, version in (line.split("==") for line in lines if line)
+    }
 
 
 GPU_MACHINE = pins("tests/oldest/gpu_machine.txt")
 OLDEST = {**GPU_MACHINE, **pins("tests/oldest/transformers_5_0.txt")}
 
 
-PROMISED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lora"], *PROJECT["optional-dependencies"]["optim8"]]
+PROMISED = [
+    *PROJECT["dependencies"],
+    *PROJECT["optional-dependencies"]["lora"],
+    *PROJECT["optional-dependencies"]["optim8"],
+]
 
 
-@pytest.mark.parametrize("requirement", [r for r in PROMISED if not r.startswith("bitsandbytes")])  # needs a GPU of its own
+# needs a GPU of its own
+@pytest.mark.parametrize("requirement", [r for r in PROMISED if not r.startswith("bitsandbytes")])
 def test_every_oldest_version_promised_is_the_one_tested(requirement):
     name, oldest = re.match(r"([\w.-]+)>=([\d.]+)", requirement).groups()
     assert f"{OLDEST[name]}.".startswith(f"{oldest}."), f"{requirement}, tested is {OLDEST[name]}"

@@ -33,7 +33,10 @@ def packed(backend="segments", tail=2, lengths=LENGTHS):
 def inputs(kv_heads=2, dtype=torch.float64, value_dim=DIM, seed=0):
     draw = torch.Generator().manual_seed(seed)
     shapes = ((HEADS, DIM), (kv_heads, DIM), (kv_heads, value_dim))
-    return [torch.randn(1, a, TOTAL, d, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for a, d in shapes]
+    return [
+        torch.randn(1, a, TOTAL, d, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        for a, d in shapes
+    ]
 
 
 def by_hand(q, k, v, scale, window=None, softcap=None):
@@ -60,7 +63,9 @@ def call(tensors, where, **options):
 
 
 def gradients(output, tensors):
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output.dtype)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(
+        output.dtype
+    )
     return torch.autograd.grad((output * weights).sum(), tensors)
 
 
@@ -83,16 +88,22 @@ def test_output_and_gradients_are_those_of_the_definition(backend, kv_heads, opt
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_heads_may_have_another_size(backend):
     tensors = inputs(value_dim=6)
-    torch.testing.assert_close(call(tensors, packed(backend)), by_hand(*tensors, DIM**-0.5), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        call(tensors, packed(backend)), by_hand(*tensors, DIM**-0.5), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_fp32_error_is_that_of_plain_torch(window):
-    """Law 3's bound: RMS error against float64 at most 1.5 times that of the masked SDPA in fp32, plus a floor."""
+    """Law 3's bound: RMS error against float64 at most 1.5 times that of the masked SDPA in fp32, plus a
+    floor."""
     exact = inputs()
     truth = by_hand(*exact, DIM**-0.5, window)
     single = [x.detach().float().requires_grad_() for x in exact]
-    errors = [(call(single, packed(b), sliding_window=window).double() - truth).square().mean().sqrt() for b in BACKENDS]
+    errors = [
+        (call(single, packed(b), sliding_window=window).double() - truth).square().mean().sqrt()
+        for b in BACKENDS
+    ]
     assert errors[0] <= 1.5 * errors[1] + 1e-9
 
 
@@ -130,7 +141,8 @@ class TestFlashKernels:
     """The kernels need a GPU; here a stand-in with their documented meaning checks what they are handed."""
 
     @staticmethod
-    def kernel(q, k, v, borders, window_left, scale):  # [T, A, D]; window_left keys left of the query, -1 = all
+    # [T, A, D]; window_left keys left of the query, -1 = all
+    def kernel(q, k, v, borders, window_left, scale):
         assert q.is_contiguous()
         assert q.shape == (TOTAL, HEADS, DIM)
         assert borders.dtype == torch.int32
@@ -222,12 +234,16 @@ def test_the_choice_by_device_and_type():
 
 class TestRefusals:
     def test_unknown_backend(self):
-        with pytest.raises(ModelError, match=r"model.attention: is not known, expected one of auto, .*, got eager"):
+        with pytest.raises(
+            ModelError, match=r"model.attention: is not known, expected one of auto, .*, got eager"
+        ):
             attention.check_backend("eager")
 
     def test_flash_that_is_not_installed(self, monkeypatch):
         monkeypatch.setattr(attention, "_importable", lambda module: False)
-        with pytest.raises(ModelError, match=r"flash2 needs the module flash_attn, .* install it or choose varlen"):
+        with pytest.raises(
+            ModelError, match=r"flash2 needs the module flash_attn, .* install it or choose varlen"
+        ):
             attention.check_backend("flash2")
 
     def test_what_no_backend_adds(self):
@@ -239,5 +255,7 @@ class TestRefusals:
             call(inputs(), packed(), is_causal=False)
 
     def test_varlen_with_dropout(self):
-        with pytest.raises(ModelError, match=r"varlen does not compute attention with dropout 0.1; choose sdpa"):
+        with pytest.raises(
+            ModelError, match=r"varlen does not compute attention with dropout 0.1; choose sdpa"
+        ):
             call(inputs(), packed("varlen"), dropout=0.1)

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from peak import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from repsft_fast.ops import functional, products
+from repsft_fast.ops import products, row_pass
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
 from repsft_fast.ops.reference import linear_cross_entropy_reference
 from repsft_fast.row import IGNORE_INDEX
-from repsft_fast.training.syncs import SyncCounter
+from repsft_fast.selftest.syncs import SyncCounter
+from tests.helpers.peak import peak_bytes
 
 N, H, V = 37, 16, 301
 FIELDS = ("loss", "correct", "entropy", "top1_probability", "margin", "log10_miss")
@@ -35,7 +35,9 @@ class Case:
         return linear_cross_entropy(self.hidden, self.head, self.targets, self.weights, self.rows, **options)
 
     def truth(self, **options):
-        return linear_cross_entropy_reference(self.hidden, self.head, self.targets, self.weights, self.rows, **options)
+        return linear_cross_entropy_reference(
+            self.hidden, self.head, self.targets, self.weights, self.rows, **options
+        )
 
 
 def close(ours, truth):
@@ -92,7 +94,9 @@ def test_tied_embeddings_add_up():
     loss.backward()
     check = case.head.detach().clone().requires_grad_()
     logits = torch.tanh(check[tokens]) @ check.T
-    expected = torch.nn.functional.cross_entropy(logits, case.targets, reduction="none", ignore_index=IGNORE_INDEX)
+    expected = torch.nn.functional.cross_entropy(
+        logits, case.targets, reduction="none", ignore_index=IGNORE_INDEX
+    )
     (expected * case.weights).sum().backward()
     close(case.head.grad, check.grad)
 
@@ -126,7 +130,9 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_evaluation_computes_no_gradient(mode, monkeypatch):
     case = Case()
     expected, _ = case.call()
-    monkeypatch.setattr(products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient under no_grad"))
+    monkeypatch.setattr(
+        products, "add_head_gradient", lambda *_, **__: pytest.fail("a gradient under no_grad")
+    )
     with mode():
         loss, stats = case.call()
     assert torch.equal(loss, expected.detach())
@@ -144,7 +150,7 @@ def test_nothing_trained_is_exactly_zero(n):
         assert loss.item() == 0.0
         assert torch.equal(hidden.grad, torch.zeros_like(hidden))
         assert torch.equal(head.grad, torch.zeros_like(head))
-        assert stats.by(torch.empty(0, dtype=torch.int64), 2).total.tolist() == [0, 0]
+        assert stats.sum_by(torch.empty(0, dtype=torch.int64), 2).total.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("target", [-1, -(2**40), V, 2**40])
@@ -156,14 +162,15 @@ def test_a_target_out_of_range_is_nan_and_counted(target):
     assert loss.isnan()
     assert stats.loss.isnan().nonzero().tolist() == [[3]]
     assert not stats.correct[3]
-    assert stats.by(torch.zeros(N, dtype=torch.int64), 1).nonfinite.tolist() == [1]
+    assert stats.sum_by(torch.zeros(N, dtype=torch.int64), 1).nonfinite.tolist() == [1]
     assert case.hidden.grad[3].isnan().all()
     assert case.head.grad.isnan().any()
 
 
 @pytest.mark.parametrize(("rows", "chunks"), [(1, 20), (5, 5), (12, 2), (25, 1)])
 def test_the_bytes_given_decide_the_chunks(rows, chunks):
-    """One product of logits a chunk; a fifth of the bytes is the row pass's own, where that is a row or more."""
+    """One product of logits a chunk; a fifth of the bytes is the row pass's own, where that is a row or
+    more."""
     case = Case(n=20, masked=0.0)
 
     class Products(TorchDispatchMode):
@@ -267,7 +274,9 @@ class TestMemorisedRows:
         assert torch.equal(loss, exact)
         assert all(torch.equal(getattr(stats, name), getattr(exact_stats, name)) for name in FIELDS)
         rows = case.rows[kept]
-        _, _, grad_hidden, grad_head = linear_cross_entropy_reference(case.hidden, case.head, case.targets, case.weights, rows)
+        _, _, grad_hidden, grad_head = linear_cross_entropy_reference(
+            case.hidden, case.head, case.targets, case.weights, rows
+        )
         close(case.hidden.grad, grad_hidden)
         close(case.head.grad, grad_head)
 
@@ -350,7 +359,7 @@ class TestPrecision:
 
     def test_stale_memory_does_not_matter(self):
         expected = Case().call(chunk_bytes=V * 8 * 9)
-        functional.workspace("logits", 64, V, torch.float64, torch.device("cpu")).fill_(math.nan)
+        row_pass.workspace("logits", 64, V, torch.float64, torch.device("cpu")).fill_(math.nan)
         case = Case()
         loss, stats = case.call(chunk_bytes=V * 8 * 9)
         loss.backward()
@@ -364,10 +373,19 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"hidden": torch.zeros(2, 3, H)}, r"hidden: has the wrong shape, expected two dimensions, got \(2, 3, 16\)"),
+            (
+                {"hidden": torch.zeros(2, 3, H)},
+                r"hidden: has the wrong shape, expected two dimensions, got \(2, 3, 16\)",
+            ),
             ({"hidden": torch.zeros(N, H, dtype=torch.int64)}, "hidden: has an unusable dtype"),
-            ({"lm_head": torch.zeros(V, H)}, "lm_head: has another dtype than hidden, expected torch.float64"),
-            ({"lm_head": torch.zeros(V, H + 1, dtype=torch.float64)}, r"lm_head: has the wrong shape, expected \(V >= 2, 16\)"),
+            (
+                {"lm_head": torch.zeros(V, H)},
+                "lm_head: has another dtype than hidden, expected torch.float64",
+            ),
+            (
+                {"lm_head": torch.zeros(V, H + 1, dtype=torch.float64)},
+                r"lm_head: has the wrong shape, expected \(V >= 2, 16\)",
+            ),
             ({"lm_head": torch.zeros(1, H, dtype=torch.float64)}, "lm_head: has the wrong shape"),
             (
                 {"targets": torch.zeros(N - 1, dtype=torch.int64)},
@@ -411,7 +429,7 @@ class TestCounts:
         with SyncCounter() as syncs:
             loss, stats = case.call(**options)
             loss.backward()
-            stats.by(zero, 3)
+            stats.sum_by(zero, 3)
             with torch.no_grad():
                 case.call(**options)
         assert syncs.found == {}
@@ -424,7 +442,7 @@ class TestCounts:
         targets = torch.randint(vocabulary, (n,))
         rows = torch.arange(n)
 
-        functional._local.__dict__.clear()  # buffers kept from other tests would not be seen
+        row_pass._local.__dict__.clear()  # buffers kept from other tests would not be seen
         peak = peak_bytes(lambda: linear_cross_entropy(hidden, head, targets, None, rows)[0].backward())
         peak -= 4 * (head.numel() + 4 * hidden.numel())
         full = 4 * n * vocabulary

@@ -35,19 +35,24 @@ def test_equals_torch_in_float64(vocabulary, softcap):
     torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(1), rtol=ROUNDING, atol=ROUNDING)
     torch.testing.assert_close(stats.top1_probability, log_p.exp().amax(1), rtol=ROUNDING, atol=ROUNDING)
     torch.testing.assert_close(stats.margin, top[:, 0] - top[:, 1], rtol=ROUNDING, atol=ROUNDING)
-    torch.testing.assert_close(stats.log10_miss, torch.log10(miss), rtol=1e-10, atol=ROUNDING)  # 1 − p of the check is inexact
+    # 1 − p of the check is inexact
+    torch.testing.assert_close(stats.log10_miss, torch.log10(miss), rtol=1e-10, atol=ROUNDING)
     assert torch.equal(stats.correct, x.argmax(1) == targets)
 
 
 def test_memorised_rows_keep_their_relative_precision():
     """p = 1 / (1 + 2·exp(−lead)): for a lead of 200 the naive loss and gradient are 0."""
     leads = torch.tensor([20.0, 40.0, 90.0, 200.0], dtype=torch.float64)
-    logits = torch.stack([leads, torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)], dim=1)
+    logits = torch.stack(
+        [leads, torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)], dim=1
+    )
     _, stats, gradient = cross_entropy_rows(logits, torch.zeros(4, dtype=torch.int64))
     for i, lead in enumerate(leads.tolist()):
         others = 2 * math.exp(-lead)
         assert stats.loss[i].item() == pytest.approx(math.log1p(others), rel=1e-14)
-        assert gradient[i].tolist() == pytest.approx([-others / (1 + others), *2 * [math.exp(-lead) / (1 + others)]], rel=1e-14)
+        assert gradient[i].tolist() == pytest.approx(
+            [-others / (1 + others), *2 * [math.exp(-lead) / (1 + others)]], rel=1e-14
+        )
         assert stats.log10_miss[i].item() == pytest.approx(math.log10(others / (1 + others)), rel=1e-14)
         entropy = math.log1p(others) / (1 + others) + others / (1 + others) * (lead + math.log1p(others))
         assert stats.entropy[i].item() == pytest.approx(entropy, rel=1e-13)
@@ -86,7 +91,9 @@ def test_the_head_reference_is_the_rows_reference_through_the_chain_rule():
     targets = torch.tensor([3, IGNORE_INDEX, 0, 10, IGNORE_INDEX, 5, 5, 1, 2])
     weights = torch.rand(9, generator=generator, dtype=torch.float64)
     loss, stats, grad_hidden, grad_head = linear_cross_entropy_reference(hidden, head, targets, weights)
-    expected = (F.cross_entropy(hidden @ head.T, targets, reduction="none", ignore_index=IGNORE_INDEX) * weights).sum()
+    expected = (
+        F.cross_entropy(hidden @ head.T, targets, reduction="none", ignore_index=IGNORE_INDEX) * weights
+    ).sum()
     expected.backward()
     assert stats.loss.shape == (7,)
     torch.testing.assert_close(loss, expected.detach(), rtol=ROUNDING, atol=ROUNDING)

@@ -3,10 +3,8 @@
 import math
 
 import pytest
-from policies_simulation import World, script, simulate
 
 from repsft_fast.policies import (
-    BASELINES,
     BaselineSettings,
     Continual,
     Dynamix,
@@ -23,7 +21,8 @@ from repsft_fast.policies import (
     shares,
 )
 from repsft_fast.policies.baselines import dynamix_probabilities, mastered, values_of
-from repsft_fast.policies.history import Epoch, Probed
+from repsft_fast.policies.records import Epoch, Probed
+from tests.helpers.policies_simulation import World, script, simulate
 
 NAN = float("nan")
 RISING = [k / 40 for k in range(40)]
@@ -31,10 +30,12 @@ TWO_PEAKS = {"a": [0.1, 0.5, 0.9, 0.2], "b": [0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 0.1]
 
 
 def test_sft_trains_everything_and_takes_the_best_pooled_moment():
-    run = simulate(Sft(BaselineSettings(compute_budget=2.0)), script({"a": [0.1, 0.9, 0.2], "b": [0.1, 0.2, 0.3]}))
+    run = simulate(
+        Sft(BaselineSettings(compute_budget=2.0)), script({"a": [0.1, 0.9, 0.2], "b": [0.1, 0.2, 0.3]})
+    )
     assert run.updates_trained == 16
-    assert run.log[-1] == Stop("2 epochs are done")
-    assert run.history.moment(run.result).epochs == 0.25
+    assert run.log[-1] == Stop("policy", "2 epochs are done")
+    assert run.history.evaluation_of(run.result).epochs == 0.25
     assert run.most_held == 1
 
 
@@ -43,7 +44,7 @@ class TestContinual:
         run = simulate(Continual(BaselineSettings(compute_budget=2.0)), script(TWO_PEAKS))
         assert [s.active for s in run.history.stages] == [("a",), ("b",), ("c",)]
         assert [d.drop for d in run.log if isinstance(d, RollBack)] == ["a", "b"]  # c peaks at its end
-        starts = [run.history.moment(s.start).epochs for s in run.history.stages[1:]]
+        starts = [run.history.evaluation_of(s.start).epochs for s in run.history.stages[1:]]
         assert starts == [0.5, 1.25]
         assert run.state == {"a": 0.5, "b": 1.25, "c": 2}
         assert run.result == run.history.here
@@ -54,12 +55,12 @@ class TestContinual:
 
     def test_an_undefined_task_is_trained_to_the_end(self):
         run = simulate(Continual(), script({"a": [NAN], "b": [0.1, 0.9, 0.1]}))
-        assert run.log[-1] == Stop("every task has had its turn")
+        assert run.log[-1] == Stop("policy", "every task has had its turn")
         assert run.state == {"a": 1, "b": 0.25}
 
     def test_a_peak_at_the_last_tasks_middle_is_the_result(self):
         run = simulate(Continual(), script({"a": [0.1, 0.9, 0.1]}))
-        assert run.history.moment(run.result).epochs == 0.25
+        assert run.history.evaluation_of(run.result).epochs == 0.25
         assert run.result in run.held
 
 
@@ -68,10 +69,10 @@ class TestSro:
         run = simulate(Sro(BaselineSettings(compute_budget=3.0)), script(TWO_PEAKS))
         second = run.history.stages[1:]
         assert [s.active for s in second] == [("a", "b", "c"), ("b", "c"), ("c",)]
-        assert second[0].start == run.history.evaluations[0].moment_id
+        assert second[0].start == run.history.evaluations[0].snapshot_id
         assert second[0].update == 0
         assert run.state == {"a": 0.5, "b": 1.25, "c": 3}
-        assert run.log[-1] == Stop("every task has been dropped at its peak")
+        assert run.log[-1] == Stop("policy", "every task has been dropped at its peak")
 
     def test_the_optimizer_goes_on_when_a_task_is_dropped(self):
         run = simulate(Sro(BaselineSettings(compute_budget=3.0)), script(TWO_PEAKS))
@@ -82,13 +83,13 @@ class TestSro:
         run = simulate(Sro(), script({"a": [0.9, 0.1], "b": RISING}))
         assert run.history.stages[1].active == ("b",)
         run = simulate(Sro(), script({"a": [0.9, 0.1], "n": [NAN]}))
-        assert run.log[-1] == Stop("no task ever rose above the base")
+        assert run.log[-1] == Stop("policy", "no task ever rose above the base")
         assert run.result is None
 
     def test_the_result_comes_from_the_second_run(self):
         run = simulate(Sro(BaselineSettings(compute_budget=3.0)), script(TWO_PEAKS))
         assert run.history.evaluations[-1].stage >= 1
-        winner = [e.stage for e in run.history.evaluations if e.moment_id == run.result]
+        winner = [e.stage for e in run.history.evaluations if e.snapshot_id == run.result]
         assert max(winner) >= 1
 
 
@@ -100,12 +101,13 @@ class TestSoftSro:
         assert stage.weights["c"] / stage.weights["a"] == pytest.approx(3.0 / 0.5)
         assert sum(stage.weights.values()) * 64 == pytest.approx(3 * 64)
         assert len(run.history.stages) == 2
-        assert run.log[-1] == Stop("3 epochs are done")
+        assert run.log[-1] == Stop("policy", "3 epochs are done")
 
     def test_a_peak_at_the_base_is_left_out(self):
         run = simulate(SoftSro(), script({"a": [0.9, 0.1], "b": RISING}))
         assert run.history.stages[1].weights == {"b": pytest.approx(1.0)}
-        assert simulate(SoftSro(), script({"a": [0.9, 0.1]})).log[-1] == Stop("no task ever rose above the base")
+        run = simulate(SoftSro(), script({"a": [0.9, 0.1]}))
+        assert run.log[-1] == Stop("policy", "no task ever rose above the base")
 
 
 def epochs_of(*lines: dict[int, float] | None) -> list[Epoch]:
@@ -114,7 +116,8 @@ def epochs_of(*lines: dict[int, float] | None) -> list[Epoch]:
 
 class TestIes:
     def test_second_differences_by_hand(self):
-        """A straight line is mastered; a curve of second difference 0.02 is not at δ = 0.02, and is at 0.021."""
+        """A straight line is mastered; a curve of second difference 0.02 is not at δ = 0.02, and is at
+        0.021."""
         line = [{0: 1.0 - 0.1 * e, 1: 0.01 * e * e} for e in range(6)]
         assert mastered(epochs_of(*line), 0.001) == (0,)
         assert mastered(epochs_of(*line), 0.0199) == (0,)
@@ -149,8 +152,6 @@ class TestIes:
         assert [d.ids for d in run.log if isinstance(d, SkipSamples)] == [(0, 2), (0, 2), (0,)]
         assert seen == [()] * 6 + [(0, 2), (0, 2), (0,)]
         assert sum(e.losses is not None for e in run.history.epochs) == 5
-        assert Ies.needs_losses
-        assert not Sft.needs_losses
 
 
 class TestDynamix:
@@ -160,7 +161,11 @@ class TestDynamix:
             Probed(2, 0, 100, {"a": (2.0, NAN), "b": (1.0, 0.5), "c": (1.0, 1.0)}),
         ]
         first = values_of(probes[:1])
-        assert first == {"a": pytest.approx(0.05), "b": 0.0, "c": pytest.approx(0.05 * (0.275 - 0.05) / (0.5 - 0.05))}
+        assert first == {
+            "a": pytest.approx(0.05),
+            "b": 0.0,
+            "c": pytest.approx(0.05 * (0.275 - 0.05) / (0.5 - 0.05)),
+        }
         second = values_of(probes)
         assert second["a"] == first["a"]  # undefined: left alone
         assert second["b"] == pytest.approx(0.05)
@@ -195,11 +200,6 @@ class TestDynamix:
     @staticmethod
     def probe(task, state):
         return (1.0, 0.5) if task == "b" else (1.0, 0.9)
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_the_defaults_can_be_used(name):
-    assert BASELINES[name]().settings.problems() == []
 
 
 @pytest.mark.parametrize(

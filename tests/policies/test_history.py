@@ -14,7 +14,6 @@ from repsft_fast.policies import (
     History,
     NewStage,
     Probe,
-    Reset,
     Reweight,
     RollBack,
     Score,
@@ -24,32 +23,6 @@ from repsft_fast.policies import (
     explain,
     shares,
 )
-from repsft_fast.policies.decisions import from_json, to_json
-
-DECISIONS = [
-    Continue(),
-    RollBack("m1", "a"),
-    RollBack("m1", None),
-    NewStage("m1", ("a", "b"), {"a": 1.0, "b": 0.05}, Reset("restore", "rewind", "rewind")),
-    NewStage(None, ("a",)),
-    Reweight({"a": 0.3}),
-    SkipSamples((3, 5)),
-    Probe(("a", "b")),
-    Decay("why", 3),
-    Stop("why"),
-]
-
-
-@pytest.mark.parametrize("decision", DECISIONS, ids=lambda d: type(d).__name__)
-def test_decisions_go_through_json(decision):
-    assert from_json(json.loads(json.dumps(to_json(decision)))) == decision
-
-
-def test_foreign_decisions_are_refused():
-    with pytest.raises(TrainingError, match="unknown decision"):
-        from_json({"kind": "Exit"})
-    with pytest.raises(TrainingError, match="Stop has unknown fields"):
-        from_json({"kind": "Stop", "reason": "x", "force": True})
 
 
 def opened(tasks=("a", "b")) -> History:
@@ -108,6 +81,23 @@ class TestAppending:
             _ = History.start([("a", 1)]).stage
 
 
+class TestEnd:
+    def test_the_code_of_the_last_stop_is_kept_through_json(self):
+        history = opened()
+        assert history.ended_by is None
+        history.took(Stop("plateau", "token accuracy has not risen by 0.001 for 2 epochs"))
+        assert history.ended_by == "plateau"
+        assert History.load(json.loads(json.dumps(history.values()))).ended_by == "plateau"
+
+    def test_a_stop_can_be_taken_back_and_nothing_else(self):
+        history = opened()
+        history.took(Stop("budget", "the budget of 2 epochs is spent"))
+        for _ in range(2):
+            history.take_back_stop()
+            assert history.ended_by is None
+            assert [type(t.decision) for t in history.decisions] == [NewStage]
+
+
 class TestWindow:
     def test_stages_that_followed_on_with_the_same_tasks_are_one(self):
         history = opened()
@@ -117,11 +107,11 @@ class TestWindow:
             history.evaluated(f"m{k}", scores(a=0.1, b=0.2))
             if k == 2:
                 history.took(NewStage("m2", ("a", "b")))
-        assert [e.moment_id for e in history.window()] == [f"m{k}" for k in range(6)]
-        assert [e.moment_id for e in history.of_stage(1)] == ["m2", "m3", "m4", "m5"]
+        assert [e.snapshot_id for e in history.window()] == [f"m{k}" for k in range(6)]
+        assert [e.snapshot_id for e in history.of_stage(1)] == ["m2", "m3", "m4", "m5"]
         history.took(RollBack("m4", "b"))
         history.took(NewStage("m4", ("a",)))
-        assert [e.moment_id for e in history.window()] == ["m4"]
+        assert [e.snapshot_id for e in history.window()] == ["m4"]
         assert not history.stage.follows
 
     def test_a_roll_back_breaks_it_even_when_nobody_leaves(self):
@@ -131,7 +121,7 @@ class TestWindow:
         history.evaluated("m1", scores(a=0.1, b=0.2))
         history.took(RollBack("m0", None))
         history.took(NewStage("m0", ("a", "b")))
-        assert [e.moment_id for e in history.window()] == ["m0"]
+        assert [e.snapshot_id for e in history.window()] == ["m0"]
 
     def test_a_task_that_leaves_breaks_it(self):
         history = opened()
@@ -140,7 +130,7 @@ class TestWindow:
         history.evaluated("m1", scores(a=0.1, b=0.2))
         history.took(NewStage("m1", ("a",)))
         assert history.stage.follows
-        assert [e.moment_id for e in history.window()] == ["m1"]
+        assert [e.snapshot_id for e in history.window()] == ["m1"]
 
 
 class TestBest:
@@ -149,21 +139,23 @@ class TestBest:
         for k, (a, b) in enumerate([(0.1, 0.2), (0.5, 0.3), (0.3, 0.5), (float("nan"), 1.0)]):
             history.tick(k, k / 4, 0)
             history.evaluated(f"m{k}", scores(a=a, b=b))
-        assert history.best().moment_id == "m1"
+        assert history.best().snapshot_id == "m1"
 
     def test_a_task_without_rows_counts_nowhere(self):
         history = opened()
         history.evaluated("m0", {"a": Score(0.3, 10), "b": Score.of([])})
         assert history.measured_tasks() == ["a"]
-        assert history.best().moment_id == "m0"
+        assert history.best().snapshot_id == "m0"
         history.tick(1, 0.25, 0)
         history.evaluated("m1", {"a": Score(0.2, 10), "b": Score(0.1, 10)})
-        assert history.best().moment_id == "m1"  # the only moment where both are known
+        assert history.best().snapshot_id == "m1"  # the only moment where both are known
 
 
 @given(updates=st.integers(1, 200), per_epoch=st.integers(1, 9))
 def test_evaluations_fall_on_quarters_rounded_up_each_once_and_on_the_end(updates, per_epoch):
-    after = [u for u in range(1, updates + 1) if due(Fraction(u - 1, updates), Fraction(u, updates), per_epoch)]
+    after = [
+        u for u in range(1, updates + 1) if due(Fraction(u - 1, updates), Fraction(u, updates), per_epoch)
+    ]
     assert after == sorted({-(-k * updates // per_epoch) for k in range(1, per_epoch + 1)})
     assert not due(Fraction(0), Fraction(9), 0)
 
@@ -173,7 +165,9 @@ class TestShares:
         assert shares({"a": 30, "b": 10}, None, ["a", "b"]) == {"a": 0.75, "b": 0.25}
         assert shares({"a": 30, "b": 10, "c": 5}, {"a": 1.0, "b": 3.0}, ["a", "b"]) == {"a": 0.5, "b": 0.5}
 
-    @pytest.mark.parametrize("weights", [{"a": 0.0}, {"a": -1.0, "b": 9.0}, {"a": float("nan")}, {"a": float("inf")}])
+    @pytest.mark.parametrize(
+        "weights", [{"a": 0.0}, {"a": -1.0, "b": 9.0}, {"a": float("nan")}, {"a": float("inf")}]
+    )
     def test_weights_that_cannot_be_sampled_from(self, weights):
         with pytest.raises(TrainingError, match="cannot be sampled from"):
             shares({"a": 30, "b": 10}, weights, weights)
@@ -188,13 +182,20 @@ class TestExplain:
                 history.tick(k, k / 4, 0)
             right = 641 if k == 7 else 618
             history.evaluated(
-                f"m{k}", {"boolq": Score.of([1.0] * right + [0.0] * (1000 - right)), "other": Score(0.1 + k / 100, 50)}
+                f"m{k}",
+                {
+                    "boolq": Score.of([1.0] * right + [0.0] * (1000 - right)),
+                    "other": Score(0.1 + k / 100, 50),
+                },
             )
         return history
 
     def test_a_roll_back(self):
         history = self.history()
-        expected = "`boolq` peaked at 1.75 epochs (0.641), fell 0.023 ± 0.005 since: excluded; going back 9 evaluations"
+        expected = (
+            "`boolq` peaked at 1.75 epochs (0.641), fell 0.023 ± 0.005 since: excluded; going back 9"
+            " evaluations"
+        )
         assert explain(RollBack("m7", "boolq"), history) == expected
         history.took(RollBack("m7", "boolq"))
         assert explain(RollBack("m7", "boolq"), history) == expected
@@ -215,14 +216,25 @@ class TestExplain:
             if k == 2:
                 text = explain(RollBack("m1", "a"), history, losses=True)
                 assert text.startswith("`a` was lowest at 0.25 epochs (1.250), rose 0.250 ± 0.")
-        assert "(1.250), has not fallen below it since (1.250)" in explain(RollBack("m1", "a"), history, losses=True)
+        assert "(1.250), has not fallen below it since (1.250)" in explain(
+            RollBack("m1", "a"), history, losses=True
+        )
 
     def test_the_others(self):
         history = self.history()
-        assert explain(Reweight({"boolq": 3.0, "other": 1.0}), history) == "new mixture: `boolq` 75.0%, `other` 25.0%"
-        assert explain(SkipSamples((4,)), history) == "1 mastered sample skip the backward pass of the next epoch"
+        assert (
+            explain(Reweight({"boolq": 3.0, "other": 1.0}), history)
+            == "new mixture: `boolq` 75.0%, `other` 25.0%"
+        )
+        assert (
+            explain(SkipSamples((4,)), history)
+            == "1 mastered sample skip the backward pass of the next epoch"
+        )
         assert explain(Probe(("a", "b")), history) == "looking one update ahead on 2 tasks"
-        assert explain(Decay("full", 1), history) == "full: the learning rate decays over 1 update"
-        assert explain(Stop("enough"), history) == "stopped: enough"
+        assert explain(Decay("budget", "full", 1), history) == "full: the learning rate decays over 1 update"
+        assert explain(Stop("policy", "enough"), history) == "stopped: enough"
         text = explain(NewStage("m16", ("other",), {"other": 1.0, "boolq": 0.05}), history)
-        assert text == "stage 1: 1 of 2 tasks active; `boolq` left; 1 excluded task rehearsed (4.8% of the samples)"
+        assert (
+            text
+            == "stage 1: 1 of 2 tasks active; `boolq` left; 1 excluded task rehearsed (4.8% of the samples)"
+        )

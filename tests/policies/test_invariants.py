@@ -1,4 +1,5 @@
-"""What must hold for every policy on every mixture: it ends, it goes back to kept moments only, its state is its history."""
+"""What must hold for every policy on every mixture: it ends, it goes back to kept moments only, its state is
+its history."""
 
 import json
 import random
@@ -7,9 +8,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policies_simulation import Curve, Driver, World, curves, hashed, simulate
 
-from repsft_fast.policies import BASELINES, BaselineSettings, History, Msft, MsftSettings, NewStage, RollBack
+from repsft_fast.policies import BaselineSettings, History, Msft, MsftSettings, NewStage, RollBack
+from repsft_fast.policies.decisions import from_json, to_json
+from repsft_fast.policies.registry import POLICIES as REGISTERED
+from tests.helpers.policies_simulation import Curve, Driver, World, curves, hashed, simulate
 
 POLICIES = {
     "paper": lambda c: Msft(MsftSettings(rule="paper", compute_budget=c)),
@@ -17,12 +20,19 @@ POLICIES = {
         MsftSettings(rule="paper", compute_budget=c, optimizer="restore", schedule="rewind", data="rewind")
     ),
     "tested": lambda c: Msft(MsftSettings(rule="tested", compute_budget=c)),
-    "tested_eager": lambda c: Msft(MsftSettings(rule="tested", compute_budget=c, patience=1, z=0.0, min_progress=0.0)),
-    "rehearsed": lambda c: Msft(MsftSettings(rule="tested", compute_budget=c, rehearsal=0.05, z=0.0, patience=1)),
-    "saturation": lambda c: Msft(MsftSettings(rule="paper", compute_budget=c, exclude_on="saturation", token_accuracy=0.9)),
+    "tested_eager": lambda c: Msft(
+        MsftSettings(rule="tested", compute_budget=c, patience=1, z=0.0, min_progress=0.0)
+    ),
+    "rehearsed": lambda c: Msft(
+        MsftSettings(rule="tested", compute_budget=c, rehearsal=0.05, z=0.0, patience=1)
+    ),
+    "saturation": lambda c: Msft(
+        MsftSettings(rule="paper", compute_budget=c, exclude_on="saturation", token_accuracy=0.9)
+    ),
     **{
         name: (lambda c, kind=kind: kind(BaselineSettings(compute_budget=c, every_updates=7)))
-        for name, kind in BASELINES.items()
+        for name, kind in REGISTERED.items()
+        if kind is not Msft
     },
 }
 
@@ -45,10 +55,18 @@ class Watched(Driver):
 
     def obey(self, decision):
         before = self.history.active if self.history.stages else frozenset(self.world.tasks)
-        assert self.policy.decide(self.history, self.history.active) == decision, "not a pure function of the history"
+        assert self.policy.decide(self.history, self.history.active) == decision, (
+            "not a pure function of the history"
+        )
         again = History.load(json.loads(json.dumps(self.history.values(), allow_nan=False)))
-        assert self.policy.decide(again, again.active) == decision, "the history does not hold all of the state"
+        assert self.policy.decide(again, again.active) == decision, (
+            "the history does not hold all of the state"
+        )
         assert again.values() == self.history.values()
+        first_form = {name: value for name, value in to_json(decision).items() if name != "code"}
+        assert from_json(first_form) == decision, (
+            "a checkpoint of the first versions would be read as another"
+        )
         if isinstance(decision, RollBack):
             assert decision.to in self.held
             assert decision.drop is None or decision.drop in before
@@ -65,10 +83,14 @@ def test_it_ends_keeps_what_it_goes_back_to_and_its_state_is_its_history(name, s
     assert run.result is None or run.result in run.held or run.result == run.history.here
     stages = run.history.stages
     assert len(stages) <= (10 if isinstance(run.policy, Msft) else len(run.world.tasks) + 1)
-    assert all(run.history.of_stage(s.number)[-1].epochs < c + 1 for s in stages)  # an epoch may be a single update
+    assert run.history.ended_by == run.log[-1].code == "policy"
+    # an epoch may be a single update
+    assert all(run.history.of_stage(s.number)[-1].epochs < c + 1 for s in stages)
 
 
-@pytest.mark.parametrize("name", ["paper", "paper_rewind", "tested", "tested_eager", "rehearsed", "saturation"])
+@pytest.mark.parametrize(
+    "name", ["paper", "paper_rewind", "tested", "tested_eager", "rehearsed", "saturation"]
+)
 def test_an_excluded_task_never_returns(name):
     returned = 0
     for seed in range(60):
@@ -85,7 +107,7 @@ def test_an_excluded_task_never_returns(name):
 def test_the_result_is_the_best_of_everything_seen_discarded_branches_included(name):
     tasks = {f"t{i}": Curve(0.1, 0.9, 0.5 + i, 0.1) for i in range(4)}
     run = simulate(POLICIES[name](2.0), curves(tasks, 80, 3))
-    pooled = {e.moment_id: sum(s.total for s in e.scores.values()) for e in run.history.evaluations}
+    pooled = {e.snapshot_id: sum(s.total for s in e.scores.values()) for e in run.history.evaluations}
     assert pooled[run.result] == max(pooled.values())
 
 

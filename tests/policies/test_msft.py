@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from policies_simulation import World, script, simulate
 
 from repsft_fast.policies import Continue, History, Msft, MsftSettings, NewStage, Reset, RollBack, Score, Stop
-from repsft_fast.policies.msft import kept_moments, last_peak
+from repsft_fast.policies.msft import kept_snapshots, last_peak
+from tests.helpers.policies_simulation import World, script, simulate
 
 NAN = float("nan")
 
@@ -24,7 +24,11 @@ def table(scores: dict[str, list[float]], n: int = 100, per_epoch: int = 4) -> H
 
 def binary(value: float, n: int) -> Score:
     """The first value·n of n items are right: between two such scores only the difference's items move."""
-    return Score(NAN, n) if math.isnan(value) else Score.of([1.0] * round(value * n) + [0.0] * (n - round(value * n)))
+    return (
+        Score(NAN, n)
+        if math.isnan(value)
+        else Score.of([1.0] * round(value * n) + [0.0] * (n - round(value * n)))
+    )
 
 
 def decide(scores, **settings):
@@ -46,35 +50,45 @@ class TestPaper:
         assert decide({"a": [0.5, 0.4, 0.3, 0.2, 0.1], "b": [0.1, 0.2, 0.3, 0.4, 0.3]}) == RollBack("m0", "a")
 
     def test_nobody_leaves_when_all_peak_at_the_end(self):
-        assert decide({"a": [0.1, 0.2, 0.3, 0.4, 0.5], "b": [0.1, 0.1, 0.1, 0.1, 0.2]}) == NewStage("m4", ("a", "b"))
+        assert decide({"a": [0.1, 0.2, 0.3, 0.4, 0.5], "b": [0.1, 0.1, 0.1, 0.1, 0.2]}) == NewStage(
+            "m4", ("a", "b")
+        )
 
     def test_nothing_is_decided_before_the_stage_ends(self):
         assert decide({"a": [0.5, 0.4, 0.3, 0.2], "b": [0.1, 0.2, 0.3, 0.4]}) == Continue()
         assert decide({"a": [0.5, 0.4, 0.3, 0.2, 0.1]}, compute_budget=2.0) == Continue()
 
     def test_an_undefined_score_is_no_maximum(self):
-        assert decide({"a": [0.1, NAN, 0.6, NAN, 0.4], "b": [NAN] * 5, "c": [0.1, 0.2, 0.3, 0.4, 0.5]}) == RollBack("m2", "a")
+        assert decide(
+            {"a": [0.1, NAN, 0.6, NAN, 0.4], "b": [NAN] * 5, "c": [0.1, 0.2, 0.3, 0.4, 0.5]}
+        ) == RollBack("m2", "a")
 
     def test_a_score_that_stops_to_be_a_number_is_no_fall(self):
         rising = [0.1, 0.2, 0.3, 0.4, 0.5]
         assert decide({"a": [0.1, 0.5, NAN, NAN, NAN], "b": rising}) == NewStage("m4", ("a", "b"))
         assert decide({"a": [0.1, 0.5, NAN, NAN, NAN], "b": [0.1, 0.2, 0.6, 0.5, 0.4]}) == RollBack("m2", "b")
-        assert decide({"a": [0.1, 0.5, 0.4, NAN, NAN], "b": rising}) == RollBack("m1", "a"), "its fall was measured"
+        assert decide({"a": [0.1, 0.5, 0.4, NAN, NAN], "b": rising}) == RollBack("m1", "a"), (
+            "its fall was measured"
+        )
 
     def test_all_undefined_excludes_nobody(self):
         assert decide({"a": [NAN] * 5, "b": [NAN] * 5}) == NewStage("m4", ("a", "b"))
 
     def test_noise_alone_excludes(self):
         """The trap, on purpose: one item of a hundred decides."""
-        assert decide({"a": [0.50, 0.50, 0.51, 0.50, 0.50], "b": [0.1, 0.2, 0.3, 0.4, 0.5]}) == RollBack("m2", "a")
+        assert decide({"a": [0.50, 0.50, 0.51, 0.50, 0.50], "b": [0.1, 0.2, 0.3, 0.4, 0.5]}) == RollBack(
+            "m2", "a"
+        )
 
     def test_it_ends_with_no_active_task_and_after_max_stages(self):
-        run = simulate(Msft(MsftSettings(rule="paper")), script({"a": [0.1, 0.2, 0.1], "b": [0.1, 0.2, 0.3, 0.1]}))
+        run = simulate(
+            Msft(MsftSettings(rule="paper")), script({"a": [0.1, 0.2, 0.1], "b": [0.1, 0.2, 0.3, 0.1]})
+        )
         assert [d.drop for d in run.log if isinstance(d, RollBack)] == ["a", "b"]
-        assert run.log[-1] == Stop("no task is active any more")
+        assert run.log[-1] == Stop("policy", "no task is active any more")
         rising = script({"a": [k / 100 for k in range(100)]})
         run = simulate(Msft(MsftSettings(rule="paper", max_stages=3)), rising)
-        assert run.log[-1] == Stop("3 stages are done")
+        assert run.log[-1] == Stop("policy", "3 stages are done")
         assert len(run.history.stages) == 3
 
 
@@ -82,7 +96,9 @@ class TestTested:
     TASK_B = [0.1, 0.2, 0.3, 0.4, 0.5]  # noqa: RUF012
 
     def test_a_fall_within_the_noise_excludes_nobody(self):
-        assert decide({"a": [0.10, 0.50, 0.51, 0.50, 0.50], "b": self.TASK_B}, rule="tested") == NewStage("m4", ("a", "b"))
+        assert decide({"a": [0.10, 0.50, 0.51, 0.50, 0.50], "b": self.TASK_B}, rule="tested") == NewStage(
+            "m4", ("a", "b")
+        )
 
     def test_a_significant_fall_held_for_patience_evaluations_excludes_at_once(self):
         scores = {"a": [0.1, 0.6, 0.4, 0.4], "b": [0.1, 0.2, 0.3, 0.4]}
@@ -92,10 +108,14 @@ class TestTested:
 
     def test_a_recovery_starts_the_count_again(self):
         assert decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}, rule="tested", compute_budget=9.0) == RollBack("m1", "a")
+        assert decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}, rule="tested", compute_budget=9.0) == RollBack(
+            "m1", "a"
+        )
 
     def test_ties_go_to_the_later_peak(self):
-        assert decide({"a": [0.1, 0.6, 0.5, 0.6, 0.3, 0.3]}, rule="tested", compute_budget=9.0) == RollBack("m3", "a")
+        assert decide({"a": [0.1, 0.6, 0.5, 0.6, 0.3, 0.3]}, rule="tested", compute_budget=9.0) == RollBack(
+            "m3", "a"
+        )
 
     def test_min_delta(self):
         scores = {"a": [0.1, 0.6, 0.4, 0.4]}
@@ -112,22 +132,32 @@ class TestTested:
 
     def test_a_rise_within_the_noise_is_no_start(self):
         assert decide({"a": [0.10, 0.12, 0.0, 0.0]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.10, 0.12, 0.0, 0.0]}, rule="tested", compute_budget=9.0, z=0.0) == RollBack("m1", "a")
+        assert decide({"a": [0.10, 0.12, 0.0, 0.0]}, rule="tested", compute_budget=9.0, z=0.0) == RollBack(
+            "m1", "a"
+        )
 
     def test_undefined_now_means_not_now(self):
         assert decide({"a": [0.1, 0.6, 0.4, 0.4, NAN]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.1, 0.6, 0.4, NAN, 0.4]}, rule="tested", compute_budget=9.0) == RollBack("m1", "a")
+        assert decide({"a": [0.1, 0.6, 0.4, NAN, 0.4]}, rule="tested", compute_budget=9.0) == RollBack(
+            "m1", "a"
+        )
 
     def test_a_task_with_one_validation_row_never_leaves(self):
         history = table({"a": [0.0, 1.0, 0.0, 0.0]}, n=1)
-        assert Msft(MsftSettings(rule="tested", compute_budget=9.0)).decide(history, history.active) == Continue()
+        assert (
+            Msft(MsftSettings(rule="tested", compute_budget=9.0)).decide(history, history.active)
+            == Continue()
+        )
 
     def test_a_peak_may_lie_before_the_last_stage_border(self):
         """Nobody left, so training was not broken: a fall that spans two stages is seen."""
         fall = [0.1, 0.3, 0.6, 0.6, 0.57, 0.55, 0.53, 0.51, 0.49, 0.47]
-        run = simulate(Msft(MsftSettings(rule="tested", max_stages=4)), items_of({"a": fall, "b": [k / 50 for k in range(40)]}))
+        run = simulate(
+            Msft(MsftSettings(rule="tested", max_stages=4)),
+            items_of({"a": fall, "b": [k / 50 for k in range(40)]}),
+        )
         (back,) = [d for d in run.log if isinstance(d, RollBack)]
-        peak = run.history.moment(back.to)
+        peak = run.history.evaluation_of(back.to)
         assert (back.drop, peak.stage, peak.epochs) == ("a", 0, 0.75)
         assert run.history.decisions[-1].stage > 1
 
@@ -137,7 +167,7 @@ class TestTested:
         assert policy.decide(history, history.active) == Continue()
         history.tick(4, 1.0, 0)
         history.evaluated("m4", {"a": binary(0.4, 100), "b": binary(0.4, 100)})
-        assert policy.decide(history, history.active) == Stop("1 stage is done")
+        assert policy.decide(history, history.active) == Stop("policy", "1 stage is done")
 
 
 def items_of(scores: dict[str, list[float]], n: int = 100) -> World:
@@ -152,23 +182,28 @@ class TestSaturation:
     def world() -> World:
         world = script({"a": [0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3], "c": [0.1]})
         # correct of 100: a is memorised after its 2nd epoch, b after its 3rd, c never
-        world.tokens = lambda task, state: (min(100, int({"a": 49, "b": 33, "c": 1}[task] * state[task])), 100)
+        world.tokens = lambda task, state: (
+            min(100, int({"a": 49, "b": 33, "c": 1}[task] * state[task])),
+            100,
+        )
         return world
 
     def test_tasks_leave_where_they_stand_at_the_epochs_end(self):
         run = simulate(
-            Msft(MsftSettings(exclude_on="saturation", token_accuracy=0.98, compute_budget=9.0, max_stages=9)),
+            Msft(
+                MsftSettings(exclude_on="saturation", token_accuracy=0.98, compute_budget=9.0, max_stages=9)
+            ),
             self.world(),
         )
         assert not any(isinstance(d, RollBack) for d in run.log)
         assert [s.active for s in run.history.stages][:2] == [("a", "b", "c"), ("b", "c")]
         first_drop = run.history.stages[1]
-        assert run.history.moment(first_drop.start).epochs == 2.0
+        assert run.history.evaluation_of(first_drop.start).epochs == 2.0
         assert first_drop.follows
 
     def test_the_threshold_is_exact(self):
         history = table({"a": [0.1, 0.1, 0.1, 0.1, 0.1]})
-        for correct, expected in ((9699, Continue()), (9700, Stop("every task is memorised"))):
+        for correct, expected in ((9699, Continue()), (9700, Stop("policy", "every task is memorised"))):
             copy = History.load(history.values())
             copy.epoch_ended({"a": (correct, 10_000)})
             policy = Msft(MsftSettings(exclude_on="saturation", token_accuracy=0.97, compute_budget=9.0))
@@ -178,7 +213,7 @@ class TestSaturation:
         world = self.world()
         world.tokens = lambda task, state: (10, 10)
         run = simulate(Msft(MsftSettings(exclude_on="saturation")), world)
-        assert run.log[-1] == Stop("every task is memorised")
+        assert run.log[-1] == Stop("policy", "every task is memorised")
         assert run.updates_trained == 12
 
 
@@ -197,8 +232,9 @@ class TestNewStage:
         history, decision = self.after_roll_back()
         assert decision == NewStage("m1", ("b",), None, Reset("reset", "continue", "continue"))
         stage = history.stage
-        assert (stage.update, stage.data_key, stage.follows) == (4, 1, False)  # the schedule goes on, the order is fresh
-        assert history.evaluations[-1].moment_id == "m1"
+        # the schedule goes on, the order is fresh
+        assert (stage.update, stage.data_key, stage.follows) == (4, 1, False)
+        assert history.evaluations[-1].snapshot_id == "m1"
         assert (history.evaluations[-1].epochs, history.evaluations[-1].stage) == (0.0, 1)
 
     def test_rewind(self):
@@ -214,15 +250,17 @@ class TestNewStage:
         assert decision.weights == {"b": 3.0, "a": 0.1}
 
     def test_going_on_from_the_end_rewinds_nothing(self):
-        decision = decide({"a": [0.1, 0.2, 0.3, 0.4, 0.5]}, optimizer="restore", schedule="rewind", data="rewind")
+        decision = decide(
+            {"a": [0.1, 0.2, 0.3, 0.4, 0.5]}, optimizer="restore", schedule="rewind", data="rewind"
+        )
         assert decision == NewStage("m4", ("a",), None, Reset("restore", "continue", "continue"))
 
 
 class TestKept:
     def test_paper_keeps_first_peaks_and_the_best(self):
         history = table({"a": [0.1, 0.5, 0.5, 0.2], "b": [0.1, 0.2, 0.3, 0.2], "c": [NAN] * 4})
-        assert kept_moments(history, history.active, "first") == {"m1", "m2"}
-        assert kept_moments(history, frozenset("c"), "first") == {"m2"}  # the best pooled: 0.5 + 0.3
+        assert kept_snapshots(history, history.active, "first") == {"m1", "m2"}
+        assert kept_snapshots(history, frozenset("c"), "first") == {"m2"}  # the best pooled: 0.5 + 0.3
 
     def test_tested_keeps_last_peaks_of_tasks_that_have_started(self):
         history = table({"a": [0.1, 0.5, 0.5, 0.2], "b": [0.3, 0.0, 0.0, 0.3], "c": [0.9, 0.1, 0.1, 0.9]})

@@ -1,6 +1,7 @@
 """rule "paper" against a second implementation, written from the loop of the paper's facts and nothing else.
 
-The oracle shares no code with the policy but the score of a state: no History, no decisions, no peaks, no snapshots.
+The oracle shares no code with the policy but the score of a state: no History, no decisions, no peaks, no
+snapshots.
 """
 
 import math
@@ -8,13 +9,14 @@ import random
 from fractions import Fraction
 
 import pytest
-from policies_simulation import Curve, Driver, World, curves, hashed, simulate
 
 from repsft_fast.policies import Msft, MsftSettings, NewStage, RollBack
+from tests.helpers.policies_simulation import Curve, Driver, World, curves, hashed, simulate
 
 
 def oracle(world: World, compute_budget: int, max_stages: int, per_epoch: int = 4):
-    """1 … 5 of the paper's loop. Returns per stage (active, state at its start, excluded), and the best state."""
+    """1 … 5 of the paper's loop. Returns per stage (active, state at its start, excluded), and the best
+    state."""
     values: dict = {}
 
     def value_of(state: dict) -> dict:
@@ -48,7 +50,9 @@ def oracle(world: World, compute_budget: int, max_stages: int, per_epoch: int = 
                 score = value_of(point)[task]
                 if score == score and (best is None or score > best):
                     best, peaks[task] = score, i
-            if best is not None and all(value_of(p)[task] != value_of(p)[task] for p in points[peaks[task] + 1 :]):
+            if best is not None and all(
+                value_of(p)[task] != value_of(p)[task] for p in points[peaks[task] + 1 :]
+            ):
                 del peaks[task]
         # 4: exclude one task at the earliest peak, or go on from the end
         excluded = None
@@ -60,13 +64,15 @@ def oracle(world: World, compute_budget: int, max_stages: int, per_epoch: int = 
         stages.append((tuple(active), start, excluded))
         if excluded is not None:
             active = [t for t in active if t != excluded]
-    # 5: the best pooled accuracy over everything seen, strictly better wins; tasks never measured take no part
+    # 5: the best pooled accuracy over everything seen, strictly better wins; tasks never measured take no
+    # part
     measured = [t for t in world.tasks if any(value_of(p)[t] == value_of(p)[t] for p in all_points)]
     best_state, best_sum = None, -1
     for point in all_points:
         scores = [value_of(point)[t] for t in measured]
         if scores and not any(s != s for s in scores):
-            counts = sum(round(s * 60) for s in scores)  # every task has 60 items, so the pooled mean orders as the sum
+            # every task has 60 items, so the pooled mean orders as the sum
+            counts = sum(round(s * 60) for s in scores)
             if counts > best_sum:
                 best_state, best_sum = point, counts
     return stages, best_state
@@ -76,8 +82,12 @@ def stages_of(run: Driver, states: dict):
     found = []
     history = run.history
     for stage in history.stages:
-        start = states[stage.start] if stage.start else states[history.evaluations[0].moment_id]
-        dropped = [d.drop for d, n in zip(run.log, stage_numbers(run)) if isinstance(d, RollBack) and n == stage.number]
+        start = states[stage.start] if stage.start else states[history.evaluations[0].snapshot_id]
+        dropped = [
+            d.drop
+            for d, n in zip(run.log, stage_numbers(run))
+            if isinstance(d, RollBack) and n == stage.number
+        ]
         found.append((stage.active, start, dropped[0] if dropped else None))
     return found
 
@@ -96,7 +106,9 @@ class Recording(Driver):
 
 
 def check(world: World, compute_budget: int, max_stages: int) -> Driver:
-    run = Recording(Msft(MsftSettings(rule="paper", compute_budget=float(compute_budget), max_stages=max_stages)), world).run()
+    run = Recording(
+        Msft(MsftSettings(rule="paper", compute_budget=float(compute_budget), max_stages=max_stages)), world
+    ).run()
     expected, best = oracle(world, compute_budget, max_stages)
     got = stages_of(run, run.states)
     # the last stage's exclusion changes nothing, so the policy stops without it; all others must be identical
@@ -112,13 +124,17 @@ def test_two_thousand_random_mixtures_are_decided_identically():
     for seed in range(2000):
         tasks = {f"task{i}": rng.randint(1, 90) for i in range(rng.randint(1, 6))}
         world = hashed(
-            tasks, seed, levels=rng.choice((2, 3, 7, 61)), nan=rng.choice((0.0, 0.1, 0.6)), batch=rng.choice((4, 16, 64))
+            tasks,
+            seed,
+            levels=rng.choice((2, 3, 7, 61)),
+            nan=rng.choice((0.0, 0.1, 0.6)),
+            batch=rng.choice((4, 16, 64)),
         )
         run = check(world, rng.choice((1, 1, 2, 3)), rng.randint(1, 10))
         dropped = [d for d in run.log if isinstance(d, RollBack)]
         excluded += len(dropped)
         continued += sum(s.follows for s in run.history.stages[1:])
-        ties += any(d.to == run.history.evaluations[0].moment_id for d in dropped)
+        ties += any(d.to == run.history.evaluations[0].snapshot_id for d in dropped)
     assert excluded > 3000  # the test would be empty if few of the branches were taken
     assert continued > 100
     assert ties > 100
@@ -129,7 +145,9 @@ def test_smooth_curves_with_known_peaks_that_move_after_an_exclusion(shift):
     for seed in range(40):
         rng = random.Random(seed)
         tasks = {
-            f"t{i}": Curve(rng.uniform(0, 0.4), rng.uniform(0.4, 1.0), rng.uniform(0.1, 6), rng.uniform(0, 0.2), shift)
+            f"t{i}": Curve(
+                rng.uniform(0, 0.4), rng.uniform(0.4, 1.0), rng.uniform(0.1, 6), rng.uniform(0, 0.2), shift
+            )
             for i in range(5)
         }
         tasks["never"] = Curve(0.0, 0.0, 1.0, 0.0)
@@ -141,4 +159,4 @@ def test_the_task_that_never_learns_is_thrown_out_first_by_the_literal_rule():
     tasks = {"a": Curve(0.1, 0.9, 3, 0.1), "never": Curve(0.0, 0.0, 1.0, 0.0)}
     run = simulate(Msft(MsftSettings(rule="paper", compute_budget=1)), curves(tasks, 60, 0, churn=0.0))
     (first, *_) = [d for d in run.log if isinstance(d, RollBack)]
-    assert first == RollBack(run.history.evaluations[0].moment_id, "never")
+    assert first == RollBack(run.history.evaluations[0].snapshot_id, "never")

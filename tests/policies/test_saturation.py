@@ -5,11 +5,11 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policies_simulation import Driver, script, simulate
 
 from repsft_fast.policies import Continue, Decay, History, NewStage, Saturation, SaturationSettings, Stop
 from repsft_fast.policies.saturation import epochs_without_rise
 from repsft_fast.schedule import Schedule
+from tests.helpers.policies_simulation import Driver, script, simulate
 
 NO_RULE = {"token_accuracy": None}
 
@@ -54,7 +54,7 @@ class TestTokenAccuracy:
 
     def test_the_reason_names_the_counts(self):
         reason = "token accuracy 98.00 % reached 97 % after epoch 1 (98 of 100 tokens)"
-        assert verdict([(98, 100)], decays=False) == Stop(reason)
+        assert verdict([(98, 100)], decays=False) == Stop("token_accuracy", reason)
 
     def test_exactly_one(self):
         assert verdict([(99, 100)], decays=False, token_accuracy=1.0) == Continue()
@@ -73,13 +73,14 @@ class TestDecay:
     def test_decay_first_then_stop_when_the_schedule_is_done(self):
         policy, history = after_epochs([(98, 100)], updates=100)
         decay = policy.decide(history, history.active)
-        assert decay == Decay("token accuracy 98.00 % reached 97 % after epoch 1 (98 of 100 tokens)", 10)
+        reason = "token accuracy 98.00 % reached 97 % after epoch 1 (98 of 100 tokens)"
+        assert decay == Decay("token_accuracy", reason, 10)
         history.took(decay)
         assert policy.decide(history, history.active) == Continue()
         history.tick(109, 1.09, 1090, schedule_finished=False)
         assert policy.decide(history, history.active) == Continue()
         history.tick(110, 1.1, 1100, schedule_finished=True)
-        assert policy.decide(history, history.active) == Stop(decay.reason)
+        assert policy.decide(history, history.active) == Stop("token_accuracy", reason)
 
     def test_a_second_rule_during_the_decay_changes_nothing(self):
         policy, history = after_epochs([(98, 100)], updates=100, decay_updates=300)
@@ -95,14 +96,32 @@ class TestDecay:
     def test_a_schedule_that_ends_by_itself(self):
         policy, history = after_epochs([(50, 100)], decays=False)
         history.tick(150, 1.5, 1500, schedule_finished=True)
-        assert policy.decide(history, history.active) == Stop("the schedule has come to its end")
+        assert policy.decide(history, history.active) == Stop("budget", "the schedule has come to its end")
+
+    def test_a_budget_spent_before_the_decay_is_done_ends_the_run_by_the_rule_that_began_it(self):
+        """Tokens go faster than they did when the length was chosen."""
+        for counts, code, settings_ in (
+            ([(98, 100)], "token_accuracy", {}),
+            ([(50, 100), (50, 100)], "plateau", {"plateau_epochs": 1}),
+            ([(50, 100)] * 9, "budget", {}),
+        ):
+            policy, history = after_epochs(counts, budget_tokens=9900, **settings_)
+            decay = policy.decide(history, history.active)
+            history.took(decay)
+            update = len(counts) * 100 + 1
+            history.tick(update, update / 100, 9900)
+            reason = f"{decay.reason}; the budget of 9900 tokens is spent before the decay was done"
+            assert policy.decide(history, history.active) == Stop(code, reason)
 
 
 class TestPlateau:
     def test_fires_after_patience_epochs_without_a_rise(self):
         rising = [(50, 100), (60, 100), (60, 100), (60, 100)]
         assert verdict(rising[:3], decays=False, plateau_epochs=2) == Continue()
-        assert verdict(rising, decays=False, plateau_epochs=2) == Stop("token accuracy has not risen by 0.001 for 2 epochs")
+        reason = "token accuracy has not risen by 0.001 for 2 epochs"
+        assert verdict(rising, decays=False, plateau_epochs=2) == Stop("plateau", reason)
+        decay = verdict(rising, plateau_epochs=2)
+        assert (decay.code, decay.reason, decay.stop_reason) == ("plateau", reason, None)
 
     def test_a_rise_of_exactly_min_delta_does_not_count(self):
         assert isinstance(verdict([(500, 1000), (501, 1000)], decays=False, plateau_epochs=1), Stop)
@@ -134,7 +153,12 @@ class TestBudget:
             start = run.schedule.decay_start
             assert start + decay.updates == updates
             assert start - 1 + max(1, round((start - 1) / 10)) < updates  # no sooner than needed
-            assert run.log[-1].reason == f"the budget of {updates} updates is spent"
+            assert (decay.code, decay.reason) == (
+                "budget",
+                f"the budget of {updates} updates is nearly spent",
+            )
+        if updates > 1:
+            assert run.log[-1] == Stop("budget", f"the budget of {updates} updates is spent")
 
     @settings(max_examples=40, deadline=None)
     @given(epochs=st.sampled_from((0.5, 1.0, 1.5, 2.0, 3.0, 10.0, 32.0)))
@@ -150,10 +174,12 @@ class TestBudget:
         assert run.updates_trained == math.ceil(tokens / 100)
 
     def test_the_first_budget_reached_ends_the_run(self):
-        given = SaturationSettings(**NO_RULE, budget_updates=35, budget_epochs=3.0, budget_tokens=100_000, decays=False)
+        given = SaturationSettings(
+            **NO_RULE, budget_updates=35, budget_epochs=3.0, budget_tokens=100_000, decays=False
+        )
         run = simulate(Saturation(given), WORLD, schedule=Schedule("constant", 1.0))
         assert run.updates_trained == 30
-        assert run.log[-1] == Stop("the budget of 3 epochs is spent")
+        assert run.log[-1] == Stop("budget", "the budget of 3 epochs is spent")
 
     def test_saturation_before_the_budget(self):
         world = script({"a": [0.0]}, samples=160)

@@ -21,7 +21,13 @@ def binary(right: int, n: int) -> Score:
 class TestScore:
     def test_of_items(self):
         score = Score.of([1, 0, 0, 1])
-        assert (score.value, score.n, score.total, score.is_binary, score.defined) == (0.5, 4, 2.0, True, True)
+        assert (score.value, score.n, score.total, score.is_binary, score.defined) == (
+            0.5,
+            4,
+            2.0,
+            True,
+            True,
+        )
 
     def test_undefined(self):
         assert not Score.of([]).defined
@@ -65,15 +71,19 @@ class TestDifference:
         mean = sum(moved) / 4
         found = difference(before, after)
         assert found.mean == mean
-        assert found.standard_error == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in moved) / 3 / 4), rel=1e-15)
+        assert found.standard_error == pytest.approx(
+            math.sqrt(sum((d - mean) ** 2 for d in moved) / 3 / 4), rel=1e-15
+        )
         assert found.null_error == pytest.approx(math.sqrt(sum(d * d for d in moved)) / 4, rel=1e-15)
         assert found.correction == 0
 
     @pytest.mark.parametrize(
-        ("lost", "gained", "significant"), [(4, 0, False), (5, 0, True), (8, 2, False), (9, 2, True), (2, 9, False)]
+        ("lost", "gained", "significant"),
+        [(4, 0, False), (5, 0, True), (8, 2, False), (9, 2, True), (2, 9, False)],
     )
     def test_zero_one_items_are_mcnemars_test_with_continuity(self, lost, gained, significant):
-        """By hand: (|b − c| − 1) / sqrt(b + c) >= 1.645, e.g. (9 − 2 − 1)/sqrt(11) = 1.81 and (8 − 2 − 1)/sqrt(10) = 1.58."""
+        """By hand: (|b − c| − 1) / sqrt(b + c) >= 1.645, e.g. (9 − 2 − 1)/sqrt(11) = 1.81 and (8 − 2 −
+        1)/sqrt(10) = 1.58."""
         before = Score.of([1.0] * lost + [0.0] * gained + [1.0] * 20)
         after = Score.of([0.0] * lost + [1.0] * gained + [1.0] * 20)
         assert difference(before, after).exceeds(1.645) is significant

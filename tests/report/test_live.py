@@ -1,4 +1,5 @@
-"""The live view: calm on a terminal, plain lines without one, nothing where not enabled, no crash over a missing figure."""
+"""The live view: calm on a terminal, plain lines without one, nothing where not enabled, no crash over a
+missing figure."""
 
 import io
 import re
@@ -21,7 +22,9 @@ RECORD = {
     "kind": "update", "update": 120, "epoch": 4.0, "loss": 0.2134, "token_accuracy": 0.943, "grad_norm": 0.81, "lr": 1.8e-5,
     "tokens_per_second": 61234.0, "mfu": 0.41, "memory_bytes": 23.1 * 2**30, "data_wait_fraction": 0.003,
 }  # fmt: skip
-RESULT = RunResult("token_accuracy", "token accuracy 97.21 % ≥ 97 %", "runs/x", 480, 16.0, 0.9721, 142.0, 10**6, 10**5, 42)
+RESULT = RunResult(
+    "token_accuracy", "token accuracy 97.21 % ≥ 97 %", "runs/x", 480, 16.0, 0.9721, 142.0, 10**6, 10**5, 42
+)
 
 
 def plain(**settings):
@@ -53,7 +56,7 @@ class TestWithoutATerminal:
         live.update(RECORD)
         live.epoch({**RECORD, "kind": "epoch"})
         live.evaluation({"loss": 1.5, "token_accuracy": 0.5, "exact_match": 0.25})
-        live.note("3 samples dropped", warning=True)
+        live.note("3 samples dropped")
         live.end(RESULT)
         text = stream.getvalue()
         assert "\x1b" not in text
@@ -93,7 +96,10 @@ class TestWithoutATerminal:
 
     def test_an_evaluations_tasks_have_lines_of_their_own(self):
         live, stream = plain()
-        tasks = {"math": {"loss": 1.25, "token_accuracy": 0.5}, "longer_name": {"loss": 0.5, "token_accuracy": None}}
+        tasks = {
+            "math": {"loss": 1.25, "token_accuracy": 0.5},
+            "longer_name": {"loss": 0.5, "token_accuracy": None},
+        }
         live.epoch({**RECORD, "tasks": tasks})
         assert len(stream.getvalue().splitlines()) == 1, "an epoch is one line, however many tasks there are"
         live.evaluation({**RECORD, "tasks": tasks})
@@ -104,7 +110,16 @@ class TestWithoutATerminal:
 
     def test_an_unsuccessful_end_and_a_dict_for_a_result(self):
         live, stream = plain()
-        live.end({"success": False, "reason": "loss is NaN", "updates": 3, "epochs": 0.1, "seconds": 2.0, "folder": "f"})
+        live.end(
+            {
+                "success": False,
+                "reason": "loss is NaN",
+                "updates": 3,
+                "epochs": 0.1,
+                "seconds": 2.0,
+                "folder": "f",
+            }
+        )
         assert "✗ loss is NaN" in stream.getvalue()
 
 
@@ -131,7 +146,10 @@ class TestOnATerminal:
             live.epoch(RECORD)
             live.end(RESULT)
         text = screen_text(stream)
-        assert "94.3 % of 97.0 %  update 120/1,200  epoch 4.00  loss 0.213  grad 0.810  lr 1.8e-05  61.2k tok/s" in text
+        assert (
+            "94.3 % of 97.0 %  update 120/1,200  epoch 4.00  loss 0.213  grad 0.810  lr 1.8e-05  61.2k tok/s"
+            in text
+        )
         assert "token accuracy 94.30 %" in text
         assert text.rstrip().endswith("runs/x")
         assert "\x1b[?25h" in stream.getvalue()  # the cursor is shown again
@@ -159,7 +177,8 @@ class TestOnATerminal:
         assert {len(bar) for bar in bars.values()} == {length}
         assert filled[0.0] == 0
         assert filled[0.97] == filled[1.0] == length
-        assert filled[0.5] == pytest.approx(length * 0.5 / 0.97, abs=0.5)  # half a column is the bar's resolution
+        # half a column is the bar's resolution
+        assert filled[0.5] == pytest.approx(length * 0.5 / 0.97, abs=0.5)
 
     def test_without_a_target_the_bar_follows_the_budget(self):
         live, _ = plain()

@@ -1,4 +1,5 @@
-"""Damage in a run's files costs what is damaged, is counted and said, and is never an error of the picture."""
+"""Damage in a run's files costs what is damaged, is counted and said, and is never an error of the
+picture."""
 
 import errno
 import json
@@ -47,14 +48,21 @@ def test_a_hole_of_twenty_gigabytes_is_not_read(tmp_path, monkeypatch, begins):
 
 def test_several_are_counted_and_the_first_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([LINE, *DAMAGED[:5], LINE, b""]))
-    assert read_metrics(tmp_path).words == "5 lines of metrics.jsonl (the first: line 2) cannot be read and are left out"
+    assert (
+        read_metrics(tmp_path).words
+        == "5 lines of metrics.jsonl (the first: line 2) cannot be read and are left out"
+    )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "missing"])
 @pytest.mark.parametrize("draw", [picture.draw, timeline.write, mixture_picture.draw])
 def test_what_is_no_file_is_said_at_once(tmp_path, kind, draw):
     path = tmp_path / "metrics.jsonl"
-    made = {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "endless": lambda: path.symlink_to("/dev/zero")}
+    made = {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "endless": lambda: path.symlink_to("/dev/zero"),
+    }
     made.get(kind, lambda: None)()
     started = time.monotonic()
     with pytest.raises(RepsftError, match=r"metrics\.jsonl: cannot be read"):
@@ -68,15 +76,6 @@ def test_settings_and_results_that_are_no_files_are_none(tmp_path):
     (tmp_path / "twice.json").write_text('{"a": {"b": 1, "b": 2}}')
     with pytest.raises(ValueError, match="it has b twice"):
         read_json(tmp_path / "twice.json")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
-    return figures
 
 
 def test_the_picture_says_what_is_left_out(tmp_path, drawn):
@@ -97,7 +96,15 @@ def test_what_the_user_set_for_matplotlib_does_not_break_it(tmp_path, drawn):
         assert matplotlib.rcParams["text.usetex"] is True
 
 
-STAGE = {"kind": "stage", "update": 0, "stage": 0, "epoch": 0.0, "active": ["a", "b"], "start": None, "weights": None}
+STAGE = {
+    "kind": "stage",
+    "update": 0,
+    "stage": 0,
+    "epoch": 0.0,
+    "active": ["a", "b"],
+    "start": None,
+    "weights": None,
+}
 EVALUATION = {
     "kind": "evaluation", "update": 1, "stage": 0, "epoch": 0.5, "done": 1, "moment": "0.0", "pooled": 0.5,
     "scores": {"a": 0.5, "b": 0.5}, "errors": {"a": 0.1, "b": None},
@@ -172,7 +179,9 @@ class TestWriting:
         one = JsonLines(tmp_path / "m", told.append)
         for n in range(6):
             one.write({"n": n})
-            assert one.missing == ("" if n < 2 or n > 4 else f"{n - 1} lines of metrics.jsonl could not be written")
+            assert one.missing == (
+                "" if n < 2 or n > 4 else f"{n - 1} lines of metrics.jsonl could not be written"
+            )
         one.close()
         if error == errno.ESTALE:  # opened again: what was cut is a line of its own, and no other is lost
             content = (tmp_path / "m").read_bytes().replace(b'{"n\n', b"")
@@ -261,7 +270,14 @@ class TestWriting:
 
         told = []
         one = JsonLines(tmp_path / "m", told.append)
-        one.write({"n": np.float64(1.5), "nan": float("nan"), "deep": [{1: np.float32("inf")}], "path": tmp_path})
+        one.write(
+            {"n": np.float64(1.5), "nan": float("nan"), "deep": [{1: np.float32("inf")}], "path": tmp_path}
+        )
         one.close()
-        assert json.loads((tmp_path / "m").read_text()) == {"n": 1.5, "nan": None, "deep": [{"1": None}], "path": str(tmp_path)}
+        assert json.loads((tmp_path / "m").read_text()) == {
+            "n": 1.5,
+            "nan": None,
+            "deep": [{"1": None}],
+            "path": str(tmp_path),
+        }
         assert len(told) == 1

@@ -33,7 +33,12 @@ def test_is_read_back_as_it_was(tmp_path):
 
 def test_every_ending_has_its_exit_code():
     codes = {code: some("f", code=code).exit_code for code in get_args(Code)}
-    assert {code for code, exit_code in codes.items() if exit_code == 0} == {"token_accuracy", "plateau", "budget", "policy"}
+    assert {code for code, exit_code in codes.items() if exit_code == 0} == {
+        "token_accuracy",
+        "plateau",
+        "budget",
+        "policy",
+    }
     assert (codes["interrupted"], codes["terminated"]) == (130, 143)
     assert codes["nonfinite"] == codes["error"] == 1
     assert some("f", code="interrupted").success is False
@@ -53,7 +58,7 @@ def test_a_failed_write_keeps_the_old_one_and_no_rubbish(tmp_path, monkeypatch, 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(result.os, breaks, fail)
+    monkeypatch.setattr(os, breaks, fail)
     with pytest.raises(OSError, match="disk full"):
         result.write(some(tmp_path, updates=2))
     assert os.listdir(tmp_path) == ["result.json"]
@@ -92,7 +97,15 @@ def test_a_damaged_one_is_named(tmp_path, content):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"updates": "3"}, {"updates": True}, {"seconds": None}, {"more": []}, {"tasks": 1}, {"reason": None}, {"loss": "x"}],
+    [
+        {"updates": "3"},
+        {"updates": True},
+        {"seconds": None},
+        {"more": []},
+        {"tasks": 1},
+        {"reason": None},
+        {"loss": "x"},
+    ],
 )
 def test_one_with_values_of_other_kinds_is_named(tmp_path, changes):
     path = result.write(some(tmp_path))

@@ -1,4 +1,5 @@
-"""Whatever becomes of the reader of standard output, nobody who prints hears of it, and the exit code is the program's own."""
+"""Whatever becomes of the reader of standard output, nobody who prints hears of it, and the exit code is the
+program's own."""
 
 import errno
 import io
@@ -18,7 +19,8 @@ from repsft_fast.report.stream import Stream
 
 ROOT = Path(__file__).parents[2]
 HELP = f"{sys.executable} -m repsft_fast --help"  # so little that Python keeps it to the end
-SETTINGS = f"{sys.executable} -m repsft_fast doctor --settings"  # prints more than a pipe holds, and needs no torch
+# prints more than a pipe holds, and needs no torch
+SETTINGS = f"{sys.executable} -m repsft_fast doctor --settings"
 
 
 class Broken(io.StringIO):
@@ -108,7 +110,10 @@ def test_a_reader_that_does_not_read_is_waited_for_once_and_told_what_it_missed(
     lines = read.decode().split()
     numbers = [line for line in lines if line.isdigit() and len(line) == 9]
     assert numbers == [f"{number:09}" for number in range(len(numbers))]
-    assert f"… {30_000 - len(numbers)} lines are left out here, which nobody was reading" in read.decode().replace("\r", "")
+    assert (
+        f"… {30_000 - len(numbers)} lines are left out here, which nobody was reading"
+        in read.decode().replace("\r", "")
+    )
     assert one.trouble == ""
 
 
@@ -130,7 +135,12 @@ class TestTheCommand:
         ("shell", "code", "out", "err"),
         [
             ("{} | head -n 1; exit ${{PIPESTATUS[0]}}", 0, "# Settings\n", ""),
-            (f"{HELP} > /dev/full", 1, "", "standard output takes nothing any more (No space left on device)"),
+            (
+                f"{HELP} > /dev/full",
+                1,
+                "",
+                "standard output takes nothing any more (No space left on device)",
+            ),
             ("{} >&- 2>&- <&-", 0, "", ""),
             ("{}x 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}", 2, "error\n", ""),
         ],
@@ -138,16 +148,21 @@ class TestTheCommand:
     def test_exits_as_its_work_went(self, shell, code, out, err):
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         done = subprocess.run(
-            ["bash", "-c", shell.format(SETTINGS)], cwd=ROOT, env=buffered, capture_output=True, text=True, timeout=120
+            ["bash", "-c", shell.format(SETTINGS)],
+            cwd=ROOT,
+            env=buffered,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert (done.returncode, done.stdout) == (code, out)
         assert err in done.stderr if err else done.stderr == ""
 
     def test_a_descriptor_closed_at_start_is_not_the_next_files(self, tmp_path):
         program = (
-            "import os, repsft_fast.report.stream as s\n"
-            "with s.standing():\n"
-            f"    print(os.open({str(tmp_path / 'mine')!r}, os.O_CREAT | os.O_WRONLY), file=open('/dev/fd/9', 'w'))"
+            "import os, repsft_fast.report.stream as s\nwith s.standing():\n   "
+            f" print(os.open({str(tmp_path / 'mine')!r}, os.O_CREAT | os.O_WRONLY), file=open('/dev/fd/9',"
+            " 'w'))"
         )
         read, write = os.pipe()
         shell = f'"{sys.executable}" -c "$0" <&- >&- 2>&- 9>&{write}'
@@ -178,7 +193,9 @@ class TestTheCommand:
         assert (sys.stdout, sys.stderr) == before
 
     @pytest.mark.parametrize("words", ["\x1b]8;;http://x\x07 \u202e", "plain"])
-    def test_a_librarys_last_words_and_a_bugs_traceback_are_shown_and_not_obeyed(self, monkeypatch, capsys, words):
+    def test_a_librarys_last_words_and_a_bugs_traceback_are_shown_and_not_obeyed(
+        self, monkeypatch, capsys, words
+    ):
         def leaves(_):
             sys.exit(words)
 

@@ -61,16 +61,6 @@ def words_of(figure):
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Every figure that gets saved."""
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
-    return figures
-
-
 def test_a_picture_takes_no_word_for_a_formula(tmp_path, drawn):
     record = {"kind": "epoch", "update": 1, "epoch": 1, "loss": 1.0, "token_accuracy": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
@@ -83,7 +73,9 @@ def test_a_mixtures_picture_takes_no_tasks_name_for_a_formula(tmp_path, drawn):
     name = "$\\frac{x$\x1b\n"
     common = {"kind": "evaluation", "stage": 0, "errors": {}, "done": 1, "update": 1}
     records = [{"kind": "stage", "update": 0, "stage": 0, "epoch": 0.0, "active": [name], "start": None}]
-    records += [{**common, "moment": f"m{n}", "epoch": n / 2, "pooled": 0.5, "scores": {name: 0.5}} for n in (1, 2)]
+    records += [
+        {**common, "moment": f"m{n}", "epoch": n / 2, "pooled": 0.5, "scores": {name: 0.5}} for n in (1, 2)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "result.json").write_text(json.dumps({"code": "error", "reason": HOSTILE}))
     mixture_picture.draw(tmp_path)

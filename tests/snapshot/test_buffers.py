@@ -1,4 +1,5 @@
-"""How a slot's bytes are shared out: nothing lost, nothing twice, little wasted where pinned memory is rounded up."""
+"""How a slot's bytes are shared out: nothing lost, nothing twice, little wasted where pinned memory is
+rounded up."""
 
 import os
 
@@ -45,7 +46,9 @@ def held(sizes, buffers):
     return [sum(sizes[i] for i in inside) for inside in buffers]
 
 
-@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (3, 4), (GIB, GIB), (GIB + 1, 2 * GIB), (7_200_000_000, 8 * GIB)])
+@pytest.mark.parametrize(
+    ("size", "taken"), [(0, 0), (1, 1), (3, 4), (GIB, GIB), (GIB + 1, 2 * GIB), (7_200_000_000, 8 * GIB)]
+)
 def test_pinned_memory_is_taken_in_powers_of_two(size, taken):
     assert rounded(size) == taken
 
@@ -107,11 +110,14 @@ class TestLayout:
 
     def test_the_pinned_budget_counts_what_the_allocator_takes(self):
         with FakeTensorMode():
-            layout = Layout([torch.empty(3 * GIB // 4, device="cuda:0")])  # 3 GiB in one tensor: 4 of pinned memory
+            # 3 GiB in one tensor: 4 of pinned memory
+            layout = Layout([torch.empty(3 * GIB // 4, device="cuda:0")])
         assert (layout.bytes_each, layout.pinned_each) == (3 * GIB, 4 * GIB)
         room = {"device_bytes": 0, "pinned_bytes": 7 * GIB, "pinned_each": layout.pinned_each}
         assert plan_slots(layout.bytes_each, 1, **room).pinned == 1
-        with pytest.raises(SnapshotError, match=r"hold 1 of 2 .* 3,221,225,472 bytes \(4,294,967,296 of pinned memory\)"):
+        with pytest.raises(
+            SnapshotError, match=r"hold 1 of 2 .* 3,221,225,472 bytes \(4,294,967,296 of pinned memory\)"
+        ):
             plan_slots(layout.bytes_each, 2, **room)
 
     def test_memory_of_the_host_is_not_rounded(self):
@@ -175,7 +181,9 @@ class TestRoundTrip:
             pool.restore(name)
             assert all(torch.equal(t, kept[name][n]) for n, t in tensors.items()), name
             frozen = pool.hold(name)
-            assert all(torch.equal(t, kept[name][n]) and t.stride() == tensors[n].stride() for n, t in frozen.items())
+            assert all(
+                torch.equal(t, kept[name][n]) and t.stride() == tensors[n].stride() for n, t in frozen.items()
+            )
             pool.unhold(name)
         pool.close()
 

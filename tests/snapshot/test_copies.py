@@ -37,7 +37,9 @@ def one_kernel(targets, sources):
     """What torch 2.11 asks of a list before it copies by one kernel (ForeachUtils.h), in its own words."""
 
     def spread_alike(a, b):
-        return a.shape == b.shape and all(x == y for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1)
+        return a.shape == b.shape and all(
+            x == y for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1
+        )
 
     both = [*targets, *sources]
     return (
@@ -90,7 +92,10 @@ def test_every_bit_comes_back_those_of_a_nan_too():
     """Half precision through fp32 and back would make every NaN the same one."""
     tensors = a_real_list()
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)  # every number of 16 bits
-    tensors |= {"every fp16": patterns.clone().view(torch.float16), "every bf16": patterns.clone().view(torch.bfloat16)}
+    tensors |= {
+        "every fp16": patterns.clone().view(torch.float16),
+        "every bf16": patterns.clone().view(torch.bfloat16),
+    }
     tensors["fp32 nan"] = torch.tensor([0x7F800001, 0x7FC12345], dtype=torch.int32).view(torch.float32)
     before = {name: bytes_of(t) for name, t in tensors.items()}
     pool = SnapshotPool(tensors, device_bytes=4 * MIB, pinned_bytes=0, keep=1)
@@ -101,7 +106,11 @@ def test_every_bit_comes_back_those_of_a_nan_too():
     pool.restore("a")
     assert {name: bytes_of(t) for name, t in tensors.items()} == before
     for name, frozen in pool.hold("a").items():
-        assert (frozen.dtype, frozen.shape, bytes_of(frozen)) == (tensors[name].dtype, tensors[name].shape, before[name])
+        assert (frozen.dtype, frozen.shape, bytes_of(frozen)) == (
+            tensors[name].dtype,
+            tensors[name].shape,
+            before[name],
+        )
 
 
 def test_a_snapshot_is_no_alias():
@@ -149,7 +158,11 @@ def test_bits_are_the_same_memory(shape):
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.float64, torch.uint8, torch.complex64):
         tensor = torch.zeros(shape, dtype=dtype)
         bits = copies.as_bits(tensor)
-        assert (bits.data_ptr(), bits.shape, bits.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
+        assert (bits.data_ptr(), bits.shape, bits.stride()) == (
+            tensor.data_ptr(),
+            tensor.shape,
+            tensor.stride(),
+        )
         assert not bits.is_floating_point()
 
 

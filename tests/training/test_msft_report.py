@@ -1,4 +1,5 @@
-"""What a mixture's run says of itself: accounts that add up, a timeline that holds everything, a picture, bars, the command."""
+"""What a mixture's run says of itself: accounts that add up, a timeline that holds everything, a picture,
+bars, the command."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from repsft_fast.report import live_mixture, mixture_picture, timeline
 from repsft_fast.report.live import Live
 from repsft_fast.throughput import Work
 from repsft_fast.training.account import Spans, flops
-from repsft_fast.training.parts import build
+from repsft_fast.training.build import build
 from repsft_fast.training.probe import _batch
-from tests import runs
-from tests.training.test_msft_run import MIXTURE, POLICIES
+from tests.helpers import runs
+from tests.training.test_conductor import MIXTURE, POLICIES
 
 
 @pytest.fixture(scope="module", params=["msft-paper", "continual", "sro", "dynamix"])
@@ -79,13 +80,17 @@ class TestAccount:
         one = flops(parts.shape, probed)
         assert found["flops"]["probed"] == pytest.approx(one + 2 * one / 3, rel=1e-12)
         whole = sum(found["flops"][name] for name in ("trained", "evaluated", "probed"))
-        assert found["plain_sft"]["whole_ratio"] == pytest.approx(whole / found["plain_sft"]["flops"], rel=1e-12)
+        assert found["plain_sft"]["whole_ratio"] == pytest.approx(
+            whole / found["plain_sft"]["flops"], rel=1e-12
+        )
 
     def test_losses_of_samples_that_skip_an_epoch_are_counted_as_looked_at(self, tmp_path):
         train(runs.settings(tmp_path, **{**MIXTURE, **POLICIES["ies"][0]}))
         found = result_of(tmp_path)["more"]["account"]["tokens"]
         parts = build(Config.of(tmp_path / "run" / "run.yaml"))
-        validation, every = (int(store.index.lengths.sum()) for store in (parts.data.validation, parts.data.train))
+        validation, every = (
+            int(store.index.lengths.sum()) for store in (parts.data.validation, parts.data.train)
+        )
         skipped = 8 * every - found["trained"]  # eight epochs
         assert skipped > 0
         assert found["evaluated"] == len(runs.metrics(tmp_path, "evaluation")) * validation + skipped
@@ -100,7 +105,16 @@ class TestAccount:
 
     def test_seconds_are_each_counted_once(self, folder):
         seconds = result_of(folder)["more"]["account"]["seconds"]
-        named = ("training", "evaluation", "probes", "snapshots", "reverts", "decisions", "records", "planning")
+        named = (
+            "training",
+            "evaluation",
+            "probes",
+            "snapshots",
+            "reverts",
+            "decisions",
+            "records",
+            "planning",
+        )
         assert all(seconds[name] >= 0 for name in named)
         assert sum(seconds[name] for name in named) == pytest.approx(seconds["loop"], rel=1e-6)
         assert seconds["outside"] == pytest.approx(sum(seconds[name] for name in named[3:]))
@@ -132,10 +146,14 @@ class TestTimeline:
     def test_it_holds_every_event_of_the_run(self, folder):
         found = json.loads((folder / "run" / timeline.FILE).read_text())
         lines = runs.metrics(folder)
-        assert [e["moment"] for e in found["evaluations"]] == [r["moment"] for r in lines if r["kind"] == "evaluation"]
+        assert [e["moment"] for e in found["evaluations"]] == [
+            r["moment"] for r in lines if r["kind"] == "evaluation"
+        ]
         for kind, name in (("snapshot", "snapshots"), ("revert", "reverts"), ("stage", "stages")):
             assert len(found[name]) == sum(r["kind"] == kind for r in lines)
-        assert [d["kind"] for d in found["decisions"]] == [r["kind"] for r in lines if r["kind"] in timeline.DECISIONS]
+        assert [d["kind"] for d in found["decisions"]] == [
+            r["kind"] for r in lines if r["kind"] in timeline.DECISIONS
+        ]
         done = [e["done"] for e in found["evaluations"]]
         assert done == sorted(done)
         assert found["result"]["moment"] == result_of(folder)["more"]["moment"]
@@ -163,7 +181,9 @@ class TestTimeline:
 
 
 class TestKeptBranch:
-    EVALUATIONS = tuple({"moment": m, "stage": s} for m, s in (("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 1), ("f", 2)))
+    EVALUATIONS = tuple(
+        {"moment": m, "stage": s} for m, s in (("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 1), ("f", 2))
+    )
 
     @pytest.mark.parametrize(
         ("starts", "ended_at", "kept"),
@@ -185,7 +205,17 @@ class TestKeptBranch:
 @pytest.mark.parametrize("metric", ["nll", "exact_match"])
 def test_the_picture_draws_undefined_scores_and_many_tasks(tmp_path, metric):
     names = [f"a task with a rather long name {i}" for i in range(27)]
-    lines = [{"kind": "stage", "stage": 0, "epoch": 0.0, "done": 0, "active": names, "start": None, "weights": None}]
+    lines = [
+        {
+            "kind": "stage",
+            "stage": 0,
+            "epoch": 0.0,
+            "done": 0,
+            "active": names,
+            "start": None,
+            "weights": None,
+        }
+    ]
     for i in range(5):
         scores = {name: None if k == 3 else math.sin(i + k) / 2 for k, name in enumerate(names)}
         lines.append(
@@ -198,7 +228,13 @@ def test_the_picture_draws_undefined_scores_and_many_tasks(tmp_path, metric):
 
 
 def test_an_axis_names_no_share_below_zero():
-    assert [mixture_picture.share_label(share) for share in (-0.04, -1e-17, 0.0, 0.5, 1.0)] == ["", "0%", "0%", "50%", "100%"]
+    assert [mixture_picture.share_label(share) for share in (-0.04, -1e-17, 0.0, 0.5, 1.0)] == [
+        "",
+        "0%",
+        "0%",
+        "50%",
+        "100%",
+    ]
 
 
 STANDING = {
@@ -225,7 +261,9 @@ class TestLive:
         assert "boolq     61.8 %  best  64.1 %  excluded · best kept (device)" in text
         assert "not started" in text
         assert "nothing        –  best       –  no validation rows" in text
-        live.evaluation({"moment": "1.9", "epoch": 2.5, "pooled": 0.6, "scores": {"boolq": 0.6, "gsm8k": None}})
+        live.evaluation(
+            {"moment": "1.9", "epoch": 2.5, "pooled": 0.6, "scores": {"boolq": 0.6, "gsm8k": None}}
+        )
         assert "2.50 epochs  all 60.0 %  boolq 60.0 %  gsm8k –" in stream.getvalue()
         live.end({"reason": "done", "success": True})
         assert stream.getvalue().count("boolq     61.8 %") == 2
@@ -250,7 +288,9 @@ class TestLive:
         whole = live_mixture.evaluation_line(record, "exact_match")
         assert "task 7 50.0 %" in whole
         assert live_mixture.evaluation_line(record, "exact_match", len(whole)) == whole
-        assert live_mixture.evaluation_line(record, "exact_match", len(whole) - 1) == "  1.50 epochs  all 25.0 %"
+        assert (
+            live_mixture.evaluation_line(record, "exact_match", len(whole) - 1) == "  1.50 epochs  all 25.0 %"
+        )
 
     def test_a_loss_is_shown_the_right_way_round(self):
         assert live_mixture.score_text(-2.3456, "nll") == "2.346"
@@ -292,7 +332,9 @@ def test_the_most_updates_a_run_can_make_are_the_policys_where_a_budget_is_longe
     if settings["mixture"]["policy"] is None:
         del settings["mixture"]
     budget = build(Config.of(settings)).budget
-    assert budget.updates == settings["budget"]["epochs"] * budget.updates_per_epoch, "the schedule's horizon stays the budget"
+    assert budget.updates == settings["budget"]["epochs"] * budget.updates_per_epoch, (
+        "the schedule's horizon stays the budget"
+    )
     assert budget.most == math.ceil(epochs * budget.updates_per_epoch)
 
 

@@ -1,4 +1,5 @@
-"""Non-finite numbers that are reverted, memory that runs out: what changes, what does not, and what is said."""
+"""Non-finite numbers that are reverted, memory that runs out: what changes, what does not, and what is
+said."""
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ import torch
 from repsft_fast import train
 from repsft_fast.errors import TrainingError
 from repsft_fast.training import trainer
-from repsft_fast.training.moments import closed_list
-from tests import run_jobs, runs
+from repsft_fast.training.snapshots import closed_list
+from tests.helpers import run_jobs, runs
 
 NEVER_STOPS = {"stop__token_accuracy": None, "budget__epochs": 3}
 
@@ -18,16 +19,17 @@ def ends(monkeypatch):
     found = []
     finish = trainer.finish
 
-    def at_the_end(parts, *more):
-        found.append({name: p.detach().clone() for name, p in parts.model.named_parameters()})
-        return finish(parts, *more)
+    def at_the_end(run):
+        found.append({name: p.detach().clone() for name, p in run.parts.model.named_parameters()})
+        return finish(run)
 
     monkeypatch.setattr(trainer, "finish", at_the_end)
     return found
 
 
 def at_call(monkeypatch, calls, happening):
-    """`happening(parts, update, plain)` takes the place of train_step's n-th call for every n in `calls` (0, 1, …)."""
+    """`happening(parts, update, plain)` takes the place of train_step's n-th call for every n in `calls` (0,
+    1, …)."""
     plain, count = trainer.train_step, 0
 
     def step(parts, update):
@@ -42,18 +44,17 @@ def at_call(monkeypatch, calls, happening):
 
 
 def poisoned(parts, update, plain):
-    loss = parts.model.loss
-    parts.model.loss = lambda row: [part * float("nan") if n == 0 else part for n, part in enumerate(loss(row))]
-    try:
+    with runs.losses_not_finite(parts.model):
         plain(parts, update)
-    finally:
-        parts.model.loss = loss
 
 
 def test_a_revert_goes_back_to_the_epochs_start_and_passes_the_update_over(tmp_path, monkeypatch):
-    """6 updates an epoch; the third of the second is refused, noticed after the fourth: updates 7 and 8 are made again."""
+    """6 updates an epoch; the third of the second is refused, noticed after the fourth: updates 7 and 8 are
+    made again."""
     at_call(monkeypatch, {8}, poisoned)
-    result = train(runs.settings(tmp_path, numbers__on_nonfinite="revert", log__every_updates=10, **NEVER_STOPS))
+    result = train(
+        runs.settings(tmp_path, numbers__on_nonfinite="revert", log__every_updates=10, **NEVER_STOPS)
+    )
     reverts = runs.metrics(tmp_path, "revert")
     assert [(line["update"], line["from"], line["passed_over"]) for line in reverts] == [(6, 10, [[0, 1, 2]])]
     assert result.updates == 18, "the budget is updates, whatever was passed over"
@@ -71,7 +72,9 @@ def test_after_a_revert_the_run_is_one_that_never_met_the_update(tmp_path, monke
     with monkeypatch.context() as patch:
         at_call(patch, {8}, poisoned)
         train(runs.settings(tmp_path / "reverted", **settings))
-    monkeypatch.setattr(Recovery, "is_passed_over", lambda self, cursor: (cursor.epoch, cursor.update) == (1, 2))
+    monkeypatch.setattr(
+        Recovery, "is_passed_over", lambda self, cursor: (cursor.epoch, cursor.update) == (1, 2)
+    )
     train(runs.settings(tmp_path / "never", **settings))
     reverted, never = ends
     assert all(torch.equal(reverted[name], never[name]) for name in never)
@@ -86,7 +89,9 @@ def test_two_bad_updates_in_one_epoch_are_both_passed_over(tmp_path, monkeypatch
         poisoned(parts, update, plain) if bad else plain(parts, update)
 
     monkeypatch.setattr(trainer, "train_step", step)
-    result = train(runs.settings(tmp_path, numbers__on_nonfinite="revert", log__every_updates=1, **NEVER_STOPS))
+    result = train(
+        runs.settings(tmp_path, numbers__on_nonfinite="revert", log__every_updates=1, **NEVER_STOPS)
+    )
     assert [line["passed_over"] for line in runs.metrics(tmp_path, "revert")] == [[[0, 1, 2]], [[0, 1, 4]]]
     assert (result.updates, result.more["vetoed"]) == (18, 2)
 
@@ -94,7 +99,11 @@ def test_two_bad_updates_in_one_epoch_are_both_passed_over(tmp_path, monkeypatch
 def test_a_run_that_is_never_finite_again_ends_with_the_reason(tmp_path, monkeypatch):
     at_call(monkeypatch, set(range(3, 100)), poisoned)
     with pytest.raises(TrainingError, match="went back 8 times"):
-        train(runs.settings(tmp_path, numbers__on_nonfinite="revert", log__every_updates=1, **NEVER_STOPS, samples=80))
+        train(
+            runs.settings(
+                tmp_path, numbers__on_nonfinite="revert", log__every_updates=1, **NEVER_STOPS, samples=80
+            )
+        )
     assert '"nonfinite"' in (tmp_path / "run" / "result.json").read_text()
 
 
@@ -137,7 +146,9 @@ def out_of_memory_in(place, rows=2):
 def test_out_of_memory_changes_nothing_and_says_what_to_lower(place, tmp_path, monkeypatch):
     at_call(monkeypatch, {7}, out_of_memory_in(place, rows=1))
     words = "half an update ahead" if place == "step" else "nothing was changed"
-    pattern = rf"update 8: out of memory \(CUDA out of memory\); .*{words}.*lower batch.row_tokens from 64 to 32"
+    pattern = (
+        rf"update 8: out of memory \(CUDA out of memory\); .*{words}.*lower batch.row_tokens from 64 to 32"
+    )
     with pytest.raises(TrainingError, match=pattern):
         train(runs.settings(tmp_path, **NEVER_STOPS))
     assert '"out_of_memory"' in (tmp_path / "run" / "result.json").read_text()
@@ -145,11 +156,14 @@ def test_out_of_memory_changes_nothing_and_says_what_to_lower(place, tmp_path, m
 
 def test_out_of_memory_where_rows_cannot_be_shorter_names_other_ways(tmp_path, monkeypatch):
     at_call(monkeypatch, {1}, out_of_memory_in("forward", rows=1))
-    with pytest.raises(TrainingError, match=r"longest sample needs that: set model\.activation_checkpointing"):
+    with pytest.raises(
+        TrainingError, match=r"longest sample needs that: set model\.activation_checkpointing"
+    ):
         train(runs.settings(tmp_path, batch__row_tokens=19, **NEVER_STOPS))
 
 
-@pytest.mark.parametrize(("compute", "rel"), [("float32", 1e-5), ("bfloat16", 0.01)])  # the second under FSDP2
+# the second under FSDP2
+@pytest.mark.parametrize(("compute", "rel"), [("float32", 1e-5), ("bfloat16", 0.01)])
 def test_a_retry_gives_the_same_run_in_shorter_rows(compute, rel, tmp_path, monkeypatch):
     """Not to the bit: other chunks of rows."""
     settings = {
@@ -164,7 +178,9 @@ def test_a_retry_gives_the_same_run_in_shorter_rows(compute, rel, tmp_path, monk
     at_call(monkeypatch, {4}, out_of_memory_in("backward", rows=2))
     retried = train(runs.settings(tmp_path / "retried", **settings))
     assert (retried.updates, retried.code) == (plain.updates, plain.code)
-    pairs = zip(runs.metrics(tmp_path / "plain", "update"), runs.metrics(tmp_path / "retried", "update"), strict=True)
+    pairs = zip(
+        runs.metrics(tmp_path / "plain", "update"), runs.metrics(tmp_path / "retried", "update"), strict=True
+    )
     for one, other in pairs:
         assert (one["total"], one["update"], one["lr"]) == (other["total"], other["update"], other["lr"])
         assert other["loss"] == pytest.approx(one["loss"], rel=rel)

@@ -1,37 +1,38 @@
-"""Loss spikes: what is one, that device and reference and all ranks decide alike, and what becomes of the update."""
+"""Loss spikes: what is one, that device and reference and all ranks decide alike, and what becomes of the
+update."""
 
 import json
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE / "crash")]
-
-from forkserver import ForkServer  # noqa: E402
-from ranks import _free_port, run_ranks  # noqa: E402
-
-from repsft_fast import checkpoint  # noqa: E402
-from repsft_fast.config import Config  # noqa: E402
-from repsft_fast.distributed import World  # noqa: E402
-from repsft_fast.optim import state_tensors  # noqa: E402
-from repsft_fast.training.nonfinite import Refusals  # noqa: E402
-from repsft_fast.training.parts import build  # noqa: E402
-from repsft_fast.training.recovery import Recovery  # noqa: E402
-from repsft_fast.training.spikes import KNOWN, WINDOW, Reference, Spikes, verdict  # noqa: E402
-from repsft_fast.training.step import train_step  # noqa: E402
-from repsft_fast.training.syncs import SyncCounter  # noqa: E402
-from tests import run_jobs, runs, spike_jobs  # noqa: E402
+from repsft_fast import checkpoint
+from repsft_fast.config import Config
+from repsft_fast.distributed import World
+from repsft_fast.optim import state_tensors
+from repsft_fast.selftest.syncs import SyncCounter
+from repsft_fast.training.build import build
+from repsft_fast.training.recovery import Recovery
+from repsft_fast.training.refusals import Refusals
+from repsft_fast.training.spikes import KNOWN, WINDOW, Reference, Spikes, verdict
+from repsft_fast.training.step import train_step
+from tests.helpers import run_jobs, runs, spike_jobs
+from tests.helpers.forkserver import ForkServer
+from tests.helpers.ranks import _free_port, run_ranks
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
 # 72 updates of 8 samples, the window known after 64.
-LONG = {"samples": 24, "batch__samples": 8, "budget__epochs": 24, "stop__token_accuracy": None, "schedule__name": "constant"}
+LONG = {
+    "samples": 24,
+    "batch__samples": 8,
+    "budget__epochs": 24,
+    "stop__token_accuracy": None,
+    "schedule__name": "constant",
+}
 
 
 def judged(pairs, max_norm=1.0, world=ALONE):
@@ -39,7 +40,9 @@ def judged(pairs, max_norm=1.0, world=ALONE):
     spikes = Spikes(CPU, world, max_norm)
     found = []
     for loss, norm in pairs:
-        finite, numbers, _ = spikes.judge(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64))
+        finite, numbers, _ = spikes.judge(
+            torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64)
+        )
         spikes.enter()
         found.append((bool(finite), verdict(numbers.tolist()) is not None))
     return found
@@ -49,7 +52,11 @@ def sequence(seed, length=300):
     """Losses and norms of every sort a run can meet, and some that it cannot."""
     draw = np.random.default_rng(seed)
     spread = draw.choice([0.0, 1e-6, 0.05, 0.5, 2.0])
-    pairs = np.exp(draw.normal([draw.uniform(-9, 2), draw.uniform(-3, 3)], [spread, draw.choice([0.0, 0.1, 1.0])], (length, 2)))
+    pairs = np.exp(
+        draw.normal(
+            [draw.uniform(-9, 2), draw.uniform(-3, 3)], [spread, draw.choice([0.0, 0.1, 1.0])], (length, 2)
+        )
+    )
     if draw.random() < 0.5:
         pairs[length // 2 :] *= 10.0 ** draw.uniform(-3, 6)
     for value in (float("nan"), float("inf"), -float("inf"), 0.0, -2.5, 1e300, 5e-324, 1e12):
@@ -76,7 +83,13 @@ def quiet(count, seed=0):
 
 @pytest.mark.parametrize(
     ("pair", "expected"),
-    [((2.3, 1.0), False), ((4.0, 1.0), True), ((2.0, 20.0), False), ((2.0, 100.0), True), ((0.001, 0.001), False)],
+    [
+        ((2.3, 1.0), False),
+        ((4.0, 1.0), True),
+        ((2.0, 20.0), False),
+        ((2.0, 100.0), True),
+        ((0.001, 0.001), False),
+    ],
 )
 def test_a_spike_lies_above_six_deviations_of_the_logarithms(pair, expected):
     assert judged([*quiet(WINDOW), pair])[-1] == (True, expected)
@@ -91,7 +104,10 @@ def test_nothing_is_judged_before_enough_is_known():
 def test_what_is_not_finite_and_what_has_no_gradient_teaches_nothing():
     between = [(float("nan"), 1.0), (1.0, float("inf")), (900.0, 0.0)] * WINDOW
     assert judged([*quiet(WINDOW), *between, (4.0, 1.0)])[-1] == (True, True)
-    assert judged([*quiet(KNOWN - 1), *between, (1e6, 1e6)])[-1] == (True, False), "they are not counted either"
+    assert judged([*quiet(KNOWN - 1), *between, (1e6, 1e6)])[-1] == (
+        True,
+        False,
+    ), "they are not counted either"
 
 
 def test_memorised_losses_that_jitter_are_no_spikes_and_a_loss_from_nothing_is():
@@ -128,7 +144,15 @@ def test_two_ranks_decide_as_one():
     pairs = []
     for loss, norm in whole:
         part = draw.random() * 0.8
-        pairs.append(((part * loss if np.isfinite(loss) else 1.0, loss - part * loss if np.isfinite(loss) else loss), norm))
+        pairs.append(
+            (
+                (
+                    part * loss if np.isfinite(loss) else 1.0,
+                    loss - part * loss if np.isfinite(loss) else loss,
+                ),
+                norm,
+            )
+        )
     first, second = run_ranks(_on_ranks, pairs)
     assert first == second
     assert first == judged(whole)
@@ -150,7 +174,9 @@ class Parts:
 
     def spike(self):
         loss = self.parts.model.loss
-        self.parts.model.loss = lambda row: [part * 1e4 if n == 0 else part for n, part in enumerate(loss(row))]
+        self.parts.model.loss = lambda row: [
+            part * 1e4 if n == 0 else part for n, part in enumerate(loss(row))
+        ]
         with SyncCounter() as syncs:
             self.steps(1)
         self.parts.model.loss = loss
@@ -179,7 +205,12 @@ def test_log_says_loss_and_norm_and_samples_and_trains_as_if_nobody_looked(tmp_p
     (line,) = [line for line in runs.metrics(tmp_path, "update") if line.get("spike")]
     assert (line["update"], line.get("vetoed")) == (69, None)
     (note,) = [text for text in run_jobs.notes(tmp_path / "run") if "spike" in text]
-    for part in ("update 69: a spike, applied: loss ", "6 deviations above the last", "gradient norm", "train.jsonl:"):
+    for part in (
+        "update 69: a spike, applied: loss ",
+        "6 deviations above the last",
+        "gradient norm",
+        "train.jsonl:",
+    ):
         assert part in note
     monkeypatch.setattr("repsft_fast.training.spikes.KNOWN", 1000)  # nothing is ever judged
     blind = spike_jobs.planted(runs.settings(tmp_path / "blind", **LONG), {68: 100.0})
@@ -187,7 +218,9 @@ def test_log_says_loss_and_norm_and_samples_and_trains_as_if_nobody_looked(tmp_p
 
 
 def test_skip_counts_and_goes_on(tmp_path):
-    found = spike_jobs.planted(runs.settings(tmp_path, numbers__on_spike="skip", **LONG), {68: 100.0, 70: 1e4})
+    found = spike_jobs.planted(
+        runs.settings(tmp_path, numbers__on_spike="skip", **LONG), {68: 100.0, 70: 1e4}
+    )
     assert (found["spiked"], found["vetoed"], found["updates"]) == (2, 0, 72)
     lines = [line for line in runs.metrics(tmp_path, "update") if line.get("spike")]
     assert [(line["update"], line["vetoed"]) for line in lines] == [(69, True), (71, True)]
@@ -199,7 +232,9 @@ def test_revert_passes_the_update_over_as_if_it_had_never_been(tmp_path, monkeyp
     (line,) = runs.metrics(tmp_path / "reverted", "revert")
     assert (line["update"], line["passed_over"]) == (66, [[0, 22, 1]])
     assert (found["spiked"], found["updates"]) == (1, 72)
-    monkeypatch.setattr(Recovery, "is_passed_over", lambda self, cursor: (cursor.epoch, cursor.update) == (22, 1))
+    monkeypatch.setattr(
+        Recovery, "is_passed_over", lambda self, cursor: (cursor.epoch, cursor.update) == (22, 1)
+    )
     never = spike_jobs.planted(runs.settings(tmp_path / "never", **settings))
     assert (never["weights"], never["made"]) == (found["weights"], found["made"] - 2)
 
@@ -207,15 +242,23 @@ def test_revert_passes_the_update_over_as_if_it_had_never_been(tmp_path, monkeyp
 def test_revert_accepts_a_new_level(tmp_path):
     """What spikes are judged by is not put back: the data became another, and the run goes on with it."""
     level = {str(n): 1e3 for n in range(68, 200)}
-    settings = runs.settings(tmp_path, **{**LONG, "numbers__on_spike": "revert", "log__every_updates": 1, "budget__epochs": 27})
+    settings = runs.settings(
+        tmp_path, **{**LONG, "numbers__on_spike": "revert", "log__every_updates": 1, "budget__epochs": 27}
+    )
     found = spike_jobs.planted(settings, level, stay=True)
     assert found["updates"] == 81
     assert 2 <= found["spiked"] <= 4
 
 
 def test_a_state_gone_back_to_too_often_is_left_alone_and_spikes_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("repsft_fast.training.recovery.REVERTS_AT_MOST", 1)
-    changes = {"samples": 48, "batch__samples": 4, "budget__epochs": 7, "numbers__on_spike": "revert", "log__every_updates": 1}
+    monkeypatch.setattr("repsft_fast.training.recovery.MAX_REVERTS", 1)
+    changes = {
+        "samples": 48,
+        "batch__samples": 4,
+        "budget__epochs": 7,
+        "numbers__on_spike": "revert",
+        "log__every_updates": 1,
+    }
     settings = runs.settings(tmp_path, **{**LONG, **changes})
     found = spike_jobs.planted(settings, {"73": 1e3, "76": 1e5, "79": 1e8}, stay=True)
     assert (len(runs.metrics(tmp_path, "revert")), found["spiked"], found["updates"]) == (1, 3, 84)
@@ -224,7 +267,8 @@ def test_a_state_gone_back_to_too_often_is_left_alone_and_spikes_are_skipped(tmp
 
 @pytest.mark.parametrize(("policy", "ended"), [("skip", 68), ("revert", 64)])
 def test_a_resumed_run_judges_as_the_whole_one(policy, ended, tmp_path):
-    """The window and the count are state: ended before a spike or between two, the run decides the same and ends bit-equal."""
+    """The window and the count are state: ended before a spike or between two, the run decides the same and
+    ends bit-equal."""
     changes = {**LONG, "numbers__on_spike": policy, "checkpoint__every_updates": 33, "log__every_updates": 1}
     spikes = {"65": 1e3, "69": 1e4}
     whole = spike_jobs.planted(runs.settings(tmp_path / "whole", **changes), spikes, stay=True)
@@ -238,7 +282,7 @@ def test_a_resumed_run_judges_as_the_whole_one(policy, ended, tmp_path):
 
 @pytest.fixture(scope="module")
 def server():
-    started = ForkServer(["spike_jobs", *run_jobs.PRELOAD], [str(HERE), str(HERE.parent)])
+    started = ForkServer(["tests.helpers.spike_jobs", *run_jobs.PRELOAD])
     yield started
     started.close()
 
@@ -251,7 +295,13 @@ def test_a_spike_of_one_rank_is_one_of_both(policy, server, tmp_path):
     children = []
     for rank in range(2):
         arguments = {"settings": settings, "spikes": {"67": 1e4} if rank else {}, "stay": True}
-        children.append(server.spawn("spike_jobs:planted", arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        children.append(
+            server.spawn(
+                "tests.helpers.spike_jobs:planted",
+                arguments,
+                {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+        )
     first, second = (child.wait(90) for child in children)
     assert first.exit_code == second.exit_code == 0, first.output + second.output
     assert first.result["spiked"] == second.result["spiked"] == 1
@@ -259,7 +309,11 @@ def test_a_spike_of_one_rank_is_one_of_both(policy, server, tmp_path):
     alone = spike_jobs.planted(settings, {"67": 1e4}, stay=True)
     assert (alone["spiked"], alone["updates"]) == (1, first.result["updates"])
     lines = [line["update"] for line in runs.metrics(tmp_path, "update") if line.get("spike")]
-    assert lines == [line["update"] for line in runs.metrics(tmp_path / "alone", "update") if line.get("spike")] == [68]
+    assert (
+        lines
+        == [line["update"] for line in runs.metrics(tmp_path / "alone", "update") if line.get("spike")]
+        == [68]
+    )
 
 
 PLAIN = {  # 0 alarms: 150 updates and more each
@@ -313,7 +367,9 @@ def test_a_checkpoint_of_before_there_were_spikes_is_loaded_and_the_window_left_
     assert (live["w"].tolist(), float(live["spikes/count"])) == ([3.0, 3.0], 0.0)
     with pytest.raises(checkpoint.ForeignCheckpoint, match="spikes/window"):
         checkpoint.load(old, live)
-    some = checkpoint.save(tmp_path, 1, {"w": torch.ones(2), "spikes/count": torch.ones((), dtype=torch.float64)}, {})
+    some = checkpoint.save(
+        tmp_path, 1, {"w": torch.ones(2), "spikes/count": torch.ones((), dtype=torch.float64)}, {}
+    )
     with pytest.raises(checkpoint.ForeignCheckpoint, match="spikes/window"):
         checkpoint.load(some, live, may_lack=("spikes/",))
     new = checkpoint.save(tmp_path, 2, {**live, "spikes/count": torch.full((), 7.0, dtype=torch.float64)}, {})
@@ -325,8 +381,12 @@ def test_a_checkpoint_of_before_there_were_spikes_is_loaded_and_the_window_left_
 def test_only_the_side_that_is_above_is_said_to_be(loss, norm):
     judged = [1.0, *np.log([0.03114, 2.0, 810.6, 810.6])]
     record = SimpleNamespace(update=3, loss=loss, grad_norm=norm, judged=judged)
-    refusals = Refusals(SimpleNamespace(config=SimpleNamespace(numbers=SimpleNamespace(on_spike="log"))), None)
+    refusals = Refusals(
+        SimpleNamespace(config=SimpleNamespace(numbers=SimpleNamespace(on_spike="log"))), None
+    )
     text = refusals._spike(record, None)
     for name, value, middle in (("loss", loss, "0.03114"), ("gradient norm", norm, "2")):
-        above = f"> 810.6, 6 deviations above the last updates' {middle}" if value == 900.0 else "(limit 810.6)"
+        above = (
+            f"> 810.6, 6 deviations above the last updates' {middle}" if value == 900.0 else "(limit 810.6)"
+        )
         assert f"{name} {value:.4g} {above}" in text

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from repsft_fast.config import Config
-from repsft_fast.ops import functional
-from repsft_fast.training.parts import build
-from repsft_fast.training.step import clip_and_veto, measure
-from tests import runs
+from repsft_fast.ops import row_pass
+from repsft_fast.training.build import build
+from repsft_fast.training.step import clip_and_veto, forward_backward
+from tests.helpers import runs
 
 
 @pytest.mark.parametrize("max_norm", [None, 1e-3, 1e9])
 def test_clipping_is_torchs(tmp_path, max_norm):
     parts = build(Config.of(runs.settings(tmp_path, optim__max_norm=max_norm)))
-    measure(parts, parts.plan.epoch(0, 0)[0])
+    forward_backward(parts, parts.plan.epoch(0, 0)[0])
     norm, clip, veto = clip_and_veto(parts)
     parameters = list(parts.optimizer.names.values())
     scaled = [p.grad * (1.0 if clip is None else clip) for p in parameters]
@@ -28,14 +28,14 @@ def test_clipping_is_torchs(tmp_path, max_norm):
 
 
 def test_the_head_is_given_the_chunk_of_the_settings(tmp_path, monkeypatch):
-    budgets, chunk_ranges = [], functional.chunk_ranges
+    budgets, chunk_ranges = [], row_pass.chunk_ranges
 
     def watched(rows, vocabulary, itemsize, budget):
         budgets.append(budget)
         return chunk_ranges(rows, vocabulary, itemsize, budget)
 
-    monkeypatch.setattr(functional, "chunk_ranges", watched)
+    monkeypatch.setattr(row_pass, "chunk_ranges", watched)
     parts = build(Config.of(runs.settings(tmp_path, loss__chunk_bytes="4KiB")))
     budgets.clear()
-    measure(parts, parts.plan.epoch(0, 0)[0])
+    forward_backward(parts, parts.plan.epoch(0, 0)[0])
     assert set(budgets) == {4096}

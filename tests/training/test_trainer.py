@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from repsft_fast import train
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError
-from repsft_fast.training.parts import build
-from tests import runs
+from repsft_fast.training.build import build
+from tests.helpers import runs
 
 
 def test_stops_when_the_data_is_memorised_after_a_decay(tmp_path):
@@ -42,7 +42,9 @@ def test_epoch_accuracy_is_the_exact_ratio_of_the_update_counts(tmp_path):
         assert epoch["token_accuracy"] == epoch["correct"] / epoch["total"]
 
 
-@pytest.mark.parametrize(("limit", "updates"), [({"updates": 7}, 7), ({"epochs": 1.5}, 9), ({"updates": 50, "epochs": 2}, 12)])
+@pytest.mark.parametrize(
+    ("limit", "updates"), [({"updates": 7}, 7), ({"epochs": 1.5}, 9), ({"updates": 50, "epochs": 2}, 12)]
+)
 def test_the_budget_ends_the_run_at_the_update_it_names(tmp_path, limit, updates):
     settings = runs.settings(tmp_path, stop__token_accuracy=None)
     settings["budget"] = limit
@@ -61,7 +63,11 @@ def test_the_budget_in_tokens_is_not_passed_by_more_than_an_epoch_allows(tmp_pat
 
 def test_plateau_ends_the_run(tmp_path):
     settings = runs.settings(
-        tmp_path, budget__epochs=50, stop__plateau_epochs=2, stop__plateau_min_delta=0.5, stop__token_accuracy=None
+        tmp_path,
+        budget__epochs=50,
+        stop__plateau_epochs=2,
+        stop__plateau_min_delta=0.5,
+        stop__token_accuracy=None,
     )
     result = train(settings)
     assert result.code == "plateau"
@@ -81,7 +87,9 @@ def test_the_folder_loads_with_from_pretrained_and_holds_what_was_trained(tmp_pa
     settings = runs.settings(tmp_path, budget__epochs=1)
     train(settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    fresh = build(Config.of({**settings, "run": {**settings["run"], "folder": str(tmp_path / "other")}})).model
+    fresh = build(
+        Config.of({**settings, "run": {**settings["run"], "folder": str(tmp_path / "other")}})
+    ).model
     captured = {name: value for name, value in fresh.state_dict().items()}
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, captured[name])]
     assert len(moved) == len(captured), "some weights were never trained, or not saved"
@@ -91,8 +99,12 @@ def test_the_same_settings_give_the_same_run_bit_for_bit(tmp_path):
     for name in ("a", "b"):
         train(runs.settings(tmp_path / name, budget__epochs=2))
     a, b = (runs.metrics(tmp_path / name, "update") for name in ("a", "b"))
-    assert [(x["loss"], x["grad_norm"], x["correct"]) for x in a] == [(x["loss"], x["grad_norm"], x["correct"]) for x in b]
-    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "run").state_dict() for name in ("a", "b")]
+    assert [(x["loss"], x["grad_norm"], x["correct"]) for x in a] == [
+        (x["loss"], x["grad_norm"], x["correct"]) for x in b
+    ]
+    weights = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "run").state_dict() for name in ("a", "b")
+    ]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
@@ -138,7 +150,9 @@ def test_a_run_that_never_began_leaves_its_folder_free(tmp_path):
     assert train(settings).updates == 2
 
 
-@pytest.mark.parametrize(("every", "updates"), [(2, [12, 24, 30]), (0.5, list(range(3, 31, 3))), (1.5, [9, 18, 27, 30])])
+@pytest.mark.parametrize(
+    ("every", "updates"), [(2, [12, 24, 30]), (0.5, list(range(3, 31, 3))), (1.5, [9, 18, 27, 30])]
+)
 def test_validation_every_n_epochs_and_once_at_the_end(tmp_path, every, updates):
     settings = runs.settings(
         tmp_path, samples=30, data__validation_fraction=0.2, evaluate__every_epochs=every, budget__epochs=5,
@@ -149,7 +163,8 @@ def test_validation_every_n_epochs_and_once_at_the_end(tmp_path, every, updates)
 
 
 @pytest.mark.parametrize(
-    ("every", "budget", "updates"), [(2, 15, [12, 15]), (2, 12, [12]), (0.5, 15, [3, 6, 9, 12, 15]), (1, 1, [1])]
+    ("every", "budget", "updates"),
+    [(2, 15, [12, 15]), (2, 12, [12]), (0.5, 15, [3, 6, 9, 12, 15]), (1, 1, [1])],
 )
 def test_validation_at_an_end_amid_an_epoch(tmp_path, every, budget, updates):
     settings = runs.settings(
@@ -175,18 +190,12 @@ def test_lora_trains_adapters_only_and_saves_a_peft_folder(tmp_path):
     assert (tmp_path / "run" / "adapter_config.json").exists()
 
 
-def test_dry_run_prints_settings_and_plan_and_trains_nothing(tmp_path, capsys):
-    assert train(runs.settings(tmp_path), dry_run=True) is None
-    printed = capsys.readouterr().out
-    for word in ("updates", "18 (budget.epochs: 3)", "utilisation", "row_tokens: 64", "memory"):
-        assert word in printed
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("name", ["sgd", "adamw8bit"])
 def test_optimizers_by_name_learn(tmp_path, name):
     lr = {"sgd": 0.3, "adamw8bit": 1e-2}[name]
-    train(runs.settings(tmp_path, budget__epochs=4, optim__name=name, optim__lr=lr, stop__token_accuracy=None))
+    train(
+        runs.settings(tmp_path, budget__epochs=4, optim__name=name, optim__lr=lr, stop__token_accuracy=None)
+    )
     losses = [line["loss"] for line in runs.metrics(tmp_path, "epoch")]
     assert losses[-1] < losses[0] - 0.1
 

@@ -1,32 +1,18 @@
-"""Whole runs on two ranks: the run of one rank by law 2, decided alike, saved, resumed on two and on one; a rank that dies."""
+"""Whole runs on two ranks: the run of one rank by law 2, decided alike, saved, resumed on two and on one; a
+rank that dies."""
 
 import json
 import shutil
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE / "crash")]
-
-import run_jobs  # noqa: E402
-import runs  # noqa: E402
-from forkserver import ForkServer  # noqa: E402
-from ranks import _free_port  # noqa: E402
-
-from repsft_fast.checkpoint import newest  # noqa: E402
+from repsft_fast.checkpoint import newest
+from tests.helpers import run_jobs, runs
+from tests.helpers.ranks import _free_port
 
 SHORT = {"budget__epochs": 2, "log__every_updates": 1, "stop__token_accuracy": None}
 LORA = {"rank": 4}
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(run_jobs.PRELOAD, [str(HERE), str(HERE.parent)])
-    yield started
-    started.close()
 
 
 def start(server, settings, ranks=2, **more):
@@ -34,7 +20,13 @@ def start(server, settings, ranks=2, **more):
     children = []
     for rank in range(ranks):
         arguments = {"settings": settings, **more.get(f"rank{rank}", {}), **more.get("every", {})}
-        children.append(server.spawn("run_jobs:train", arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        children.append(
+            server.spawn(
+                "tests.helpers.run_jobs:train",
+                arguments,
+                {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+        )
     return children
 
 
@@ -49,7 +41,7 @@ def test_srun_starts_ranks_as_torchrun_does(wrong, server, tmp_path):
         (tmp_path / f"task{task}").mkdir()
         arguments = {"settings": settings, "folder": str(tmp_path / f"task{task}")}
         place_of_task = {**place, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}
-        children.append(server.spawn("run_jobs:command_line", arguments, place_of_task))
+        children.append(server.spawn("tests.helpers.run_jobs:command_line", arguments, place_of_task))
     outcomes = [child.wait(90) for child in children]
     assert [o.exit_code for o in outcomes] == [2 if wrong else 0] * 2, outcomes[0].output + outcomes[1].output
     if wrong:
@@ -101,10 +93,18 @@ def test_what_one_rank_is_refused_all_are_at_once(wrong, words, server, tmp_path
     for rank in range(2):
         (tmp_path / f"rank{rank}").mkdir()
         arguments = {"settings": settings[rank], "folder": str(tmp_path / f"rank{rank}")}
-        children.append(server.spawn("run_jobs:command_line", arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        children.append(
+            server.spawn(
+                "tests.helpers.run_jobs:command_line",
+                arguments,
+                {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+        )
     outcomes = [child.wait(60) for child in children]
     assert [o.exit_code for o in outcomes] == [2, 2], outcomes[0].output + outcomes[1].output
-    assert [words in " ".join(o.output.split()) for o in outcomes] == [True, False], outcomes[0].output + outcomes[1].output
+    assert [words in " ".join(o.output.split()) for o in outcomes] == [True, False], (
+        outcomes[0].output + outcomes[1].output
+    )
     assert time.monotonic() - began < 30
 
 
@@ -112,7 +112,15 @@ def run(server, settings, ranks=2, **more):
     outcomes = [child.wait(90) for child in start(server, settings, ranks, **more)]
     for outcome in outcomes:
         assert outcome.exit_code == 0, outcome.output
-    assert len({(o.result["code"], o.result["updates"], o.result["reason"], o.result["history"]) for o in outcomes}) == 1
+    assert (
+        len(
+            {
+                (o.result["code"], o.result["updates"], o.result["reason"], o.result["history"])
+                for o in outcomes
+            }
+        )
+        == 1
+    )
     return outcomes[0].result
 
 
@@ -154,12 +162,15 @@ def test_a_mixture_is_decided_alike_and_as_on_one_rank(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"model__lora": {"rank": 4, "dropout": 0.2}}, {"optim__name": "adamw8bit"}], ids=["full", "lora", "8bit"]
+    "changes",
+    [{}, {"model__lora": {"rank": 4, "dropout": 0.2}}, {"optim__name": "adamw8bit"}],
+    ids=["full", "lora", "8bit"],
 )
 def test_killed_and_resumed_on_two_ranks_bit_for_bit(changes, server, tmp_path):
     expected = run(server, runs.settings(tmp_path / "whole", checkpoint__every_updates=2, **SHORT, **changes))
     settings = runs.settings(tmp_path / "broken", checkpoint__every_updates=2, **SHORT, **changes)
-    children = start(server, settings, every={"kill_after": 11})  # 8 is whole by then: it and 10 lie inside the epoch
+    # 8 is whole by then: it and 10 lie inside the epoch
+    children = start(server, settings, every={"kill_after": 11})
     assert [child.wait(90).killed for child in children].count(True) >= 1
     assert run(server, settings, every={"resume": True}) == expected
     assert run_jobs.lines(tmp_path / "broken" / "run") == run_jobs.lines(tmp_path / "whole" / "run")
@@ -180,7 +191,9 @@ def test_resumed_on_another_number_of_ranks(first, then, server, tmp_path):
 def test_a_signal_to_one_rank_saves_on_all(server, tmp_path):
     settings = runs.settings(tmp_path, budget__epochs=40, stop__token_accuracy=None)
     outcomes = [child.wait(90) for child in start(server, settings, rank1={"signal_after": 5})]
-    assert [o.result and o.result["code"] for o in outcomes] == ["terminated"] * 2, outcomes[0].output + outcomes[1].output
+    assert [o.result and o.result["code"] for o in outcomes] == ["terminated"] * 2, (
+        outcomes[0].output + outcomes[1].output
+    )
     found = newest(tmp_path / "run" / "checkpoints")
     assert found.manifest.world_size == 2
     assert outcomes[0].result["updates"] == outcomes[1].result["updates"] >= 5
@@ -188,7 +201,9 @@ def test_a_signal_to_one_rank_saves_on_all(server, tmp_path):
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_rank_ends_the_other_with_a_reason(dead, server, tmp_path):
-    settings = runs.settings(tmp_path, budget__epochs=200, stop__token_accuracy=None, checkpoint__every_updates=5)
+    settings = runs.settings(
+        tmp_path, budget__epochs=200, stop__token_accuracy=None, checkpoint__every_updates=5
+    )
     children = start(server, settings, **{f"rank{dead}": {"kill_after": 12}})
     began = time.monotonic()
     ended = [child.wait(60) for child in children]
@@ -211,12 +226,21 @@ def test_a_dead_rank_ends_the_other_with_a_reason(dead, server, tmp_path):
     ids=["again or alone", "four copies or one"],
 )
 def test_two_copies_of_two_shards_are_one_rank(name, others, server, tmp_path):
-    """HSDP: gradients are summed over all four ranks, the norm counts every shard once; killed, resumed so and otherwise."""
-    changes = {**SHORT, "optim__name": name, "optim__max_norm": 0.5, "batch__samples": 12, "batch__row_tokens": 24}
+    """HSDP: gradients are summed over all four ranks, the norm counts every shard once; killed, resumed so
+    and otherwise."""
+    changes = {
+        **SHORT,
+        "optim__name": name,
+        "optim__max_norm": 0.5,
+        "batch__samples": 12,
+        "batch__row_tokens": 24,
+    }
     changes["budget__epochs"] = 6  # of two updates, each of several rows a rank
     alone = run(server, runs.settings(tmp_path / "one", **changes), ranks=1)
     folder = tmp_path / "four" / "run"
-    settings = runs.settings(tmp_path / "four", distributed__shard_ranks=2, checkpoint__every_updates=3, **changes)
+    settings = runs.settings(
+        tmp_path / "four", distributed__shard_ranks=2, checkpoint__every_updates=3, **changes
+    )
     for child in start(server, settings, 4, every={"kill_after": 8}):
         child.wait(90)
     assert newest(folder / "checkpoints").manifest.world_size == 4
@@ -224,7 +248,9 @@ def test_two_copies_of_two_shards_are_one_rank(name, others, server, tmp_path):
     for ranks, shard_ranks in others:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "killed", folder, symlinks=True)
-        resumed = run(server, settings | {"distributed": {"shard_ranks": shard_ranks}}, ranks, every={"resume": True})
+        resumed = run(
+            server, settings | {"distributed": {"shard_ranks": shard_ranks}}, ranks, every={"resume": True}
+        )
         alike(tmp_path / "one" / "run", folder)
         assert resumed["updates"] == alone["updates"]
         assert len(runs.metrics(tmp_path / "four", "resume")) == 1

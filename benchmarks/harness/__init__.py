@@ -1,0 +1,1 @@
+"""How figures are made: timing, counting, records, verdicts, the gate and its cases."""

@@ -1,0 +1,1 @@
+"""Training runs that answer a question: one record per cell, resumable."""

@@ -1,0 +1,192 @@
+"""The verbs of `repsft`: what each takes beside the settings, and which command it calls.
+
+pydantic-settings builds the parser and its help from these classes. A new verb is a class here, a field of
+`Repsft` and a module beside this one. Nothing here imports torch: `repsft --help` must not wait for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field
+from pydantic_settings import BaseSettings, CliPositionalArg, CliSubCommand
+
+from repsft_fast.config import Config
+from repsft_fast.config.sections import Settings
+
+Options = Mapping[str, Any]
+
+
+class Verb(BaseModel):
+    """What every verb takes beside settings."""
+
+    traceback: bool = Field(False, description="Show Python's traceback when something fails")
+
+
+class WithSettings(Verb):
+    config: str | None = Field(None, description="YAML file with the settings, or the name of a recipe")
+
+
+class Train(Settings, WithSettings):
+    """Train a model.
+
+    Settings come from --config, then environment variables (REPSFT_OPTIM__LR=2e-5), then flags (--optim.lr
+    2e-5); the last one wins. Values are written as in YAML: null, [a, b], {task: file}.
+    """
+
+    dry_run: bool = Field(False, description="Print the resolved settings and the plan, and train nothing")
+    resume: bool = Field(False, description="Continue the run in run.folder from its newest whole checkpoint")
+    world: int | None = Field(
+        None, description="With --dry-run: rehearse an update on this many GPUs, which need not be here"
+    )
+
+    @staticmethod
+    def call(config: Config, options: Options) -> Any:
+        from repsft_fast.commands.train import train
+
+        return train(config, **{name: options[name] for name in ("dry_run", "resume", "world")})
+
+
+class Msft(Train):
+    """Train on several tasks at once; each leaves when it overfits, and the run goes back to that task's best
+    moment.
+
+    The same as train with mixture.policy: msft, and settings come the same ways. Name the tasks in data.train
+    as a mapping {task: source}, or by data.task_column; give validation rows, or carve them
+    (data.validation_fraction). No budget is needed: mixture.compute_budget epochs per stage,
+    mixture.max_stages stages. docs/msft.md says what comes out.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, str]] = {"mixture.policy": "msft"}
+
+
+class Inspect(Settings, WithSettings):
+    """Show samples as the model will see them: trained tokens marked, lengths, and what was dropped and
+    why."""
+
+    # which only a run needs
+    DEFAULTS: ClassVar[Mapping[str, str]] = {"run.folder": "not-written", "budget.epochs": "1"}
+
+    show: int = Field(3, description="How many samples to show")
+
+    @staticmethod
+    def call(config: Config, options: Options) -> Any:
+        from repsft_fast.commands.inspect import inspect
+
+        return inspect(config, show=options["show"])
+
+
+class Demo(Verb):
+    """A small model memorises generated reasoning tasks and stops by itself. Nothing is downloaded; minutes
+    on a CPU."""
+
+    folder: str = Field("runs/demo", description="Where the run goes; it must be new or empty")
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.commands.demo import demo
+
+        return demo(options["folder"])
+
+
+class Export(Verb):
+    """Write the model folder of a run from one of its checkpoints: of a run that was killed, or that could
+    not save its model.
+
+    The weights are those the run would save if it ended there: the best validation's with evaluate.keep:
+    best, the result of a mixture's policy, else the last. From the newest whole checkpoint, into the run's
+    folder; with --to into a new one. The data is not needed.
+    """
+
+    run: CliPositionalArg[str] = Field(description="The run's folder")
+    to: str | None = Field(None, description="A new or empty folder for the model; without it, the run's own")
+    generation: int | None = Field(
+        None, description="The checkpoint: 12 for checkpoints/gen-00000012. With --to"
+    )
+    merge: str | None = Field(
+        None, description="true: adapters added into the weights; false: alone [model.lora.merge]"
+    )
+    dtype: str | None = Field(
+        None, description="Type of the weights: auto, float32, bfloat16, float16 [model.save_dtype]"
+    )
+    base: str | None = Field(None, description="Where the model of model.path lies now, if it was moved")
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.commands.export import export
+
+        return export(
+            options["run"], **{name: options[name] for name in ("to", "generation", "merge", "dtype", "base")}
+        )
+
+
+class Doctor(Verb):
+    """Say what this machine has: versions, devices, which kernels and optimizers can be used, and what is
+    missing."""
+
+    settings: bool = Field(False, description="Print every setting as a page of markdown (docs/settings.md)")
+    plan: bool = Field(
+        False, description="Print what models hold per GPU and how long a row fits, from their shapes alone"
+    )
+    models: str | None = Field(
+        None, description="With --plan: names, hub ids or config.json files, with commas"
+    )
+    gpus: str = Field("1,8,64", description="With --plan: numbers of GPUs")
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.commands import doctor
+
+        if options["settings"]:
+            return doctor.settings_page()
+        if options["plan"]:
+            return doctor.plan_sizes(options["models"], options["gpus"])
+        return doctor.doctor()
+
+
+class Selftest(WithSettings):
+    """Check the laws (packing, exact resume, no pickle …) on this machine, with your model and data or
+    built-in ones.
+
+    About a minute. A few samples of the data are cut short; nothing is written outside a temporary folder.
+    """
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.commands.selftest import selftest
+
+        return selftest(options["config"])
+
+
+class Bench(Verb):
+    """Time this checkout and hold it to its records: run, compare A B, gate. See benchmarks/README.md."""
+
+    @staticmethod
+    def hand_on(arguments: Sequence[str]) -> int:
+        """Everything after `bench` is read by `python -m benchmarks`, which has verbs of its own."""
+        from repsft_fast.commands.bench import bench
+
+        return bench(arguments)
+
+
+class Repsft(BaseSettings):
+    """Fast, exact fine-tuning on little data, many times over, and on mixtures of tasks."""
+
+    train: CliSubCommand[Train] = Field(description="train a model")
+    msft: CliSubCommand[Msft] = Field(description="train a model on several tasks, each until it overfits")
+    demo: CliSubCommand[Demo] = Field(description="a small run on generated data, from nothing to its stop")
+    export: CliSubCommand[Export] = Field(description="write the model of a run from a checkpoint")
+    inspect: CliSubCommand[Inspect] = Field(description="show samples as the model sees them")
+    doctor: CliSubCommand[Doctor] = Field(description="what this machine has and what is missing")
+    selftest: CliSubCommand[Selftest] = Field(description="the laws, checked on this machine")
+    bench: CliSubCommand[Bench] = Field(description="in a checkout: run | compare A B | gate")
+
+    VERBS: ClassVar[dict[str, type[Verb]]] = {
+        "train": Train,
+        "msft": Msft,
+        "demo": Demo,
+        "export": Export,
+        "inspect": Inspect,
+        "doctor": Doctor,
+        "selftest": Selftest,
+        "bench": Bench,
+    }

@@ -1,0 +1,174 @@
+"""The 8-bit AdamW as an optimizer: geometry of shards, state, and the choice of implementation.
+
+Bytes per parameter of a matrix whose rows are multiples of 256: weight 2 (bf16), gradient 2, moments 2 +
+2/256. The formula, the codes and why they are what they are: `adamw8bit_reference.py`. The kernel:
+`csrc_triton/adamw8bit.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from repsft_fast.errors import ConfigError, describe
+from repsft_fast.optim import adamw8bit_reference as reference
+from repsft_fast.optim.base import Groups, Hyperparameters, Optimizer, Rule
+
+
+class SeededAdamW8bit(Optimizer):
+    """`AdamW8bit` behind the trainer's interface: the same bits on any number of ranks."""
+
+    def _build(self, groups: Groups, hyperparameters: Hyperparameters) -> Rule:
+        shards = {self.held[name]: Shard.of(name, parameter) for name, parameter in self.names.items()}
+        h = hyperparameters
+        return AdamW8bit(groups, shards, lr=h.lr, betas=h.betas, eps=h.eps, seed=h.seed), True
+
+    def _allocate(self) -> Tensor:
+        return cast("AdamW8bit", self.inner).step_count  # it allocated in its constructor
+
+    @staticmethod
+    def moment_bytes(shape, local_shape, element_bytes, *, momentum):
+        n = math.prod(local_shape)
+        if not reference.has_8bit_moments(shape):
+            return (4 * n,) * 2
+        return (n, math.prod(reference.scale_shape(local_shape))) * 2
+
+    @staticmethod
+    def step_count_bytes(parameters):
+        return 8  # one count of all parameters
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a parameter this rank holds: whole rows of its first dimension."""
+
+    name: str
+    shape: tuple[int, ...]  # global
+    first_element: int  # global index of the local part's first element
+
+    @staticmethod
+    def of(name: str, parameter: Tensor) -> Shard:
+        """The local part of a DTensor split over its first dimension (FSDP2, HSDP), or of a plain tensor: all
+        of it.
+
+        Raises ConfigError for any other split, whose blocks would not stay whole.
+        """
+        shape = tuple(parameter.shape)
+        if not hasattr(parameter, "device_mesh"):
+            return Shard(name, shape, 0)
+        split: Any = parameter
+        first_row, rows = 0, shape[0] if shape else 1
+        for dimension, placement in enumerate(split.placements):
+            if placement.is_replicate():
+                continue
+            if type(placement).__name__ != "Shard" or placement.dim != 0 or first_row or rows != shape[0]:
+                wrong = f"cannot follow the split of {name}"
+                expected = "Shard(0) over one dimension of the mesh"
+                raise _refusal(wrong, split.placements, expected=expected, todo="use adamw")
+            # as torch.chunk: the last ranks may be short
+            chunk = -(-shape[0] // split.device_mesh.size(dimension))
+            first_row = min(chunk * split.device_mesh.get_local_rank(dimension), shape[0])
+            rows = min(chunk, shape[0] - first_row)
+        return Shard(name, shape, first_row * math.prod(shape[1:]))
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """Block-wise 8-bit AdamW with seeded stochastic rounding. All state is allocated here.
+
+    `shards` says where each parameter lies in its global tensor. Weights are fp32 or bf16 and contiguous. One
+    step count serves all parameters: one without a gradient keeps weight and moments, and later sees the
+    others' bias correction.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        shards: dict[nn.Parameter, Shard],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.seed = seed
+        self.shards = shards
+        self.keys = {
+            parameter: reference.parameter_key(seed, shard.name) for parameter, shard in shards.items()
+        }
+        self.found_inf: Tensor | None = None
+        self.clip: Tensor | None = None
+        self._launcher: Any = None
+        for parameter, shard in shards.items():
+            _check(parameter, shard)
+            self.state[parameter] = _zeros(parameter, shard)
+        device = next(iter(shards)).device
+        self.step_count = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        """One update. Reads `found_inf` and `clip` ([] fp32 on the device, or None) where they are; no host
+        sync."""
+        if closure is not None:
+            raise ValueError(describe("AdamW8bit.step", "takes no closure"))
+        device = self.step_count.device
+        veto = torch.zeros((), device=device) if self.found_inf is None else (self.found_inf != 0).float()
+        clip = torch.ones((), device=device) if self.clip is None else self.clip.float()
+        self.step_count += (1 - veto).to(torch.int64)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            beta1, beta2 = group["betas"]
+            first, second = reference.corrections(beta1, beta2, self.step_count)
+            scalars = reference.Scalars(
+                group["lr"], beta1, beta2, group["eps"], group["weight_decay"], first, second, clip, veto
+            )
+            if device.type == "cuda":
+                self._launch(parameters, scalars)
+            else:
+                self._update_plain(parameters, scalars)
+
+    def _update_plain(self, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
+        for p in parameters:
+            assert p.grad is not None
+            moments = {name: state.view(-1) for name, state in self.state[p].items()}
+            key = reference.update_key(self.keys[p], self.step_count)
+            gradient = p.grad.contiguous().view(-1)
+            reference.update_(p.view(-1), gradient, moments, scalars, key, self.shards[p].first_element)
+
+    def _launch(self, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
+        from csrc_triton.adamw8bit import Launcher
+
+        if self._launcher is None:
+            self._launcher = Launcher()
+        parts = [(p, p.grad, self.state[p], self.keys[p], self.shards[p].first_element) for p in parameters]
+        self._launcher(parts, scalars, self.step_count)
+
+
+def _zeros(parameter: Tensor, shard: Shard) -> dict[str, Tensor]:
+    shape, device = parameter.shape, parameter.device
+    if not reference.has_8bit_moments(shard.shape):
+        moments = ("exp_avg", "exp_avg_sq")
+        return {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in moments}
+    scales = reference.scale_shape(shape)
+    return {
+        name: torch.zeros(scales if name.endswith("_scale") else shape, dtype=torch.uint8, device=device)
+        for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    }
+
+
+def _check(parameter: Tensor, shard: Shard) -> None:
+    if parameter.dtype not in (torch.float32, torch.bfloat16):
+        wrong, todo = f"cannot update {shard.name}", "choose another model.param_dtype"
+        raise _refusal(wrong, parameter.dtype, expected="float32 or bfloat16 weights", todo=todo)
+    if not parameter.is_contiguous():
+        raise _refusal(f"needs {shard.name} contiguous", parameter.stride())
+
+
+def _refusal(wrong: str, got: object, *, expected: str | None = None, todo: str | None = None) -> ConfigError:
+    return ConfigError(
+        describe("optim.name", f"adamw8bit {wrong}", expected=expected, got=str(got), todo=todo)
+    )
