@@ -124,21 +124,21 @@ def test_they_go_on_as_peft_computes_them(name, tmp_path, monkeypatch):
     base, folder = saved_by_peft(tmp_path, kind, **changes)
     expected = logits(by_peft(base, folder))
     model = loaded(base, folder, merge=True)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2, (
         "they do something"
     )
     monkeypatch.chdir(tmp_path)
     save_pretrained(model, None, "again")
     monkeypatch.chdir("/")
-    torch.testing.assert_close(logits(by_peft(base, tmp_path / "again")), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(by_peft(base, tmp_path / "again")), expected, rtol=0, atol=0)
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
     save_pretrained(model, None, tmp_path / "merged", merge_lora=True)
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=0, atol=1e-5
     )
-    torch.testing.assert_close(logits(loaded(base, tmp_path / "again")), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "again")), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_adapters_of_experts_that_were_a_layer_each(tmp_path):
         loaded(base, folder)
     theirs = by_peft(base, folder)
     theirs.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(loaded(base, tmp_path / "again")), logits(theirs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "again")), logits(theirs), rtol=0, atol=0)
 
 
 class TestWeightsOfTheBase:
@@ -235,7 +235,7 @@ class TestWeightsOfTheBase:
         held = load_file(folder / "adapter_model.safetensors")
         assert any("embed_tokens" in name for name in held)
         torch.testing.assert_close(
-            logits(loaded(base, folder)), logits(by_peft(base, folder)), rtol=0, atol=1e-6
+            logits(loaded(base, folder)), logits(by_peft(base, folder)), rtol=0, atol=0
         )
 
     @pytest.mark.parametrize("change", ["trained", "grown"])
@@ -256,7 +256,7 @@ def test_a_tied_embedding_is_not_merged(tmp_path):
     base, folder = saved_by_peft(
         tmp_path, "gpt2", target_modules=["c_attn", "wte"], save={"save_embedding_layers": False}
     )
-    torch.testing.assert_close(logits(loaded(base, folder)), logits(by_peft(base, folder)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(loaded(base, folder)), logits(by_peft(base, folder)), rtol=0, atol=0)
     with pytest.raises(ModelError, match=r"transformer\.wte, whose weight the output head shares"):
         loaded(base, folder, merge=True)
 

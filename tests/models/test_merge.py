@@ -57,7 +57,7 @@ def compared(model, kind, **changes):
 
 def assert_merges(model, kind, **changes):
     merged, expected, base = compared(model, kind, **changes)
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=3e-14)
     assert (base - expected).abs().max() > 1e-2, "the adapters do nothing"
 
 
