@@ -8,7 +8,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST, QUOTED = 5_000, 200  # characters of a part of an error, and of the value that it quotes
 _KINDS = {
@@ -58,7 +58,12 @@ class SnapshotError(RepsftError, RuntimeError):
 
 
 class CheckpointError(RepsftError, RuntimeError):
-    """A checkpoint that is damaged, foreign or could not be written whole."""
+    """A checkpoint that is damaged, foreign or could not be written whole. problems: of each generation,
+    where none is whole."""
+
+    def __init__(self, message: str, *, problems: Sequence[str] = ()):
+        super().__init__("\n  ".join([message, *problems]))
+        self.problems = tuple(problems)
 
 
 class TrainingError(RepsftError, RuntimeError):

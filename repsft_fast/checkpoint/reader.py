@@ -214,7 +214,7 @@ def newest(folder: str | os.PathLike, *, deep: bool = True) -> Generation:
 def _nothing(folder: str | os.PathLike, problems: list[str]) -> CheckpointError:
     todo = "copy a whole one back, or start the run anew in another folder"
     text = describe(str(folder), "holds no whole checkpoint", todo=todo)
-    return CheckpointError("\n  ".join([text, *(problems or ["no generation at all"])]))
+    return CheckpointError(text, problems=problems or ["no generation at all"])
 
 
 def resume(

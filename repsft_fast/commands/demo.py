@@ -17,6 +17,7 @@ from repsft_fast.errors import ConfigError, describe
 from repsft_fast.evaluate.answers import final_answer, same_answer
 from repsft_fast.report import visible
 from repsft_fast.report.result import RunResult
+from repsft_fast.rundir.folder import HoldsARun
 from repsft_fast.training.trainer import train
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
@@ -75,9 +76,7 @@ def demo(folder: str) -> RunResult | None:
     tokenizer = prepare(target.parent / f"{target.name}-tokenizer")
     try:
         result = train(Config.of("demo", {"run.folder": folder, "tokenizer.path": str(tokenizer)}))
-    except ConfigError as error:
-        if "--resume" not in str(error):
-            raise
+    except HoldsARun as error:
         todo = "give a new one: --folder"  # the demo has no --resume
         raise ConfigError(describe("--folder", "holds another run", got=folder, todo=todo)) from error
     if result is not None:

@@ -2,7 +2,7 @@
 wanted.
 
 The weights are those that the run itself would save if it ended at that checkpoint, through the same writer:
-the best validation's where `evaluate.keep: best` kept some, the moment that a mixture's policy names, else
+the best validation's where `evaluate.keep: best` kept some, the snapshot that a mixture's policy names, else
 the state. No data is read.
 """
 
@@ -57,7 +57,7 @@ class Exported:
     folder: Path
     generation: int
     update: int  # after which the weights stood so
-    which: str  # in words: the best validation, the moment of a mixture, the state
+    which: str  # in words: the best validation, the snapshot of a mixture, the state
     notes: list[str] = field(default_factory=list)
 
 
@@ -199,10 +199,11 @@ def _check_same(config: Config, model: Any, tokenizer: Any, path: Path) -> str |
     now = identity.identity(config, tokenizer, base, saved.get("data"))
     try:
         decided = checkpoint.values_of(path).get("decided", {})
-        said = identity.check(path.name, saved, now)
-        return said or identity.check_tokenizer(path.name, decided, tokenizer)
+        todo = _other_ways(path)
+        said = identity.check(path.name, saved, now, todo=todo)
+        return said or identity.check_tokenizer(path.name, decided, tokenizer, todo=todo)
     except checkpoint.ForeignCheckpoint as error:
-        raise CheckpointError(f"{str(error).partition('; resume')[0]}; {_other_ways(path)}") from error
+        raise CheckpointError(str(error)) from error
 
 
 def _other_ways(path: Path) -> str:

@@ -55,14 +55,13 @@ def _newest(folder: Path, count: int) -> tuple[Path, list[str]]:
     try:
         found = checkpoint.newest(folder / FOLDER)
     except CheckpointError as error:
-        problems = str(error).splitlines()[1:]
         wrong = f"none of {count} checkpoints is whole, so there is nothing to export"
-        raise CheckpointError("\n".join([describe(str(folder / FOLDER), wrong), *problems])) from error
+        raise CheckpointError(describe(str(folder / FOLDER), wrong), problems=error.problems) from error
     return found.path, list(found.problems)
 
 
 def choose(config: Config, values: dict[str, Any], path: Path) -> Chosen:
-    """As `finish` does: the moment that the policy names, else the best validation's weights, else the
+    """As `finish` does: the snapshot that the policy names, else the best validation's weights, else the
     state. CheckpointError where the values are not in this version's form."""
     try:
         return _chosen(config, values, path)

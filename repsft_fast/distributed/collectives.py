@@ -121,7 +121,9 @@ def _kind(error: Exception) -> int:
 
 def _first_told(world: World, mine: Exception | None) -> RepsftError | None:
     """The error of the lowest rank that has one, as another rank says it. Every rank must call it."""
-    problems = [] if mine is None else getattr(mine, "problems", None) or [str(mine) or type(mine).__name__]
+    problems = [] if mine is None else [str(mine) or type(mine).__name__]
+    if isinstance(mine, ConfigError):
+        problems = list(mine.problems)
     text = b"" if mine is None else json.dumps([_kind(mine), problems]).encode()
     lengths = [torch.empty(1, dtype=torch.int64) for _ in range(world.size)]
     dist.all_gather(lengths, torch.tensor([len(text)]), group=world.control)

@@ -84,7 +84,7 @@ class Sft(Policy):
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
-            return self._stage(history, None, tuple(sorted(active)), Reset())
+            return self._stage(None, tuple(sorted(active)), Reset())
         if self._stage_ended(history):
             budget = self.settings.compute_budget
             return Stop("policy", f"{budget:g} epoch{' is' if budget == 1 else 's are'} done")
@@ -108,7 +108,7 @@ class Sft(Policy):
         now = history.at_evaluation()
         return now is not None and now.epochs >= self.settings.compute_budget - AT_END
 
-    def _stage(self, history: History, start: str | None, active: tuple[str, ...], reset: Reset) -> NewStage:
+    def _stage(self, start: str | None, active: tuple[str, ...], reset: Reset) -> NewStage:
         rates = {task: self.settings.weights.get(task, 1.0) for task in active}
         return NewStage(start, active, None if all(rate == 1.0 for rate in rates.values()) else rates, reset)
 
@@ -121,7 +121,7 @@ class Continual(Sft):
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
-            return self._stage(history, None, (self._order(history)[0],), Reset())
+            return self._stage(None, (self._order(history)[0],), Reset())
         last = history.last_decision
         if not isinstance(last, RollBack):
             if not self._stage_ended(history):
@@ -134,7 +134,7 @@ class Continual(Sft):
         order = self._order(history)
         if done == len(order):
             return Stop("policy", "every task has had its turn")
-        return self._stage(history, history.here, (order[done],), Reset())
+        return self._stage(history.here, (order[done],), Reset())
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
         """The peak so far of the task in training."""
@@ -165,7 +165,7 @@ class Sro(Sft):
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
-            return self._stage(history, None, tuple(sorted(active)), Reset())
+            return self._stage(None, tuple(sorted(active)), Reset())
         if len(history.stages) == 1:
             return self._second_run(history) if self._stage_ended(history) else Continue()
         now = history.at_evaluation()
@@ -176,7 +176,7 @@ class Sro(Sft):
         left = tuple(task for task in sorted(active) if peaks[task] > own + AT_END)
         if not left:
             return Stop("policy", "every task has been dropped at its peak")
-        return Continue() if len(left) == len(active) else self._stage(history, now.snapshot_id, left, GO_ON)
+        return Continue() if len(left) == len(active) else self._stage(now.snapshot_id, left, GO_ON)
 
     def kept(self, history: History, active: frozenset[str]) -> set[str]:
         """The base while the first run lasts, then the best snapshot of the second."""
@@ -195,7 +195,7 @@ class Sro(Sft):
         active = tuple(task for task in sorted(history.tasks) if peaks[task] > 0)
         if not active:
             return Stop("policy", "no task ever rose above the base")
-        return self._stage(history, history.evaluations[0].snapshot_id, active, FROM_BASE)
+        return self._stage(history.evaluations[0].snapshot_id, active, FROM_BASE)
 
 
 class SoftSro(Sro):

@@ -39,6 +39,10 @@ from repsft_fast.rundir.place import check_place, names_of, own_code
 CHECKPOINTS, ADAPTERS = "checkpoints", "adapter"  # folders in the run's own
 
 
+class HoldsARun(ConfigError):
+    """The folder holds a run that --resume would go on with."""
+
+
 class RunFolder:
     """Context manager around a whole run. Only the main rank locks and writes; what it is refused, all are.
 
@@ -158,12 +162,13 @@ class RunFolder:
         more = {name: why for name, why in taken.items() if name not in LEFT_BY_A_RUN}
         wrong = [f"holds another run ({listed(used)})"] if used else []
         todo = "choose another folder, or move them away"
+        kind = ConfigError
         if used and advise and self._can_be_resumed():
-            todo = "choose another folder, or continue that run with --resume"
+            kind, todo = HoldsARun, "choose another folder, or continue that run with --resume"
         elif more:
             wrong.append(f"holds what the run would write and did not make: {listed(more)}")
         expected = "a new or empty folder" if used else "a folder without them"
-        raise ConfigError(
+        raise kind(
             describe("run.folder", ", and ".join(wrong), expected=expected, got=str(folder), todo=todo)
         )
 

@@ -65,6 +65,8 @@ _OF_ADAPTERS = (
     "runtime_config",
 )
 _BITS = 62  # of a digest: what checkpoints are told by stays as it is
+_OTHER_TOKENIZER = "resume with the one it was written with, or start another run in another folder"
+_OTHER_RUN = "resume with what it was written with, or start another run in another folder"
 _WORDS = {
     "data": "the training, validation or test data, as tokens",
     "model": "the model's configuration",
@@ -179,7 +181,9 @@ def template_of(tokenizer: Any, config: Config) -> str:
     return _hex(_text([template, config.tokenizer.template_kwargs, config.tokenizer.special_tokens]))
 
 
-def check_tokenizer(where: str, decided: Mapping[str, Any], tokenizer: Any) -> str | None:
+def check_tokenizer(
+    where: str, decided: Mapping[str, Any], tokenizer: Any, *, todo: str = _OTHER_TOKENIZER
+) -> str | None:
     """ForeignCheckpoint for another tokenizer than the run began with, which the saved model would be given.
     What is to be said where other versions of the libraries may spell the same one otherwise."""
     before, now = decided.get("tokenizer"), tokenizer_fingerprint(tokenizer)
@@ -191,7 +195,6 @@ def check_tokenizer(where: str, decided: Mapping[str, Any], tokenizer: Any) -> s
             "the tokenizer looks other than at the checkpoint, which other versions of its libraries may be"
             " the reason of"
         )
-    todo = "resume with the one it was written with, or start another run in another folder"
     raise checkpoint.ForeignCheckpoint(
         describe(where, "is another run's: the tokenizer is another", todo=todo)
     )
@@ -229,7 +232,9 @@ def other_deciders(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
     )
 
 
-def check(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def check(
+    where: str, saved: Mapping[str, Any], now: Mapping[str, Any], *, todo: str = _OTHER_RUN
+) -> str | None:
     """ForeignCheckpoint naming everything in which a checkpoint is another run's; what is to be said where it
     is the same.
 
@@ -244,7 +249,6 @@ def check(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str |
         if saved.get(name) != now.get(name)
     ]
     if found:
-        todo = "resume with what it was written with, or start another run in another folder"
         raise checkpoint.ForeignCheckpoint(
             describe(where, f"is another run's: {'; '.join(found)}", todo=todo)
         )

@@ -1,4 +1,4 @@
-"""The laws of docs/architecture.md as checks on the parts of a real run: this machine, this model, these
+"""The laws of docs/laws.md as checks on the parts of a real run: this machine, this model, these
 samples.
 
 Every check returns a figure and whether the law holds. None of them knows how the others went, and each puts

@@ -150,7 +150,7 @@ def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[s
         "evaluate": {"generate_samples": 0},
         "log": {"every_updates": 1},
         "checkpoint": {"every_updates": kill_and_resume.EVERY},
-        "mixture": {"optimizer": "restore"},  # moments hold the optimizer too
+        "mixture": {"optimizer": "restore"},  # snapshots hold the optimizer too
     }
     if config is None:
         samples = _drawn()

@@ -24,6 +24,7 @@ from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.build import build_model, build_tokenizer, vocabulary_of
 from repsft_fast.training.parts import Data
 from repsft_fast.training.samples import build_plan, check_positions, load_data
+from repsft_fast.training.trainer import settings_of
 
 UNEVEN_SHOWN = 3
 
@@ -42,8 +43,7 @@ def dry_run(
     """
     if ranks is not None and ranks < 1:
         raise ConfigError(describe("--world", "is not a number of GPUs", expected="at least 1", got=ranks))
-    settings = config if isinstance(config, Config) and overrides is None else Config.of(config, overrides)
-    describe_run(settings, ranks=ranks)
+    describe_run(settings_of(config, overrides), ranks=ranks)
 
 
 def describe_run(config: Config, *, ranks: int | None = None) -> None:

@@ -50,7 +50,7 @@ BUDGET = "the budget is spent"
 class Conductor:
     """Owns the policy's history, which a checkpoint holds beside the closed list of state (`values`, `load`).
 
-    words       why the run ended, once it has
+    end_reason  why the run ended, once it has
     last_epoch  means over the last judged epoch, as metrics.jsonl says them
     looks_at    the update at which the policy is asked though no epoch ends
     """

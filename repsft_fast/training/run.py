@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from repsft_fast.policies import Policy
 from repsft_fast.rundir.lock import RunLock
 from repsft_fast.signals import Signals
 from repsft_fast.state import RunState
@@ -25,7 +24,6 @@ class Run:
 
     parts: Parts
     state: RunState
-    policy: Policy
     snapshots: Snapshots
     reporter: Reporter
     conductor: Conductor
@@ -50,7 +48,7 @@ class Run:
         conductor = Conductor(parts, reporter, policy, snapshots)
         recovery = Recovery(parts, snapshots, conductor, reporter)
         saver = Saver(parts, state, snapshots, conductor, reporter, signals, lock)
-        return Run(parts, state, policy, snapshots, reporter, conductor, recovery, saver, began)
+        return Run(parts, state, snapshots, reporter, conductor, recovery, saver, began)
 
     def between_updates(self) -> bool:
         """Called when an update and all that followed from it are done. True when the run must end here."""

@@ -15,6 +15,7 @@ from repsft_fast.config import Config
 from repsft_fast.data.sample import Loaded
 from repsft_fast.errors import ConfigError
 from repsft_fast.report import visible
+from repsft_fast.rundir.folder import HoldsARun
 from repsft_fast.trackers import PACKAGES
 from tests.helpers import runs
 from tests.helpers.chat_tokenizers import byte_level
@@ -199,7 +200,7 @@ def test_demo_in_a_used_folder_gives_advice_that_it_can_follow(tmp_path, monkeyp
     """It has no --resume."""
 
     def refuse(config):
-        raise ConfigError(
+        raise HoldsARun(
             "run.folder: holds another run; choose another folder, or continue that run with --resume"
         )
 

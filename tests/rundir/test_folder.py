@@ -14,7 +14,7 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, RepsftError, TrainingError
 from repsft_fast.rundir import made, publish
 from repsft_fast.rundir.fingerprints import PIECE, PIECES, Fingerprint
-from repsft_fast.rundir.folder import RunFolder
+from repsft_fast.rundir.folder import HoldsARun, RunFolder
 from repsft_fast.rundir.made import Made
 from repsft_fast.training.trainer import train
 from tests.helpers import runs
@@ -484,3 +484,17 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     with RunFolder(Config.of(runs.settings(tmp_path))) as folder:
         assert len(folder.others) == 1
         assert "has no locks (Function not implemented); do not start two runs in it" in folder.others[0]
+
+
+def test_a_run_that_can_be_gone_on_with_is_an_error_of_its_own(tmp_path):
+    """The demo, which has no --resume, gives other advice for it; for anything else in a folder it does not."""
+    settings = runs.settings(tmp_path, checkpoint__every_updates=2, budget__updates=2)
+    train(settings)
+    with pytest.raises(HoldsARun, match="--resume"):
+        train(settings)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.yaml").write_text("somebody's")
+    with pytest.raises(ConfigError) as told:
+        train({**settings, "run": {**settings["run"], "folder": str(other)}})
+    assert not isinstance(told.value, HoldsARun)
