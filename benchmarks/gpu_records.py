@@ -63,6 +63,7 @@ PARTS = (
     Part("G", "row kernel", "row_kernel", 20, 35, 8, interpreted=True),
     Part("H", "masked and memorised rows", "rows", 30, 45, 10, interpreted=True),
     Part("I", "optimizers, snapshots, a checkpoint", "state", 65, 95, 20),
+    Part("J", "captured rows", "graphs", 20, 40, 10),
     Part("P", "a pretrained model", "pretrained", 90, 240, 40),
 )
 ALONE = {"P"}  # never with the others

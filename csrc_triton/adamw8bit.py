@@ -6,16 +6,18 @@ of an fp32's bits, by integers: the rounding is ours anyway. A table on the devi
 addresses; a program looks up the tensor of its tile. Step, clip factor, veto and bias corrections are read
 from device memory.
 
+Where the weight is an fp32 master, the bf16 weight it is of is written too, rounded to the nearest: it is
+made anew from the master each time, so it draws nothing.
+
 Bytes moved per element, bf16 weight and gradient, 8-bit moments: 2 + 2 weight, 2 gradient, 1 + 1 and 1 + 1
-moments, 4/256 scales = 10.02; fp32 weight and gradient 16.02. Floor per 10⁹ bf16 parameters: 3.3 ms (H100),
-2.3 (H200).
+moments, 4/256 scales = 10.02; fp32 weight and gradient 16.02, and with a bf16 copy 18.02. Floor per 10⁹ bf16
+parameters: 3.3 ms (H100), 2.3 (H200); masters and copies 6.0 and 4.2.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.launch import AotCase, require
+from csrc_triton.tensor_table import Line, Plan, Tables, address, entry, load_floats, store_nearest
 
 BLOCK = 256  # elements that share a scale
 TILE_BLOCKS = 8  # blocks per program
@@ -34,8 +37,7 @@ _LEAST = tl.constexpr(16)  # exponent field of a block of zeros; scale bytes cou
 _SPAN = tl.constexpr(15)  # octaves below a block's largest element
 
 # Columns of the table, one line per tensor, int64.
-WEIGHT, GRAD, M, M_SCALE, V, V_SCALE, SIZE, FIRST, KEY0, KEY1, FIRST_TILE = range(11)
-COLUMNS = tl.constexpr(16)
+WEIGHT, GRAD, M, M_SCALE, V, V_SCALE, SIZE, FIRST, KEY0, KEY1, FIRST_TILE, COPY = range(12)
 
 
 @triton.jit
@@ -49,33 +51,11 @@ def _mix(x):
 
 
 @triton.jit
-def _entry(table_ptr, line, COLUMN: tl.constexpr):
-    return tl.load(table_ptr + line * COLUMNS + COLUMN)
-
-
-@triton.jit
-def _address(table_ptr, line, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.cast(_entry(table_ptr, line, COLUMN), tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
 def _keys(table_ptr, line, step_ptr):
     count = tl.cast(tl.load(step_ptr), tl.uint32) * _GOLDEN
-    key0 = _mix(count ^ tl.cast(_entry(table_ptr, line, 8), tl.uint32))
-    key1 = _mix(count + tl.cast(_entry(table_ptr, line, 9), tl.uint32))
+    key0 = _mix(count ^ tl.cast(entry(table_ptr, line, 8), tl.uint32))
+    key1 = _mix(count + tl.cast(entry(table_ptr, line, 9), tl.uint32))
     return key0, key1
-
-
-@triton.jit
-def _load(pointer, offsets, inside, BF16: tl.constexpr):
-    if BF16:
-        bits = tl.cast(tl.load(pointer + offsets, mask=inside, other=0), tl.int32) << 16
-        return tl.cast(bits, tl.float32, bitcast=True)
-    else:
-        return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -115,27 +95,29 @@ def adamw_8bit_kernel(
     one_minus_beta2,
     WEIGHT_BF16: tl.constexpr,
     GRAD_BF16: tl.constexpr,
+    HAS_COPY: tl.constexpr,  # a bf16 copy of an fp32 weight is written
     ALIGNED: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
     line = tl.load(tiles_ptr + tl.program_id(0))
-    tile = tl.program_id(0) - tl.cast(_entry(table_ptr, line, 10), tl.int32)
+    tile = tl.program_id(0) - tl.cast(entry(table_ptr, line, 10), tl.int32)
     blocks = tl.cast(tile, tl.int64) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     lanes = tl.arange(0, 256)
-    present = blocks < _entry(table_ptr, line, 6)
+    present = blocks < entry(table_ptr, line, 6)
     inside = present[:, None] & (lanes >= 0)[None, :]
     offsets = blocks[:, None] * 256 + lanes[None, :]
     if tl.load(scalars_ptr + 3) == 0.0:
-        w_ptr = _address(table_ptr, line, 0, tl.int16 if WEIGHT_BF16 else tl.float32, ALIGNED)
-        g_ptr = _address(table_ptr, line, 1, tl.int16 if GRAD_BF16 else tl.float32, ALIGNED)
-        m_ptr = _address(table_ptr, line, 2, tl.uint8, ALIGNED)
-        v_ptr = _address(table_ptr, line, 4, tl.uint8, ALIGNED)
-        m_scale_ptr = _address(table_ptr, line, 3, tl.uint8, False)
-        v_scale_ptr = _address(table_ptr, line, 5, tl.uint8, False)
+        WIDE: tl.constexpr = 16 if ALIGNED else 1
+        w_ptr = address(table_ptr, line, 0, tl.int16 if WEIGHT_BF16 else tl.float32, WIDE)
+        g_ptr = address(table_ptr, line, 1, tl.int16 if GRAD_BF16 else tl.float32, WIDE)
+        m_ptr = address(table_ptr, line, 2, tl.uint8, WIDE)
+        v_ptr = address(table_ptr, line, 4, tl.uint8, WIDE)
+        m_scale_ptr = address(table_ptr, line, 3, tl.uint8, 1)
+        v_scale_ptr = address(table_ptr, line, 5, tl.uint8, 1)
 
         # One word an element serves all three roundings; the reference says why that is no bias.
         key0, key1 = _keys(table_ptr, line, step_ptr)
-        first_block = _entry(table_ptr, line, 7) >> 8
+        first_block = entry(table_ptr, line, 7) >> 8
         block_bits = _mix(tl.cast(blocks + first_block, tl.uint32) ^ key0)
         random = _mix((block_bits[:, None] + (tl.cast(lanes, tl.uint32) * _GOLDEN)[None, :]) ^ key1)
 
@@ -154,13 +136,16 @@ def adamw_8bit_kernel(
         root = tl.cast((v_code + v_base[:, None]) << 19, tl.float32, bitcast=True)
 
         # The weight takes both moments before they are rounded to codes again.
-        g = _load(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
+        g = load_floats(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
         m = tl.cast(m_bits, tl.float32, bitcast=True)
         m, v = _moments(m, root * root, g, beta1, one_minus_beta1, beta2, one_minus_beta2)
         root = tl.sqrt_rn(v)
-        w = _load(w_ptr, offsets, inside, WEIGHT_BF16)
+        w = load_floats(w_ptr, offsets, inside, WEIGHT_BF16)
         w = _step(w, m, root, lr, decay, eps, tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
         _store_weight(w_ptr, offsets, inside, w, random, WEIGHT_BF16)
+        if HAS_COPY:
+            copy_ptr = address(table_ptr, line, 11, tl.int16, WIDE)
+            store_nearest(copy_ptr, offsets, inside, w, True)
 
         # The scale is what the block's largest element can be *rounded up* to: else a block of equal values
         # could never grow past a power of two.
@@ -196,134 +181,152 @@ def adamw_32bit_kernel(
     one_minus_beta2,
     WEIGHT_BF16: tl.constexpr,
     GRAD_BF16: tl.constexpr,
+    HAS_COPY: tl.constexpr,  # a bf16 copy of an fp32 weight is written
     ALIGNED: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
     line = tl.load(tiles_ptr + tl.program_id(0))
-    tile = tl.program_id(0) - tl.cast(_entry(table_ptr, line, 10), tl.int32)
+    tile = tl.program_id(0) - tl.cast(entry(table_ptr, line, 10), tl.int32)
     offsets = tl.cast(tile, tl.int64) * (TILE_BLOCKS * 256) + tl.arange(0, TILE_BLOCKS * 256)
-    size = _entry(table_ptr, line, 6)
+    size = entry(table_ptr, line, 6)
     if ALIGNED:
-        size = tl.multiple_of(size, 16)  # a mask that never splits 16 elements keeps the accesses wide
+        # A mask that never splits 16 elements keeps the accesses wide. Triton 3.6 forgets what it is promised
+        # of a loaded number and sees it in a product.
+        size = (size // 16) * 16
     inside = offsets < size
     if tl.load(scalars_ptr + 3) == 0.0:
-        w_ptr = _address(table_ptr, line, 0, tl.int16 if WEIGHT_BF16 else tl.float32, ALIGNED)
-        g_ptr = _address(table_ptr, line, 1, tl.int16 if GRAD_BF16 else tl.float32, ALIGNED)
-        m_ptr = _address(table_ptr, line, 2, tl.float32, ALIGNED)
-        v_ptr = _address(table_ptr, line, 4, tl.float32, ALIGNED)
+        WIDE: tl.constexpr = 16 if ALIGNED else 1
+        w_ptr = address(table_ptr, line, 0, tl.int16 if WEIGHT_BF16 else tl.float32, WIDE)
+        g_ptr = address(table_ptr, line, 1, tl.int16 if GRAD_BF16 else tl.float32, WIDE)
+        m_ptr = address(table_ptr, line, 2, tl.float32, WIDE)
+        v_ptr = address(table_ptr, line, 4, tl.float32, WIDE)
         # Small tensors: the same update on fp32 moments, which need no coding.
-        g = _load(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
+        g = load_floats(g_ptr, offsets, inside, GRAD_BF16) * tl.load(scalars_ptr + 2)
         m = tl.load(m_ptr + offsets, mask=inside, other=0.0)
         v = tl.load(v_ptr + offsets, mask=inside, other=0.0)
         m, v = _moments(m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2)
-        w = _load(w_ptr, offsets, inside, WEIGHT_BF16)
+        w = load_floats(w_ptr, offsets, inside, WEIGHT_BF16)
         w = _step(w, m, tl.sqrt_rn(v), lr, decay, eps, tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
         # An fp32 weight is not rounded, so it draws nothing.
         random = tl.zeros([TILE_BLOCKS * 256], tl.uint32)
         if WEIGHT_BF16:
             key0, key1 = _keys(table_ptr, line, step_ptr)
-            element = offsets + _entry(table_ptr, line, 7)
+            element = offsets + entry(table_ptr, line, 7)
             lane = tl.cast(element & 0xFF, tl.uint32) * _GOLDEN
             random = _mix((_mix(tl.cast(element >> 8, tl.uint32) ^ key0) + lane) ^ key1)
         _store_weight(w_ptr, offsets, inside, w, random, WEIGHT_BF16)
+        if HAS_COPY:
+            # as many elements a thread as of fp32: no value changes threads
+            copy_ptr = address(table_ptr, line, 11, tl.int16, 8 if ALIGNED else 1)
+            store_nearest(copy_ptr, offsets, inside, w, True)
         tl.store(m_ptr + offsets, m, mask=inside)
         tl.store(v_ptr + offsets, v, mask=inside)
 
 
-# weight, grad, moments, key, first global element
-Part = tuple[Tensor, Tensor, dict[str, Tensor], tuple[int, int], int]
+class Part(NamedTuple):
+    """One tensor of an update; everything contiguous."""
 
-
-@dataclasses.dataclass
-class _Plan:
-    """The device tables of one launch, rebuilt when an address has changed."""
-
-    lines: list[int]
-    table: Tensor  # [tensors, 16] int64
-    tiles: Tensor  # [programs] int32
+    weight: Tensor  # fp32 | bf16: the master where there is one
+    moments: dict[str, Tensor]
+    key: tuple[int, int]
+    first: int  # global index of the first element
+    copy: Tensor | None = None  # bf16, of an fp32 weight: the weight that the model computes with
 
 
 class Launcher:
-    """Updates many tensors in one launch per (8 or 32 bits, weight dtype, gradient dtype, alignment).
-
-    Gradients that stay where they are (or come back to the same addresses) reuse the device tables; otherwise
-    the table, 128 bytes per tensor, is copied from pinned memory, asynchronously.
-    """
+    """Updates many tensors in one launch per (8 or 32 bits, weight dtype, gradient dtype, copy or none,
+    alignment)."""
 
     def __init__(self) -> None:
-        self._plans: dict[Any, _Plan] = {}
+        # a group of parameters has its own tables: they share no launch
+        self._tables: dict[int, tuple[Sequence[Part], list[Tensor], Tables]] = {}
 
-    def __call__(self, parts: Sequence[Part], scalars: Any, step: Tensor) -> int:
-        """`scalars` as `repsft_fast.optim.adamw8bit_reference.Scalars`; step: [] int64, the count after this
-        update, on the device. Returns the number of launches."""
+    def __call__(
+        self,
+        parts: Sequence[Part],
+        gradients: Sequence[Tensor],
+        scalars: Any,
+        step: Tensor,
+        *,
+        group: int = 0,
+    ) -> int:
+        """One update. gradients: fp32 | bf16, of the weights' shapes; `scalars` as
+        `repsft_fast.optim.adamw8bit_reference.Scalars`; step: [] int64, the count after this update, on the
+        device. group: calls of one are for the same parameters. Returns the number of launches.
+
+        `parts` is looked at anew only where it is another object than at the group's call before, or one of
+        its tensors has moved.
+        """
         if not parts:
             return 0
         values = [scalars.inverse_correction1, scalars.inverse_correction2, scalars.clip, scalars.veto]
         device_scalars = torch.stack([value.reshape(()) for value in values])
-        groups: dict[Any, list[Part]] = {}
-        for weight, gradient, moments, key, first in parts:
-            part = (weight, gradient.contiguous(), moments, key, first)
-            groups.setdefault(_kind(part), []).append(part)
-        for kind, members in groups.items():
-            eight_bit, weight_bf16, grad_bf16, aligned = kind
-            plan = self._plan(kind, members, eight_bit)
+        # a copy of a strided one lives until it is launched upon
+        gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
+        plans = self._plans(parts, gradients, group)
+        for plan in plans:
+            eight_bit, weight_bf16, grad_bf16, has_copy, aligned = plan.kind
             kernel = adamw_8bit_kernel if eight_bit else adamw_32bit_kernel
-            kernel[(plan.tiles.numel(),)](
+            kernel[(plan.tiles.shape[0],)](
                 plan.table, plan.tiles, device_scalars, step,
                 scalars.lr, scalars.lr * scalars.weight_decay, scalars.eps,
                 scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2,
-                WEIGHT_BF16=weight_bf16, GRAD_BF16=grad_bf16, ALIGNED=aligned,
+                WEIGHT_BF16=weight_bf16, GRAD_BF16=grad_bf16, HAS_COPY=has_copy, ALIGNED=aligned,
                 TILE_BLOCKS=TILE_BLOCKS, num_warps=NUM_WARPS,
             )  # fmt: skip
-        return len(groups)
+        return len(plans)
 
-    def _plan(self, kind: Any, members: list[Part], eight_bit: bool) -> _Plan:
-        lines: list[int] = []
-        tiles: list[int] = []
-        for weight, gradient, moments, key, first in members:
-            empty = moments["exp_avg"]  # 32-bit moments have no scales; any address does
-            size = weight.numel() // BLOCK if eight_bit else weight.numel()
-            names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-            tensors = [weight, gradient, *(moments.get(name, empty) for name in names)]
-            lines += (
-                [t.data_ptr() for t in tensors] + [size, first, *key, sum(tiles)] + [0] * (COLUMNS.value - 11)
-            )
-            tiles.append(-(-weight.numel() // TILE))
-        # Two groups of one optimizer may be of one kind: the first weight's address tells them apart.
-        known = self._plans.get((kind, lines[WEIGHT]))
-        if known is not None and known.lines == lines:
-            return known
-        device = members[0][0].device
-        numbers = torch.arange(len(tiles), dtype=torch.int32)
-        line_of_tile = torch.repeat_interleave(numbers, torch.tensor(tiles), output_size=sum(tiles))
-        plan = _Plan(
-            lines, _upload(torch.tensor(lines, dtype=torch.int64), device), _upload(line_of_tile, device)
-        )
-        self._plans[(kind, lines[WEIGHT])] = plan
-        return plan
+    def _plans(self, parts: Sequence[Part], gradients: Sequence[Tensor], group: int) -> list[Plan]:
+        known = self._tables.get(group)
+        if known is None or known[0] is not parts:
+            known = (parts, _tensors_of(parts), Tables(FIRST_TILE, GRAD))
+            self._tables[group] = known
+        return known[2].of(known[1], gradients, lambda: _lines(parts, gradients))
 
 
-def _kind(part: Part) -> tuple[bool, bool, bool, bool]:
-    weight, gradient, moments, _, first = part
-    eight_bit = moments["exp_avg"].dtype == torch.uint8
+def _tensors_of(parts: Sequence[Part]) -> list[Tensor]:
+    moments = [tensor for part in parts for tensor in part.moments.values()]
+    copies = [part.copy for part in parts if part.copy is not None]
+    return [*(part.weight for part in parts), *moments, *copies]
+
+
+def _lines(parts: Sequence[Part], gradients: Sequence[Tensor]) -> list[Line]:
+    return [_line(number, part, gradient) for number, (part, gradient) in enumerate(zip(parts, gradients))]
+
+
+def _line(number: int, part: Part, gradient: Tensor) -> Line:
+    kind = _kind(part, gradient)
+    moments, size = part.moments, part.weight.numel()
+    tensors = {WEIGHT: part.weight, GRAD: gradient, M: moments["exp_avg"], V: moments["exp_avg_sq"]}
+    if kind[0]:
+        tensors |= {M_SCALE: moments["exp_avg_scale"], V_SCALE: moments["exp_avg_sq_scale"]}
+    if part.copy is not None:
+        tensors[COPY] = part.copy
+    values = {column: tensor.data_ptr() for column, tensor in tensors.items()}
+    values |= {SIZE: size // BLOCK if kind[0] else size, FIRST: part.first}
+    values |= {KEY0: part.key[0], KEY1: part.key[1]}
+    return Line(kind, values, -(-size // TILE), number, 16 if kind[-1] else 1)
+
+
+def _kind(part: Part, gradient: Tensor) -> tuple[bool, bool, bool, bool, bool]:
+    """(8-bit moments, bf16 weight, bf16 gradient, a copy, wide accesses)."""
+    weight, moments, copy = part.weight, part.moments, part.copy
+    eight_bit, shape = moments["exp_avg"].dtype == torch.uint8, tuple(weight.shape)
     for name, tensor in (("weight", weight), ("gradient", gradient)):
         require(tensor.dtype in (torch.float32, torch.bfloat16), f"{name} float32 or bfloat16", tensor.dtype)
         require(tensor.is_contiguous(), f"{name} contiguous", tuple(tensor.stride()))
-    require(
-        weight.shape == gradient.shape, f"a gradient of shape {tuple(weight.shape)}", tuple(gradient.shape)
-    )
-    require(
-        not eight_bit or (weight.shape[-1] % BLOCK == 0 and first % BLOCK == 0),
-        "rows of whole blocks",
-        tuple(weight.shape),
-    )
-    wide = (weight, gradient, moments["exp_avg"], moments["exp_avg_sq"])
+    require(tuple(gradient.shape) == shape, f"a gradient of shape {shape}", tuple(gradient.shape))
+    whole = not eight_bit or (shape[-1] % BLOCK == 0 and part.first % BLOCK == 0)
+    require(whole, "rows of whole blocks", shape)
+    wide = [weight, gradient, moments["exp_avg"], moments["exp_avg_sq"]]
+    if copy is not None:
+        require(weight.dtype == torch.float32, "a copy of an fp32 weight", weight.dtype)
+        fits = copy.dtype == torch.bfloat16 and tuple(copy.shape) == shape and copy.is_contiguous()
+        require(fits, f"a contiguous bf16 copy of shape {shape}", (copy.dtype, tuple(copy.shape)))
+        wide.append(copy)
     aligned = all(t.data_ptr() % 16 == 0 for t in wide) and weight.numel() % 16 == 0
-    return eight_bit, weight.dtype == torch.bfloat16, gradient.dtype == torch.bfloat16, aligned
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    bf16 = torch.bfloat16
+    return eight_bit, weight.dtype == bf16, gradient.dtype == bf16, copy is not None, aligned
 
 
 _SIGNATURE = {"table_ptr": "*i64", "tiles_ptr": "*i32", "scalars_ptr": "*fp32", "step_ptr": "*i64"} | {
@@ -331,27 +334,30 @@ _SIGNATURE = {"table_ptr": "*i64", "tiles_ptr": "*i32", "scalars_ptr": "*fp32", 
 }
 
 
-def _case(bits: int, weight: str, gradient: str) -> AotCase:
+def _case(bits: int, weight: str, gradient: str, copied: bool = False) -> AotCase:
     return AotCase(
-        name=f"adamw_{bits}bit/{weight}/{gradient}",
+        name=f"adamw_{bits}bit/{weight}/{gradient}{'/copy' if copied else ''}",
         kernel=adamw_8bit_kernel if bits == 8 else adamw_32bit_kernel,
         signature=_SIGNATURE,
         constexprs={
             "WEIGHT_BF16": weight == "bf16",
             "GRAD_BF16": gradient == "bf16",
+            "HAS_COPY": copied,
             "ALIGNED": True,
             "TILE_BLOCKS": TILE_BLOCKS,
         },
         num_warps=NUM_WARPS,
         divisible=("table_ptr", "tiles_ptr", "scalars_ptr", "step_ptr"),
-        # 32-bit moments are for small tensors; Triton 3.6 reads them narrower than 3.9 does: the table says
-        # how
-        **({} if bits == 8 else {"load_bytes": 4, "store_bytes": 2}),
     )
 
 
 AOT_CASES = [
-    _case(bits, weight, gradient)
+    _case(bits, weight, gradient, copied)
     for bits in (8, 32)
-    for weight, gradient in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
+    for weight, gradient, copied in (
+        ("bf16", "bf16", False),
+        ("bf16", "fp32", False),
+        ("fp32", "fp32", False),
+        ("fp32", "fp32", True),
+    )
 ]

@@ -59,7 +59,7 @@ def measure(case: AotCase, arch: int) -> dict[str, int]:
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "enable_fp_fusion": True},
+        options={"num_warps": case.num_warps, "enable_fp_fusion": case.contraction},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

@@ -32,6 +32,7 @@ class AotCase:
     # the widest global load (store) must have this many bytes per thread; 0 = not asserted
     load_bytes: int = VECTOR_BYTES
     store_bytes: int = VECTOR_BYTES
+    contraction: bool = True  # whether a · b + c may be rounded once, as its launcher asks
 
 
 def padded_columns(columns: int) -> int:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,7 @@ class RunState:
         self._facts: dict[str, tuple] = {}
         self._memory: dict[tuple, str] = {}
         self._values: dict[str, tuple[Getter, Setter]] = {}
+        self._followers: list[Callable[[], object]] = []
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Registers a live tensor. Raises SnapshotError for a name used twice and for memory registered under
@@ -170,9 +172,23 @@ class RunState:
                 lambda s: torch.cuda.set_rng_state(_unhex(s), where),
             )
 
+    def add_follower(self, follow: Callable[[], object]) -> None:
+        """Registers what brings up to date whatever is derived from the tensors, after they were written."""
+        self._followers.append(follow)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by name, always in the same order."""
+        """The live tensors by name, always in the same order. To be written inside `writing` alone."""
         return dict(self._tensors)
+
+    @contextmanager
+    def writing(self) -> Iterator[dict[str, Tensor]]:
+        """The live tensors, to be overwritten with another state's: the one door for it, behind which nothing
+        derived is left of the state before. Also where the writing breaks off."""
+        try:
+            yield self.tensors()
+        finally:
+            for follow in self._followers:
+                follow()
 
     def values(self) -> dict[str, JSON]:
         return {name: get() for name, (get, _) in self._values.items()}

@@ -82,6 +82,7 @@ def test_every_file_of_the_large_rooms_is_on_the_page():
         "optim",
         "ops",
         "policies",
+        "memory",
         "sizing",
         "selftest",
     ):

@@ -11,9 +11,9 @@ import pytest
 
 from repsft_fast import cli
 from repsft_fast.distributed import handshake, launch, listening
+from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.sizing import page
 from repsft_fast.sizing.known_models import MODELS
-from repsft_fast.sizing.model_size import ModelSize
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)

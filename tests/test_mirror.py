@@ -136,9 +136,12 @@ THROUGH = {
         "laws": ["selftest/test_table"],
         "passes": ["selftest/test_table"],
     },
+    "memory": {
+        "activations": ["memory/test_model_size", "memory/test_peak"],
+    },
     "sizing": {
-        "known_models": ["sizing/test_model_size"],
-        "page": ["sizing/test_model_size"],
+        "known_models": ["memory/test_model_size"],
+        "page": ["memory/test_model_size"],
     },
     "snapshot": {
         "slots": ["snapshot/test_pool"],

@@ -6,6 +6,7 @@ one run. The pytest-benchmark suites time the same cases.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
@@ -91,6 +92,30 @@ def optimizer_step(
     return lambda: optimizer.step(1e-4, veto, clip)
 
 
+def adamw_step(*, ours: bool, copies: bool, tensors: int = 4, side: int = 256, device="cpu") -> Call:
+    """One update of AdamW over fp32 matrices and vectors, a veto and a clip factor given. ours: the kernel,
+    on a GPU, else torch's fused. copies: they are masters, and their bf16 weights are written too."""
+    from repsft_fast.optim import adamw, build_optimizer
+    from repsft_fast.optim.masters import Masters
+
+    generator = torch.Generator(device).manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(side, side)] * tensors + [(side,)] * tensors
+    held = {
+        f"p{i}": torch.nn.Parameter(torch.randn(shape, generator=generator, device=device))
+        for i, shape in enumerate(shapes)
+    }
+    weights = (
+        {name: torch.nn.Parameter(p.detach().bfloat16()) for name, p in held.items()} if copies else held
+    )
+    masters = Masters(weights, held, None) if copies else None
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape, generator=generator, device=device)
+    with contextlib.nullcontext() if ours else adamw.torchs_own():
+        optimizer = build_optimizer(weights.items(), "adamw", lr=1e-4, masters=masters)
+    veto, clip = torch.zeros((), device=device), torch.ones((), device=device)
+    return lambda: optimizer.step(1e-4, veto, clip)
+
+
 def _plan_index(samples: int):
     import numpy as np
 
@@ -166,11 +191,10 @@ def row_pass() -> Call:
     return call
 
 
-def whole_update() -> Call:
-    """`train_step` of a Llama of 40,000 parameters: 16 samples of 32–128 tokens, packed, AdamW."""
+def small_run(per_update: int) -> Any:
+    """The parts of a run of a Llama of 40,000 parameters: samples of 32–128 tokens, packed, AdamW."""
     from repsft_fast.config import Config
     from repsft_fast.training.build import build
-    from repsft_fast.training.step import train_step
 
     model = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -191,11 +215,40 @@ def whole_update() -> Call:
             "run": {"folder": f"{folder}/run"},
             "model": {"config": model},
             "data": {"train": str(data), "cache_folder": f"{folder}/cache"},
-            "batch": {"samples": 16, "row_tokens": 1024},
+            "batch": {"samples": per_update, "row_tokens": 1024},
             "budget": {"updates": 1000},
         }
-        parts = build(Config.of(settings))
+        return build(Config.of(settings))
+
+
+def whole_update() -> Call:
+    """`train_step` of `small_run`, 16 samples."""
+    from repsft_fast.training.step import train_step
+
+    parts = small_run(16)
     update = parts.plan.epoch(0, 0)[0]
+    return lambda: train_step(parts, update)
+
+
+def around_the_model() -> Call:
+    """`train_step` of one sample, whose model and optimizer answer what was made before: what is left is the
+    trainer's own."""
+    from repsft_fast.training.step import train_step
+
+    parts = small_run(1)
+    update = parts.plan.epoch(0, 0)[0]
+    model, inner = parts.model, parts.optimizer.inner
+    (row,) = parts.rows(update)
+    _, stats = model.loss(row)
+    one = torch.ones((), requires_grad=True)
+    gradients = [(p, torch.full_like(p, 1e-3)) for p in parts.optimizer.names.values()]
+
+    def loss(row: Any) -> Any:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return one.view(()), stats
+
+    model.loss, inner.step = loss, lambda *_: None
     return lambda: train_step(parts, update)
 
 
@@ -207,9 +260,10 @@ CASES: dict[str, Case] = {
     "statistics per task": Case(_statistics),
     "adamw, one update": Case(lambda: optimizer_step("adamw")),
     "adamw8bit, one update": Case(lambda: optimizer_step("adamw8bit"), ("operations", "syncs")),
-    "batch assembly": Case(batch_assembly, ("operations", "syncs")),
+    "batch assembly": Case(batch_assembly, ("operations", "syncs", "allocations")),
     "row pass": Case(row_pass),
     "whole update": Case(whole_update, ("operations", "syncs")),
+    "around the model": Case(around_the_model, ("operations", "syncs", "allocations")),
 }
 
 RATIOS: dict[str, tuple[Callable[[], Call], Callable[[], Call]]] = {  # name → (yardstick, ours)
@@ -225,9 +279,9 @@ def counted(case: Case) -> dict[str, int]:
     for _ in range(3):
         call()
     figures: dict[str, int] = {}
-    if {"operations", "syncs"} & set(case.metrics):
+    if {"operations", "syncs", "allocations"} & set(case.metrics):
         counts = counting.count(call)
-        figures |= {"operations": counts.operations, "syncs": counts.syncs}
+        figures |= {name: getattr(counts, name) for name in ("operations", "syncs", "allocations")}
     if "peak_bytes" in case.metrics:
         figures["peak_bytes"] = counting.peak_bytes(call)
     return {name: figures[name] for name in case.metrics}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import cases, checkout, counting, gate, machine, records, timing
+from benchmarks.harness import cases, checkout, counting, gate, lowering, machine, records, timing
 
 BASELINE = checkout.ROOT / "benchmarks" / "baseline.json"
 ROUNDS = 30
@@ -55,7 +55,7 @@ def run_gate(*, update: bool = False, baseline: Path = BASELINE, aot: bool = Tru
     those."""
     known = json.loads(baseline.read_text()) if baseline.exists() else {"counted": {}, "ratios": {}}
     version = ".".join(torch.__version__.split(".")[:2])
-    counted = {name: cases.counted(case) for name, case in cases.CASES.items()}
+    counted = {name: cases.counted(case) for name, case in cases.CASES.items()} | lowering.counted()
     if update:
         known["counted"][version] = counted
         baseline.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.timing import Call
 
@@ -46,10 +47,11 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
 @dataclass
 class Counts:
     """What one call dispatches. `operations`: aten calls that do work (no views); `syncs`: those the host
-    waits for."""
+    waits for; `allocations`: results that lie in memory of their own."""
 
     operations: int = 0
     syncs: int = 0
+    allocations: int = 0
     by_name: dict[str, int] = field(default_factory=dict)
 
 
@@ -89,7 +91,16 @@ class _Counter(TorchDispatchMode):
         )
         if name in _SYNCING or leaves or by_mask:
             self.counts.syncs += 1
-        return func(*args, **(kwargs or {}))
+        given = _memory((args, kwargs))  # before: what runs in place may move
+        found = func(*args, **(kwargs or {}))
+        self.counts.allocations += len(_memory(found) - given)
+        return found
+
+
+def _memory(tree: object) -> set[int]:
+    """The storages of its tensors. An empty one holds no memory."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.numel()}
 
 
 def count(call: Call) -> Counts:

@@ -1,19 +1,22 @@
 """Samples packed and planned per second, and what a row costs on the host. Speeds are `extra_info` beside the
 times."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
+from repsft_fast.data.choose_lengths import choose_lengths
 from repsft_fast.data.packing import pack, padded_length
 from repsft_fast.data.plan import Plan, SampleIndex
 from repsft_fast.data.sample import Sample
 from repsft_fast.data.store import TokenStore
 
 
-def long_tailed(count: int, median: int, longest: int) -> np.ndarray:
+def long_tailed(count: int, median: int, longest: int, *, spread: float = 0.8) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return np.clip(rng.lognormal(np.log(median), 0.8, size=count), 1, longest).astype(np.int64)
+    return np.clip(rng.lognormal(np.log(median), spread, size=count), 1, longest).astype(np.int64)
 
 
 def index_of(lengths: np.ndarray) -> SampleIndex:
@@ -72,6 +75,31 @@ def test_plan_an_epoch(benchmark, batch, ranks):
 
     benchmark.extra_info["real_fraction"] = benchmark(whole_epoch)
     record_rate(benchmark, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "row_tokens"),
+    [
+        ("short chats", long_tailed(4_000, 256, 8192), 8192),
+        ("long thoughts", long_tailed(400, 9_500, 16_384, spread=0.45), 16_384),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("samples", [1, 16, 64])
+def test_plan_an_epoch_in_few_lengths(benchmark, name, lengths, row_tokens, samples):
+    """The same where rows take few lengths; beside the time which they are and what choosing them took."""
+    fixed = {"seed": 0, "row_tokens": row_tokens, "bucket_tokens": 128, "batch_samples": samples}
+    began = time.perf_counter()
+    shapes = choose_lengths(Plan(index_of(lengths), **fixed))
+    benchmark.extra_info["choosing_s"] = time.perf_counter() - began
+    epoch = Plan(index_of(lengths), row_lengths=shapes, **fixed).epoch(0, 2)
+
+    def whole_epoch():
+        return sum(update.real_tokens for update in epoch) / sum(update.padded_tokens for update in epoch)
+
+    benchmark.extra_info["real_fraction"] = benchmark(whole_epoch)
+    benchmark.extra_info |= {"lengths": list(shapes.lengths), "documents": shapes.documents}
+    record_rate(benchmark, 2 * len(lengths))
 
 
 @pytest.mark.parametrize(("batch_samples", "row_tokens"), [(1, 1024), (16, 1024), (64, 8192)])

@@ -59,7 +59,7 @@ def _add_argument(parser: Any, *names: str, **kwargs: Any) -> None:
         default = "required" if setting.default is None else setting.default
         text = f"{setting.meaning} [{default}]".replace("%", "%%")
         kwargs |= {"metavar": setting.short_kind, "help": text}
-        if setting.short_kind == "true|false":
+        if setting.short_kind.endswith("true|false"):
             kwargs |= {"nargs": "?", "const": "true"}  # a bare --model.compile means true
     elif name in reference.sections():
         # a whole section as a mapping works, and needs no line

@@ -1,6 +1,7 @@
 """What sections must agree on. Each rule names the settings it reads, so a setting that is itself wrong
 silences its rules."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -135,7 +136,8 @@ def _batch(config: Settings) -> Iterator[Finding]:
                 todo="set batch.samples: null, or drop batch.tokens",
             ),
         )
-    if isinstance(batch.bucket_tokens, int) and batch.row_tokens % batch.bucket_tokens:
+    rows = batch.row_tokens if isinstance(batch.row_tokens, int) else None  # auto: made to fit
+    if isinstance(batch.bucket_tokens, int) and rows is not None and rows % batch.bucket_tokens:
         yield (
             ("batch.row_tokens", "batch.bucket_tokens"),
             describe(
@@ -155,17 +157,44 @@ def _batch(config: Settings) -> Iterator[Finding]:
                 todo="lower it, or set it to auto; batch.row_tokens alone says how long a row may get",
             ),
         )
-    if data.max_tokens is not None and data.max_tokens > batch.row_tokens + 1:
+    yield from _row_lengths(config)
+    if data.max_tokens is not None and rows is not None and data.max_tokens > rows + 1:
         yield (
             ("data.max_tokens", "batch.row_tokens"),
             describe(
                 "data.max_tokens",
                 "a sample this long fits into no row",
-                expected=f"at most batch.row_tokens + 1 = {batch.row_tokens + 1}",
+                expected=f"at most batch.row_tokens + 1 = {rows + 1}",
                 got=data.max_tokens,
                 todo="raise batch.row_tokens",
             ),
         )
+
+
+def _row_lengths(config: Settings) -> Iterator[Finding]:
+    """Lengths that are named must be lengths of packed rows."""
+    batch = config.batch
+    if isinstance(batch.row_lengths, str):
+        return
+    here, lengths = ("batch.row_lengths",), batch.row_lengths
+    if not lengths or any(a >= b for a, b in itertools.pairwise(lengths)):
+        yield here, describe(*here, "are not ascending", expected="at least one, each once", got=lengths)
+    elif batch.row_tokens == "auto":
+        wrong = "says how long a row may get, and so does batch.row_tokens: auto"
+        todo = f"set batch.row_tokens to {lengths[-1]} or more"
+        yield (*here, "batch.row_tokens"), describe(*here, wrong, got=lengths, todo=todo)
+    elif lengths[-1] > batch.row_tokens:
+        wrong = "has a row longer than batch.row_tokens"
+        yield (
+            (*here, "batch.row_tokens"),
+            describe(*here, wrong, expected=f"at most {batch.row_tokens}", got=lengths[-1]),
+        )
+    if isinstance(batch.bucket_tokens, int):
+        wrong, todo = "says what rows are padded to, and so does batch.bucket_tokens", "drop one of them"
+        yield (*here, "batch.bucket_tokens"), describe(*here, wrong, got=batch.bucket_tokens, todo=todo)
+    if not batch.pack:
+        wrong, todo = "pads rows, and batch.pack: false gives the model a sample as it is", "set it to auto"
+        yield (*here, "batch.pack"), describe(*here, wrong, todo=todo)
 
 
 def _length_of_the_run(config: Settings) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ def _adapters(config: Settings) -> Iterator[Finding]:
 def _computed(config: Settings) -> Iterator[Finding]:
     """What would compute something else, or with nothing to read the data by."""
     model = config.model
-    if model.layer_kernels == "liger" and model.compile:
+    if model.layer_kernels == "liger" and model.compile is True:
         yield (
             ("model.layer_kernels", "model.compile"),
             describe(

@@ -51,15 +51,23 @@ class Model(Section):
     float32."""
     resize_vocabulary: bool = False
     """Give the model rows for tokens that only its tokenizer has; each begins as the mean of the others."""
-    attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "sdpa"] = "auto"
-    """Attention over packed rows; auto: the fastest one that can be imported."""
+    attention: Literal[
+        "auto", "varlen", "flash2", "flash3", "flash4", "sdpa",
+        "auto:varlen", "auto:flash2", "auto:flash3", "auto:flash4",
+    ] = "auto"  # fmt: skip
+    """Attention over packed rows; auto: the fastest that can be imported and is seen to work, decided when
+    the run begins. auto:NAME: NAME, and another in layers it does not serve, where NAME alone refuses."""
     layer_kernels: Literal["auto", "liger", "none"] = "auto"
     """Fused norms, rotary embeddings and MLPs; auto: liger on CUDA when installed, unless the layers are
-    compiled."""
+    compiled, which is the default there."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass to save memory."""
-    compile: bool = False
-    """Compile the backbone's layers with torch.compile."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the backbone's layers with torch.compile; auto: on CUDA, unless liger is asked for. Where it
+    fails, the layers stay plain and the run says so."""
+    cuda_graphs: Literal["off", "auto"] = "off"
+    """Capture the passes of a row once and replay them, for small models on one GPU; auto: where a trial
+    finds the same bits and less time. Unmeasured."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model or is named in mixture.extractor. Off unless asked for."""
     lora: Lora | None = None

@@ -85,6 +85,9 @@ class Data(Section):
     free memory."""
 
 
+ROW_TOKENS = 4096
+
+
 class Batch(Section):
     """Which samples share an update, and the rows they are packed into (packing never changes the
     gradient)."""
@@ -93,13 +96,19 @@ class Batch(Section):
     """Samples per update; null when batch.tokens is set."""
     tokens: Count | None = None
     """Tokens per update, instead of a number of samples."""
-    row_tokens: AtLeastTwo = 4096
-    """Tokens in one packed row = one forward and backward pass; lower it when memory runs out."""
+    row_tokens: Literal["auto"] | AtLeastTwo = ROW_TOKENS
+    """Tokens in one packed row = one forward and backward pass; lower it when memory runs out. auto: what the
+    GPU has room for, decided when the run begins (4096 on a CPU; data.max_tokens then is 4097 unless set)."""
     pack: bool = True
     """Several samples share a row; false: one sample a row, for architectures that cannot keep them apart
     (docs/models.md)."""
     bucket_tokens: Literal["auto"] | Count = "auto"
-    """Rows are padded to a multiple of this; auto: 128 on a GPU or with model.compile, else 1."""
+    """Rows are padded to a multiple of this, whatever batch.row_lengths would be; auto: the row lengths where
+    there are some, else 128 on a GPU or with model.compile, else 1."""
+    row_lengths: Literal["auto", "off"] | list[Count] = "auto"
+    """Rows are padded to one of these few lengths, ascending; auto: at most six, from the plan, on a GPU or
+    with model.compile, whose kernels and graphs are made for a length each; off: as batch.bucket_tokens
+    says."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +132,8 @@ class Optim(Section):
     """The optimizer, its learning rate and the warm-up."""
 
     name: Literal["adamw", "adamw8bit", "bnb_adamw8bit", "torchao_adamw8bit", "sgd"] = "adamw"
-    """adamw is torch's fused one; adamw8bit is ours, the prefixed ones those of bitsandbytes and torchao."""
+    """adamw is torch's fused one, on a GPU ours in its place; adamw8bit is ours, the prefixed ones those of
+    bitsandbytes and torchao."""
     lr: Positive = 2e-5
     """Peak learning rate."""
     betas: tuple[Part, Part] = (0.9, 0.999)
@@ -247,6 +257,9 @@ class Distributed(Section):
     shard_ranks: Count | None = None
     """GPUs that share a copy of the weights (HSDP), say those of a node; only gradients travel between
     copies. null: all."""
+    keep_gathered: Literal["auto"] | bool = "auto"
+    """Weights that were gathered for a row stay for the next rows of its update; auto: where a GPU's memory
+    holds them, decided when the run begins."""
 
 
 class Mixture(Section):
@@ -326,3 +339,13 @@ class Settings(Section):
     distributed: Distributed = Distributed()
     mixture: Mixture = Mixture()
     snapshot: Snapshot = Snapshot()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_do_not_follow_the_memory(cls, given: Any) -> Any:
+        """Which samples are too long must not depend on what a machine has room for."""
+        batch, data = (given.get(name) if isinstance(given, dict) else None for name in ("batch", "data"))
+        if not isinstance(batch, dict) or batch.get("row_tokens") != "auto" or not isinstance(data, dict):
+            return given
+        longest = ROW_TOKENS + 1 if data.get("max_tokens") is None else data["max_tokens"]
+        return {**given, "data": {**data, "max_tokens": longest}}

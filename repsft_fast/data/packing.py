@@ -21,16 +21,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from repsft_fast.data.fitting import FEW_SAMPLES, fit, fullest
+from repsft_fast.data.planned import PlannedRow
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.errors import ConfigError, DataError, describe
 
 # A token's attention costs as much as everything else at about 12 · H tokens of context (causal, forward and
 # backward); 16,384 stands for H ≈ 1,400. It only ranks rows against each other, so its exact value matters
 # little.
 TOKENS_AT_EQUAL_ATTENTION = 16_384.0
-
-# Its work grows with the square of the samples: at 48 it still plans 200,000 samples a second, and best-fit
-# is good by then.
-FEW_SAMPLES = 48
 
 EMPTY = np.empty(0, dtype=np.int64)
 
@@ -73,10 +72,12 @@ def pack(
     bucket: int = 1,
     ranks: int = 1,
     apart: Apart = TOGETHER,
+    to: RowLengths | None = None,
 ) -> list[list[np.ndarray]]:  # per rank its rows, each [S] int64 indices into lengths
     """Pack samples into rows of at most `capacity` positions and deal the rows to `ranks` ranks.
 
-    apart: which samples may not share a row, because of the model.
+    apart: which samples may not share a row, because of the model. to: the lengths rows are padded to, in
+    place of multiples of `bucket`, and the most samples a row takes; a row holds no more than the longest.
 
     Every rank gets the same number of rows, so no rank waits for a microbatch that never comes. Where the
     rows do not divide, the costliest are split in two (a short row wastes less than a padding-only one);
@@ -92,6 +93,8 @@ def pack(
             raise ConfigError(
                 describe(name, "is too small", expected="at least 1", got=value, todo="raise it")
             )
+    capacity = capacity if to is None else min(capacity, to.capacity)
+    most = len(lengths) if to is None else to.documents
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
         return [[] for _ in range(ranks)]
@@ -109,18 +112,35 @@ def pack(
     rows: list[list[int]] = []
     # a row that takes them all is long enough, and the masks have a bit for every slot
     needed = min(capacity, sum(sizes))
+    grouped = 0
     for group in apart.groups(order, sizes):
-        few = bucket > 1 and len(group) <= FEW_SAMPLES
-        rows += _fullest_rows(group, sizes, needed) if few else _best_fit_decreasing(group, sizes, needed)
+        few = (bucket > 1 or to is not None) and len(group) <= FEW_SAMPLES
+        made = (_fullest_rows if few else _best_fit_decreasing)(group, sizes, needed, most)
+        rows += made if to is None or ranks > 1 else fit(made, sizes, to)
+        grouped += 1
     if ranks == 1:
         return [[np.array(row, dtype=np.int64) for row in rows]]
-    return _deal(_split_until_divisible(rows, sizes, ranks), sizes, capacity, bucket, ranks)
+    rows = _split_until_divisible(rows, sizes, ranks)
+    if to is not None and grouped == 1:
+        rows = fit(rows, sizes, to, as_many=True)
+    costs = [_cost([sizes[i] for i in row], capacity, bucket, to) for row in rows]
+    return _deal(rows, costs, ranks)
 
 
 def padded_length(real: int, capacity: int, bucket: int) -> int:
     """Slots computed for a row of `real` positions: up to the next bucket, never past the capacity, never
     none."""
     return min(max(-(-real // bucket), 1) * bucket, capacity)
+
+
+def planned_row(
+    samples: np.ndarray, real: int, capacity: int, bucket: int, to: RowLengths | None
+) -> PlannedRow:
+    """A row of these samples, `real` positions together. samples: [S] int64 ids."""
+    if to is None:
+        return PlannedRow(samples, real, padded_length(real, capacity, bucket))
+    slots = to.slots(real)
+    return PlannedRow(samples, real, slots, to.segments, to.max_seqlen(slots))
 
 
 def check_lengths(lengths: np.ndarray, capacity: int) -> None:
@@ -154,8 +174,8 @@ def check_lengths(lengths: np.ndarray, capacity: int) -> None:
         )
 
 
-def _best_fit_decreasing(order: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Rows of indices. `order` lists the indices longest first."""
+def _best_fit_decreasing(order: list[int], sizes: list[int], capacity: int, most: int) -> list[list[int]]:
+    """Rows of at most `most` indices. `order` lists the indices longest first."""
     shortest = sizes[order[-1]]
     rows: list[list[int]] = []
     rows_with: dict[int, list[list[int]]] = {}  # free slots → the open rows that have exactly so many
@@ -175,7 +195,8 @@ def _best_fit_decreasing(order: list[int], sizes: list[int], capacity: int) -> l
             row = [i]
             rows.append(row)
         free -= size
-        if free >= shortest:  # less room than the shortest sample: nothing will ever fit, forget the row
+        # less room than the shortest sample, or as many as may be: nothing will ever fit, forget the row
+        if free >= shortest and len(row) < most:
             open_rows = rows_with.setdefault(free, [])
             if not open_rows:
                 mask |= 1 << free
@@ -183,27 +204,13 @@ def _best_fit_decreasing(order: list[int], sizes: list[int], capacity: int) -> l
     return rows
 
 
-def _fullest_rows(order: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Rows of indices, each started by the longest sample left and filled up by the subset of others that
-    fits best."""
+def _fullest_rows(order: list[int], sizes: list[int], capacity: int, most: int) -> list[list[int]]:
+    """Rows of at most `most` indices, each started by the longest sample left and filled up by the subset of
+    others that fits best."""
     rows: list[list[int]] = []
     while order:
-        first, *others = order
-        free = capacity - sizes[first]
-        within = (1 << (free + 1)) - 1
-        reached = [1]  # bit n of reached[k]: some of the first k others are n slots together
-        for i in others:
-            reached.append((reached[-1] | reached[-1] << sizes[i]) & within)
-            if reached[-1] >> free:
-                break
-        left = reached[-1].bit_length() - 1
-        taken = []
-        for k in range(len(reached) - 1, 0, -1):
-            if not reached[k - 1] >> left & 1:  # not without the k-th
-                taken.append(others[k - 1])
-                left -= sizes[others[k - 1]]
-        rows.append([first, *reversed(taken)])
-        order = [i for i in others if i not in taken]
+        row, order = fullest(order, sizes, capacity, most)
+        rows.append(row)
     return rows
 
 
@@ -242,18 +249,15 @@ def _halve(row: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
     return left, right
 
 
-def _cost(row: list[int], sizes: list[int], capacity: int, bucket: int) -> float:
+def _cost(lengths: list[int], capacity: int, bucket: int, to: RowLengths | None) -> float:
     """Work of a row in tokens: its padded slots, and Σ len² for attention."""
-    lengths = [sizes[i] for i in row]
-    padded = padded_length(sum(lengths), capacity, bucket)
+    real = sum(lengths)
+    padded = padded_length(real, capacity, bucket) if to is None else to.slots(real)
     return padded + sum(length * length for length in lengths) / TOKENS_AT_EQUAL_ATTENTION
 
 
-def _deal(
-    rows: list[list[int]], sizes: list[int], capacity: int, bucket: int, ranks: int
-) -> list[list[np.ndarray]]:
+def _deal(rows: list[list[int]], costs: list[float], ranks: int) -> list[list[np.ndarray]]:
     """Longest processing time first, in rounds of one row per rank."""
-    costs = [_cost(row, sizes, capacity, bucket) for row in rows]
     by_cost = sorted(range(len(rows)), key=lambda n: (-costs[n], rows[n]))
     loads = [0.0] * ranks
     dealt: list[list[np.ndarray]] = [[] for _ in range(ranks)]

@@ -10,9 +10,7 @@ Random numbers are `seeded`, keyed by what names them: the run's seed, a stage, 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
 
@@ -20,12 +18,13 @@ import numpy as np
 
 from repsft_fast import seeded
 from repsft_fast.data.draws import draw_tasks
-from repsft_fast.data.packing import TOGETHER, Apart, check_lengths, pack, padded_length
+from repsft_fast.data.packing import TOGETHER, Apart, check_lengths, pack, planned_row
 from repsft_fast.data.planned import Cursor, PlannedRow, SampleIndex, Update
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.errors import ConfigError, DataError, describe
 
 __all__ = [
-    "AVERAGES", "Cursor", "EpochPlan", "Plan", "PlanSummary", "PlannedRow", "Prefetcher", "SampleIndex",
+    "AVERAGES", "Cursor", "EpochPlan", "Plan", "PlanSummary", "PlannedRow", "SampleIndex",
     "Update", "denominator", "summary",
 ]  # fmt: skip
 
@@ -47,10 +46,11 @@ class Plan:
         batch_tokens: int | None = None,
         average: str = "sample",
         apart: Apart = TOGETHER,
+        row_lengths: RowLengths | None = None,
     ):
         """`batch_tokens`, when given, replaces `batch_samples`: an update is then as many samples, in the
         epoch's order, as have at most that many positions together (always at least one). apart: samples that
-        share no row.
+        share no row. row_lengths: the shapes rows take, in place of multiples of `bucket_tokens`.
 
         Raises ConfigError with every impossible setting, DataError for samples that no row holds or weights
         no loss can have.
@@ -58,12 +58,12 @@ class Plan:
         if batch_tokens is not None:
             batch_samples = None
         self.index, self.seed, self.ranks, self.average, self.apart = index, seed, ranks, average, apart
-        self.row_tokens, self.bucket_tokens = row_tokens, bucket_tokens
+        self.row_tokens, self.bucket_tokens, self.row_lengths = row_tokens, bucket_tokens, row_lengths
         self.batch_samples, self.batch_tokens = batch_samples, batch_tokens
         problems = list(self._problems())
         if problems:
             raise ConfigError(problems)
-        _check_index(index, row_tokens)
+        _check_index(index, row_tokens if row_lengths is None else row_lengths.capacity)
 
     def epoch(
         self,
@@ -99,6 +99,25 @@ class Plan:
             count = len(order) if draws is None else draws
             order = draw_tasks(order, self.index.tasks, shares, (self.seed, stage, epoch), count)
         return EpochPlan(self, stage, epoch, order)
+
+    def rows(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[tuple[PlannedRow, ...], ...]:
+        """By rank, the rows of an update of these samples. samples, lengths: [B] int64."""
+        # nothing to weigh, and as many updates as samples: keep it cheap
+        if len(samples) == 1 and self.ranks == 1:
+            return ((self._row(samples, lengths),),)
+        dealt = pack(
+            lengths,
+            self.row_tokens,
+            bucket=self.bucket_tokens,
+            ranks=self.ranks,
+            apart=self.apart,
+            to=self.row_lengths,
+        )
+        return tuple(tuple(self._row(samples[row], lengths[row]) for row in rows) for rows in dealt)
+
+    def _row(self, samples: np.ndarray, lengths: np.ndarray) -> PlannedRow:
+        real = lengths.item() if len(lengths) == 1 else int(np.add.reduce(lengths))
+        return planned_row(samples, real, self.row_tokens, self.bucket_tokens, self.row_lengths)
 
     def _problems(self) -> Iterator[str]:
         """All at once: who mends one setting should not find the next one after another start."""
@@ -226,16 +245,13 @@ class EpochPlan(Sequence[Update]):
         plan = self.plan
         span = slice(self._borders[i], self._borders[i + 1])
         samples, lengths = self.order[span], self._lengths[span]
-        # nothing to weigh, and as many updates as samples: keep it cheap
-        if len(samples) == 1 and plan.ranks == 1:
-            ranks: tuple[tuple[PlannedRow, ...], ...] = ((self._row(samples, lengths),),)
-        else:
-            dealt = pack(
-                lengths, plan.row_tokens, bucket=plan.bucket_tokens, ranks=plan.ranks, apart=plan.apart
-            )
-            ranks = tuple(tuple(self._row(samples[row], lengths[row]) for row in rows) for rows in dealt)
+        ranks = plan.rows(samples, lengths)
         cursor = Cursor(self.stage, self.epoch, i)
         return Update(cursor, samples, math.fsum(self._divisors[span]), ranks)
+
+    def samples_of(self, i: int) -> np.ndarray:
+        """[B] int64 sample ids of update `i`, which is not packed for it."""
+        return self.order[self._borders[i] : self._borders[i + 1]]
 
     def utilisation(self) -> float:
         """Real slots / computed slots over the whole epoch, all ranks. Packs the epoch."""
@@ -244,37 +260,6 @@ class EpochPlan(Sequence[Update]):
             real += update.real_tokens
             computed += update.padded_tokens
         return real / computed if computed else 1.0
-
-    def _row(self, samples: np.ndarray, lengths: np.ndarray) -> PlannedRow:
-        real = lengths.item() if len(lengths) == 1 else int(np.add.reduce(lengths))
-        return PlannedRow(samples, real, padded_length(real, self.plan.row_tokens, self.plan.bucket_tokens))
-
-
-class Prefetcher:
-    """Iterates the updates of an epoch from `start` on, packing up to `depth` of them ahead in one background
-    thread.
-
-    It holds no state worth saving: a resumed run makes a new one at its cursor. The next epoch's `Plan.epoch`
-    costs a sort, milliseconds at 10⁴ samples; it depends on what the policies decide at this epoch's end, so
-    it is not guessed. Leaving the loop early (break, error) stops the thread.
-    """
-
-    def __init__(self, updates: EpochPlan, start: int = 0, depth: int = 8):
-        self.updates, self.start, self.depth = updates, start, depth
-
-    def __iter__(self) -> Iterator[Update]:
-        with ThreadPoolExecutor(1, thread_name_prefix="plan") as pool:
-            waiting: deque[Future[Update]] = deque()
-            try:
-                for i in range(self.start, len(self.updates)):
-                    waiting.append(pool.submit(self.updates.update, i))
-                    if len(waiting) > self.depth:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
 
 
 @dataclass(frozen=True)
@@ -310,7 +295,8 @@ def summary(plan: Plan, epochs: int, *, first: EpochPlan | None = None) -> PlanS
     if len(first) and len(first) == first.num_samples:
         notes.append(
             f"one sample per update cannot be packed: {real / computed:.0%} of the computed slots are real; "
-            "a smaller bucket or more samples per update computes less padding"
+            + ("a smaller bucket" if plan.row_lengths is None else "more lengths (batch.row_lengths)")
+            + " or more samples per update computes less padding"
         )
     if plan.batch_samples is not None and 0 < first.num_samples < plan.batch_samples:
         notes.append(

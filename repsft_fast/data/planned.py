@@ -37,6 +37,10 @@ class PlannedRow:
     samples: np.ndarray  # [S] int64 sample ids
     real_tokens: int
     padded_tokens: int  # slots computed
+    # where rows take few shapes, what else has one: length of `Row.cu_seqlens` without the leading 0, and the
+    # bound on the longest segment; None: by what is in the row
+    segments: int | None = None
+    max_seqlen: int | None = None
 
 
 @dataclass(frozen=True)

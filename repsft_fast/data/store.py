@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repsft_fast.data.plan import AVERAGES, PlannedRow, SampleIndex
 from repsft_fast.data.sample import Sample
+from repsft_fast.data.staging import Staging
 from repsft_fast.errors import DataError, describe
 from repsft_fast.row import IGNORE_INDEX, Row
 
@@ -80,6 +81,7 @@ class TokenStore:
         fits = device_limit_bytes is None or self.nbytes <= device_limit_bytes
         self._resident = self._upload() if self.device.type != "cpu" and fits else None
         self._pinned = self._can_pin()
+        self._staging = Staging() if self._pinned else None
 
     @property
     def nbytes(self) -> int:
@@ -167,19 +169,32 @@ class TokenStore:
         real, slots = planned.real_tokens, planned.padded_tokens
         num_trained = int(self.index.trained[ids].sum())
         longest = max(int(lengths.max(initial=0)), slots - real)
-        # Few different lengths of cu_seqlens: kernels are specialised on it.
         borders = len(ids) + (1 if slots > real else 0)  # without the leading 0
-        num_borders = 1 + -(-borders // CU_SEQLENS_STEP) * CU_SEQLENS_STEP
+        # Few different lengths of cu_seqlens and bounds: kernels are specialised on both.
+        segments, max_seqlen = planned.segments, planned.max_seqlen
+        if segments is None:
+            segments = -(-borders // CU_SEQLENS_STEP) * CU_SEQLENS_STEP
+        if max_seqlen is None:
+            max_seqlen = max(1 << (longest - 1).bit_length(), SHORTEST_BOUND)
+        if borders > segments or longest > max_seqlen:
+            wrong = f"has {borders} segments, the longest of {longest}, and was planned for {segments}"
+            raise ValueError(describe("row", wrong, expected=f"at most {max_seqlen} positions each"))
+        num_borders = 1 + segments
 
         # One buffer, so that the whole row travels in one copy.
         section = _Sections(slots, num_trained, num_borders, gather=self._resident is not None)
-        buffer = torch.empty(section.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        staged = self._staging.take(section.nbytes) if self._staging is not None else None
+        buffer = torch.empty(section.nbytes, dtype=torch.uint8) if staged is None else staged.memory
         host = section.arrays(buffer.numpy())
         self._write_tokens(host, planned)
         weights = self.token_weights(ids, denominator=denominator, average=average, scale=scale)
         self._write_trained(host, planned, weights)
 
-        moved = buffer if self.device.type == "cpu" else buffer.to(self.device, non_blocking=True)
+        moved = buffer
+        if self.device.type != "cpu":
+            moved = buffer[: section.nbytes].to(self.device, non_blocking=True)
+        if self._staging is not None and staged is not None:
+            self._staging.give_back(staged, torch.cuda.current_stream(self.device))
         parts = section.tensors(moved)
         if self._resident is not None:
             tokens, targets = (flat.index_select(0, parts["source"]).long() for flat in self._resident)
@@ -195,7 +210,7 @@ class TokenStore:
             position_segments=parts["position_segments"],
             cu_seqlens=parts["cu_seqlens"],
             segment_lengths=(*lengths.tolist(), slots - real) if slots > real else tuple(lengths.tolist()),
-            max_seqlen=max(1 << (longest - 1).bit_length(), SHORTEST_BOUND),
+            max_seqlen=max_seqlen,
             samples=tuple(ids.tolist()),
             real_tokens=real,
         )

@@ -4,17 +4,20 @@ Sums, not means: FSDP2 averages gradients over ranks by default, but the weights
 denominator of the whole update over all ranks, so gradients are *added* (sum reduction, divide factor 1). The
 trainer scales nothing by the world size.
 
-One rank is a group of its own, for the sake of its two types: weights in fp32, computing in bf16. Nothing
-travels there, so the copies in the compute type are made once an update and not twice a row, and gradients of
-the rows are added in fp32 where they were made; FSDP2 sees them on the last row (`begin_row`). Bytes that
-FSDP2 reads and writes for a parameter of a layer in an update of R rows: 10 (a copy) + 22 (the first
-gradient, and what is left of a reduction) + 10 (R - 1), or 24 where R = 1; as several ranks do it, it were 20
-R + 22 R + 12 (R - 1). The price is memory: 2 B a parameter for the copies, from the first row to the last.
+A run on one rank comes here no more: it holds masters beside weights in the compute type (`optim.masters`),
+and takes neither FSDP2 nor a group. `shard` still does it in a group of one, which is what the masters are
+compared with (`training.build.ONE_RANK_FSDP`). Nothing travels there, so the copies in the compute type are
+made once an update and not twice a row, and gradients of the rows are added in fp32 where they were made;
+FSDP2 sees them on the last row (`begin_row`). Bytes that FSDP2 reads and writes for a parameter of a layer in
+an update of R rows: 10 (a copy) + 22 (the first gradient, and what is left of a reduction) + 10 (R - 1), or
+24 where R = 1; as several ranks do it, it were 20 R + 22 R + 12 (R - 1). The price is memory: 2 B a parameter
+for the copies, from the first row to the last.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +77,7 @@ def check_groups(ranks: int, shard_ranks: int | None) -> None:
 def copies(parameters: Iterable[Tensor]) -> int:
     """How many ranks hold the same part of a sharded parameter: 1, or the copies of HSDP."""
     for parameter in parameters:
-        if isinstance(parameter, DTensor):
+        if type(parameter) is not nn.Parameter and isinstance(parameter, DTensor):
             sizes = zip(parameter.device_mesh.shape, parameter.placements)
             return math.prod(size for size, placement in sizes if placement.is_replicate())
     return 1
@@ -92,9 +95,8 @@ def shard(
 
     mesh: of `mesh_of`; None = one copy of the weights over all ranks.
     compute_dtype: None = `model.compute_dtype` where set, else the type the weights are held in. Where it
-        differs from that, weights are cast on gather and gradients are reduced and kept in fp32; this is how
-        one GPU computes in bf16 too (a group of one rank is made for it; frozen weights that are held in it
-        are left as they are there).
+        differs from that, weights are cast on gather and gradients are reduced and kept in fp32, by one rank
+        too (a group of one is made for it; frozen weights that are held in it are left as they are there).
     arriving: the weights are rank 0's, on its CPU, and the other ranks' models are on meta: they are sent
         group by group (a layer, then the rest), so that a device never holds more than its shards and one
         group, and the host of one rank the whole. ConfigError where the ranks' models differ.
@@ -108,7 +110,9 @@ def shard(
         start_alone(world)
     mesh = mesh or mesh_of(world)
     reduced = torch.promote_types(torch.float32, computed)
-    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
+    # Weights are cast and nothing else: not a row, whose weights hold the update's denominator, nor what an
+    # architecture keeps in fp32 between its layers (rotary tables), as on one rank.
+    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced, cast_forward_inputs=False)
     alone = mesh.size() == 1  # a gather is a cast then, which `begin_row` keeps from row to row
     # A frozen weight in the compute type needs neither cast nor gradient; gathering would only hold it twice.
     apart = {p for p in model.parameters() if not p.requires_grad and p.dtype == computed} if alone else None
@@ -134,6 +138,8 @@ def shard(
             if not alone:  # on one rank a factor, even 1, is a division of every gradient
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; NCCL is as fast
+    if not alone:
+        _prefetch(decoder_layers(model))
     model.sharded_over = mesh
     register_fsdp_forward_method(model, "loss")
     _forget_gathered_after_evaluation(model)
@@ -183,24 +189,58 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def begin_row(model: nn.Module, *, last: bool) -> None:
-    """Say whether the next forward and backward pass is of its update's last row. Unsaid, every row is.
+def begin_row(model: nn.Module, *, last: bool, first: bool = True) -> None:
+    """Say whether the next forward and backward pass is of its update's first row and of its last. Unsaid,
+    every row is both. To be said of the first, the second and the last.
 
-    Before the last row nothing is done that the last would do again. On one rank gathered parameters stay and
-    gradients add up beside them, in the reduction's type, so that `p.grad` is None until the last row's
-    backward pass. Between copies of the weights (HSDP) gradients are summed inside each copy and wait there
-    for the last row. Otherwise nothing: parameters of several ranks are dropped after every backward pass,
-    for their memory. The same numbers are added in the same order, bit for bit. An update that is given up
-    must be told by `abort_pass`.
+    With masters gradients of later rows are added to those that are there as they come (`optim.masters`).
+    Under FSDP2 nothing is done before the last row that the last would do again. In a group of one gathered
+    parameters stay and gradients add up beside them, in the reduction's type, so that `p.grad` is None until
+    the last row's backward pass. Between copies of the weights (HSDP) gradients are summed inside each copy
+    and wait there for the last row. Parameters of several ranks stay where `keep_gathered` says so, and are
+    dropped after every pass otherwise, for their memory. The same numbers are added in the same order, bit
+    for bit. An update that is given up must be told by `abort_pass`.
     """
+    masters: Any = getattr(model, "masters", None)
+    if masters is not None:
+        masters.add_gradients(not first)
     if not isinstance(model, FSDPModule):
         return
     mesh: DeviceMesh = model.sharded_over  # type: ignore[assignment]
     if mesh.size() == 1:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
-    elif mesh.ndim == 2:
+        return
+    if mesh.ndim == 2:
         model.set_requires_all_reduce(last)
+    if gathered_stay(model):
+        model.set_reshard_after_backward(last)
+
+
+def keep_gathered(model: nn.Module, stay: bool) -> None:
+    """Whether parameters that several ranks gathered for a row stay for its backward pass and for the next
+    rows of the update: bytes of all of them in the compute type, for 2 R - 1 gathers less of every layer and
+    R - 1 less of the root, in an update of R rows. Does nothing to a model that is not sharded over several.
+    """
+    if not isinstance(model, FSDPModule) or model.sharded_over.size() == 1:  # type: ignore[union-attr,operator]
+        return
+    for layer in decoder_layers(model):
+        layer.set_reshard_after_forward(not stay, recurse=False)  # type: ignore[operator]
+    model.set_reshard_after_backward(True)
+    model.gathered_stay = stay  # type: ignore[assignment]
+
+
+def gathered_stay(model: nn.Module) -> bool:
+    """As `keep_gathered` was told last."""
+    return bool(getattr(model, "gathered_stay", False))
+
+
+def _prefetch(layers: list[Any]) -> None:
+    """Each layer's gather is sent before the layer in front of it begins to compute, and not when the host
+    comes to it: FSDP2 does so by itself in the backward pass alone. One layer ahead takes no more memory than
+    the streams do anyway."""
+    for layer, ahead in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([ahead])
 
 
 def abort_pass(model: nn.Module) -> bool:
@@ -241,8 +281,22 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def held_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter as it is held: its master on one rank (`optim.masters`), its shards
+    on several; tied ones once."""
+    for name, parameter in model.named_parameters():
+        yield name, _held(model, parameter)
+
+
+def _held(model: Any, tensor: Tensor) -> Tensor:
+    masters = getattr(model, "masters", None)
+    held: Tensor = tensor if masters is None else masters.of(tensor)
+    return held
+
+
 def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """`model.state_dict()` whole and on the CPU, on rank 0; empty elsewhere. Every rank must call it.
+    """`model.state_dict()` as it is held, whole and on the CPU, on rank 0; empty elsewhere. Every rank must
+    call it.
 
     Gathered tensor by tensor, so a GPU needs room for one more. Tied weights stay one storage.
     """
@@ -250,7 +304,7 @@ def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in gathered:
-            whole = full_tensor(tensor.detach())
+            whole = full_tensor(_held(model, tensor).detach())
             gathered[id(tensor)] = whole.to("cpu") if world.is_main else whole.new_empty(0)
         if world.is_main:
             state[name] = gathered[id(tensor)]
@@ -264,7 +318,9 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:  # [] fp64, on the 
     is not.
     """
     parameters = list(parameters)
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    # plain tensors are passed on unasked: there are hundreds, in every update
+    found = [p.grad for p in parameters]
+    gradients = [g if type(g) is Tensor else local(g) for g in found if g is not None]
     if gradients:
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     else:

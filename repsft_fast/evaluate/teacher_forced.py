@@ -8,17 +8,20 @@ care: another tokenisation of the same string counts as wrong here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from repsft_fast.data.packing import TOGETHER, Apart, pack, padded_length
-from repsft_fast.data.plan import PlannedRow
+from repsft_fast.data.packing import TOGETHER, Apart, pack, planned_row
+from repsft_fast.data.planned import PlannedRow
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World, all_sum
 from repsft_fast.stats import TokenStats
+
+DOCUMENTS = 16  # least of a row that takes few shapes: one number for the whole run
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,31 @@ class TeacherForced:
         bucket_tokens: int,
         world: World,
         apart: Apart = TOGETHER,
+        to: RowLengths | None = None,
     ):
-        """apart: samples that share no row, as in training."""
+        """apart: samples that share no row, as in training. to: the few lengths of the training's rows."""
         self.store = store
         self.world = world
         self.samples = np.asarray(samples, dtype=np.int64)
         lengths = store.index.lengths[self.samples]
-        bins = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size, apart=apart)[world.rank]
+        # Updates of few samples need few places for documents; what is evaluated is many.
+        to = to and replace(to, documents=max(to.documents, DOCUMENTS))
+        dealt = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size, apart=apart, to=to)
+        bins = dealt[world.rank]
         # Per row the indices into self.samples, on the device once and for all: in every pass they would be a
         # wait a row.
         lines = torch.from_numpy(np.concatenate([*bins, []]).astype(np.int64)).to(store.device)
         self._lines = lines.split([len(line) for line in bins])
-        self._rows = [_planned(self.samples[line], lengths[line], row_tokens, bucket_tokens) for line in bins]
+        self._rows = [
+            planned_row(self.samples[line], int(lengths[line].sum()), row_tokens, bucket_tokens, to)
+            for line in bins
+        ]
         self._sum_squared = int((lengths.astype(np.int64) ** 2).sum())
+
+    @property
+    def planned(self) -> list[PlannedRow]:
+        """This rank's rows, the same in every pass."""
+        return self._rows
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> SampleScores:
@@ -110,10 +125,3 @@ class TeacherForced:
             trained=int(index.trained[self.samples].sum()),
             sum_squared_lengths=self._sum_squared,
         )
-
-
-def _planned(samples: np.ndarray, lengths: np.ndarray, row_tokens: int, bucket_tokens: int) -> PlannedRow:
-    real = int(lengths.sum())
-    return PlannedRow(
-        samples=samples, real_tokens=real, padded_tokens=padded_length(real, row_tokens, bucket_tokens)
-    )

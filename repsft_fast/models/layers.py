@@ -1,8 +1,8 @@
-"""What is done to the decoder layers of a loaded model: fused kernels, activation checkpointing, compilation.
+"""What is done to the decoder layers of a loaded model: fused kernels, activation checkpointing; whether they
+are compiled (`models.compiled` does it).
 
 activation_checkpointing: `full` recomputes every decoder layer in the backward pass (memory: one hidden state
-per layer), `selective` every second one, starting with the first. compile: each decoder layer on its own,
-static shapes; rows padded to buckets keep the shapes few.
+per layer), `selective` every second one, starting with the first.
 """
 
 from functools import partial
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from repsft_fast.distributed import decoder_layers
 from repsft_fast.errors import ModelError, describe
 
-MOST_GRAPHS = 1024
 CHECKPOINT_EVERY = {"full": 1, "selective": 2}
 
 
@@ -45,16 +44,13 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         layer._gradient_checkpointing_func = recompute
 
 
-def compile_layers(model: PreTrainedModel, enabled: bool) -> None:
-    """Compile each decoder layer in place: names of parameters stay as they were."""
-    if enabled:
-        # Every length of a row is a graph of its own, with gradients and without; past its limit (8) torch
-        # would quietly run the layers uncompiled.
-        limits: Any = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=False)
+def compiles(asked: bool | str, layer_kernels: str, device: torch.device, *, packed: bool) -> bool:
+    """Whether layers are compiled: as asked; `auto` on CUDA, unless liger's kernels are asked for or rows are
+    single samples, whose lengths would each be compiled for. On a CPU compiling loses (an update of a small
+    model took 578 ms in place of 495)."""
+    if isinstance(asked, bool):
+        return asked
+    return device.type == "cuda" and layer_kernels != "liger" and packed
 
 
 def check_layer_kernels(which: str, compile: bool) -> None:
@@ -107,10 +103,16 @@ def apply_layer_kernels(
     kind = model.config.model_type
     if kind in MODEL_TYPE_TO_APPLY_LIGER_FN:
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        model.liger = True  # type: ignore[assignment]  # no module
     elif which == "liger":
         raise ModelError(
             describe("model.layer_kernels", "liger has no kernels for this architecture", got=kind)
         )
+
+
+def has_liger(model: nn.Module) -> bool:
+    """Whether liger's kernels stand in the place of this model's own."""
+    return bool(getattr(model, "liger", False))
 
 
 def _draws(model: nn.Module) -> bool:

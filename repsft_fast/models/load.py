@@ -1,8 +1,9 @@
 """Load any Hugging Face causal LM by path or configuration and give it `loss(row)`.
 
 Precision: parameters are held in `param_dtype` (fp32) and computed with in `compute_dtype`. Where the two
-differ, `distributed.shard` casts through FSDP2's mixed precision, on one GPU too. Frozen weights (LoRA) are
-held in `compute_dtype`: they never take a step too small for it. On CPU both are fp32 unless asked otherwise.
+differ, one rank holds masters beside them (`optim.masters`), several cast through FSDP2's mixed precision
+(`distributed.shard`). Frozen weights (LoRA) are held in `compute_dtype`: they never take a step too small for
+it. On CPU both are fp32 unless asked otherwise.
 
 Not done here, and refused or said: a mixture-of-experts' auxiliary loss is not added (asking for it by
 `output_router_logits` is refused); length-dependent RoPE sees the longest position of its row, so it is one
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.hub import offline
 from repsft_fast.models.checks import check_head, check_loads_again, no_packed_rows
+from repsft_fast.models.compiled import compile_layers
 from repsft_fast.models.completeness import check_finite, check_header, check_whole
 from repsft_fast.models.config_checks import check_meant, said_of_config, said_of_generation
 from repsft_fast.models.configuration import config_of
@@ -34,7 +36,6 @@ from repsft_fast.models.layers import (
     apply_layer_kernels,
     check_layer_kernels,
     checkpoint_activations,
-    compile_layers,
 )
 from repsft_fast.models.lengths import forget_longest, learned_positions
 from repsft_fast.models.lora import LoraSettings, add_lora
@@ -43,7 +44,8 @@ from repsft_fast.models.paths import CORRECT, located, unreadable
 from repsft_fast.models.readable import model_form
 from repsft_fast.models.tokenizer import load_tokenizer
 from repsft_fast.models.vocabulary import grow_vocabulary
-from repsft_fast.ops.attention import NAME, check_backend, own_attention, register
+from repsft_fast.ops.attention import NAME, register
+from repsft_fast.ops.attention_choice import check_backend, own_attention
 
 __all__ = ["config_of", "load_model", "load_tokenizer"]
 
@@ -76,7 +78,8 @@ def load_model(
     package; a configuration (object or mapping with `model_type`) for random weights, drawn by torch's
     default generator of the device they are made on (`weights_on`; with lora the CPU).
     compute_dtype: None = bfloat16 on CUDA, param_dtype elsewhere; `distributed.shard` casts where it differs.
-    attention, activation_checkpointing, layer_kernels: see `ops.attention`, `models.layers`.
+    attention, activation_checkpointing, layer_kernels, compile: see `ops.attention`, `models.layers`,
+    `models.compiled`.
     packed: rows hold several documents, kept apart by our attention; False: one each, with the
     architecture's own. random_weights: use the path's architecture only. chunk_bytes: of logits the head
     holds at once; None = by device. weights_on: cpu, or meta where none are read: `distributed.shard(…,

@@ -11,12 +11,16 @@ sinks and soft-caps, which sdpa leaves out or refuses, are computed here then to
 Four ways to compute the same thing, chosen by device and type or by setting:
 
     varlen     torch.nn.attention.varlen (FlashAttention inside torch): CUDA, half precision, head dims ≤ 256
-    flash2/3/4 the flash-attn packages, when importable and asked for
+    flash2/3/4 the flash-attn packages (`ops.flash`)
     segments   one causal SDPA per segment: any device, the CPU's best (its flash kernel, no mask, no wasted
                block)
     mask       one SDPA under a document mask [T, T]: any device, quadratic in the row
 
-"sdpa" stands for segments on CPU and CUDA and for mask elsewhere.
+"sdpa" stands for segments on CPU and CUDA and for mask elsewhere. "auto:NAME" is NAME wherever it serves the
+call of a layer, else varlen, else sdpa; "auto" alone begins with varlen. Which NAME a run takes is decided
+once (`ops.attention_choice`).
+
+What depends on the row alone is made once a row, by `Packed.of` or by the first layer that needs it.
 
 A layer with attention sinks (gpt-oss) weighs one more key, the same for every query of a head: its score is a
 learned number and its value zero. Only segments and mask compute it, so "auto" and "sdpa" stand for them in
@@ -25,13 +29,10 @@ such a layer.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,12 +44,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from repsft_fast.errors import ModelError, describe
-from repsft_fast.ops.scores import Rule, band, masked, sdpa, sinks_of, unpacked
+from repsft_fast.ops import flash
+from repsft_fast.ops.flash import left_right
+from repsft_fast.ops.scores import (
+    Rule,
+    band,
+    masked,
+    refuse,
+    refuse_sinks,
+    sdpa,
+    sinks_of,
+    unpacked,
+)
 from repsft_fast.row import Row
 
 NAME = "repsft"
-BACKENDS = ("auto", "varlen", "flash2", "flash3", "flash4", "sdpa", "segments", "mask")
-_FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+# What auto may be decided to begin with, and what is left open.
+AUTO = ("auto", "auto:varlen", *(f"auto:{name}" for name in flash.PACKAGES))
+BACKENDS = (*AUTO, "varlen", *flash.PACKAGES, "sdpa", "segments", "mask")
 # What layers pass and this function computes with, or may leave unread.
 _UNDERSTOOD = {
     "s_aux",
@@ -59,7 +72,6 @@ _UNDERSTOOD = {
     "output_attentions",
     "output_router_logits",
 }
-_HALF = (torch.float16, torch.bfloat16)
 _MAX_FLASH_HEAD_DIM = 256
 # From 2.12 on torch refuses fewer key and value heads unless it is told; 2.11 hands them to the same kernels
 # unasked.
@@ -68,7 +80,9 @@ _VARLEN_ASKS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _grouped: dict[int | None, bool] = {}
 
 
-@dataclass(frozen=True)
+# Not frozen: torch 2.11 looks into a frozen one where a graph breaks, and would make a graph for every number
+# of segments.
+@dataclass(eq=False)
 class Packed:
     """Where the segments of a row lie, on the device for kernels and on the host for loops over segments."""
 
@@ -78,13 +92,39 @@ class Packed:
     backend: str = "auto"  # one of BACKENDS
     # of varlen: it is given the key and value heads there are; False = one for every query head
     grouped: bool = True
+    flash: flash.Kernels | None = None  # of the package that `backend` names, where it names one
+    # masks of this row by length, window and type, made by the first layer that needs each
+    masks: dict[tuple[int, int | None, torch.dtype | None], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @staticmethod
     def of(row: Row, backend: str = "auto") -> Packed:
         """Called once a forward pass, outside the layers and their graphs: what has to be tried is tried
-        here."""
-        grouped = backend not in ("auto", "varlen") or takes_grouped_heads(row.cu_seqlens.device)
-        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped)
+        here.
+
+        ModelError for borders that do not end with the row: kernels leave what lies behind them unwritten.
+        """
+        _check_borders(row)
+        device, name = row.cu_seqlens.device, backend.removeprefix("auto:")
+        grouped = backend not in (*AUTO, "varlen") or takes_grouped_heads(device)
+        there = name in flash.PACKAGES and flash.importable(name)
+        kernels = flash.kernels(name, flash.major_of(device)) if there else None
+        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped, kernels)
+
+
+def _check_borders(row: Row) -> None:
+    """By what the host knows of it: nothing is read back. Of a static row it knows no lengths; those that are
+    copied into one are looked at there (`training.static_row`)."""
+    if row.spare:
+        return
+    length, held = row.tokens.shape[-1], sum(row.segment_lengths)
+    if held != length:
+        wrong = f"the segments of a row of {length} tokens hold {held}, padding included"
+        raise ModelError(describe("row", wrong, expected="borders that end with the row"))
+    if max(row.segment_lengths, default=0) > row.max_seqlen:
+        wrong = f"max_seqlen {row.max_seqlen} is smaller than a segment of {max(row.segment_lengths)}"
+        raise ModelError(describe("row", wrong, expected="a bound on the longest segment"))
 
 
 def register() -> str:
@@ -104,29 +144,6 @@ def no_mask(device: torch.device) -> Tensor:
     """[1, 1, 0, 0] bool: "the mask is ready", which keeps transformers from building one (and from
     `.item()`)."""
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
-
-
-def own_attention(backend: str) -> str | None:
-    """transformers' name of an attention for rows of one document; None = what it takes by itself. ModelError
-    without one."""
-    names = {"auto": None, "sdpa": "sdpa", "flash2": "flash_attention_2", "flash3": "flash_attention_3"}
-    if backend not in names:
-        expected = f"{', '.join(names)} with batch.pack: false"
-        raise ModelError(describe("model.attention", "needs packed rows", expected=expected, got=backend))
-    return names[backend]
-
-
-def check_backend(backend: str) -> str:
-    """`backend` if it can be used here, else ModelError saying what is missing."""
-    if backend not in BACKENDS:
-        raise ModelError(
-            describe("model.attention", "is not known", expected=f"one of {', '.join(BACKENDS)}", got=backend)
-        )
-    module = _FLASH_MODULES.get(backend)
-    if module is not None and not _importable(module):
-        wrong = f"{backend} needs the module {module}, which cannot be imported"
-        raise ModelError(describe("model.attention", wrong, todo="install it or choose varlen"))
-    return backend
 
 
 def packed_attention(
@@ -177,22 +194,31 @@ def packed_attention(
 
     # The call decides, not the model: layers differ in head width, dropout and sinks.
     backend = packed.backend
-    if backend in ("auto", "sdpa"):
-        backend = choose(query, value, rule, only_sdpa=backend == "sdpa")
+    if backend in AUTO or backend == "sdpa":
+        backend = choose(query, value, rule, only_sdpa=backend == "sdpa", preferred=packed.flash)
     return _RUN[backend](query, key, value, packed, rule), None
 
 
-def choose(query: Tensor, value: Tensor, rule: Rule, *, only_sdpa: bool = False) -> str:
-    """The backend "auto" or "sdpa" stands for: varlen where torch's flash kernels can take the call, else
-    SDPA."""
+def choose(
+    query: Tensor,
+    value: Tensor,
+    rule: Rule,
+    *,
+    only_sdpa: bool = False,
+    preferred: flash.Kernels | None = None,
+) -> str:
+    """The backend that "auto" or "sdpa" stands for in this call: the preferred package where it serves,
+    varlen where torch's flash kernels do, else SDPA."""
     if query.device.type not in ("cpu", "cuda"):
         return "mask"
+    if only_sdpa or not query.is_cuda:
+        return "segments"
+    if preferred is not None and flash.why_not_serve(preferred, query, value, rule) is None:
+        return preferred.name
     width = query.shape[-1]
-    fits = query.dtype in _HALF and width == value.shape[-1] and width <= _MAX_FLASH_HEAD_DIM
+    fits = query.dtype in flash.HALF and width == value.shape[-1] and width <= _MAX_FLASH_HEAD_DIM
     plain = not rule.dropout and rule.softcap is None and rule.sinks is None
-    if query.is_cuda and fits and plain and not only_sdpa:
-        return "varlen"
-    return "segments"
+    return "varlen" if fits and plain else "segments"
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
@@ -203,29 +229,56 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Te
     """
     lengths = list(packed.segment_lengths)
     parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-    return torch.cat([_one_segment(a, b, c, rule).transpose(1, 2) for a, b, c in parts], dim=1)
+    return torch.cat([_one_segment(a, b, c, packed, rule).transpose(1, 2) for a, b, c in parts], dim=1)
 
 
-def _one_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:  # [1, A, n, D_v]
+# [1, A, n, D_v]
+def _one_segment(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
     length = q.shape[2]
-    if rule.softcap is None and (rule.window is None or length <= rule.window):
+    plain = rule.window is None or length <= rule.window
+    if plain and rule.softcap is None and rule.sinks is None:
         return sdpa(q, k, v, None, rule)
-    return masked(q, k, v, band(length, rule.window, q.device), rule)
+    mask = _kept(packed, length, None if plain else rule.window, rule, lambda n, w: band(n, w, q.device))
+    return masked(q, k, v, mask, rule)
 
 
 def _document_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    length = q.shape[2]
-    positions = torch.arange(length, device=q.device)
-    # [T], equal within a segment
-    document = torch.searchsorted(packed.cu_seqlens.to(torch.int64), positions, right=True)
-    mask = band(length, rule.window, q.device) & (document[:, None] == document[None, :])
+    mask = _kept(packed, q.shape[2], rule.window, rule, lambda n, w: _documents(packed.cu_seqlens, n, w))
     return masked(q, k, v, mask, rule).transpose(1, 2).contiguous()
 
 
+def _documents(borders: Tensor, length: int, window: int | None) -> Tensor:  # [T, T] bool
+    positions = torch.arange(length, device=borders.device)
+    # [T], equal within a segment
+    document = torch.searchsorted(borders.to(torch.int64), positions, right=True)
+    return band(length, window, borders.device) & (document[:, None] == document[None, :])
+
+
+def _kept(
+    packed: Packed,
+    length: int,
+    window: int | None,
+    rule: Rule,
+    make: Callable[[int, int | None], Tensor],
+) -> Tensor:
+    """The row's mask of this kind, [n, n] bool, or what is added to scores where sinks stand beside them.
+    What is made inside a compiled layer stays there, and is made in each."""
+    added = rule.sinks.dtype if rule.sinks is not None and rule.softcap is None else None
+    known = None if torch.compiler.is_compiling() else packed.masks.get((length, window, added))
+    if known is not None:
+        return known
+    mask = make(length, window)
+    if added is not None:
+        mask = torch.zeros_like(mask, dtype=added).masked_fill(~mask, float("-inf"))
+    if not torch.compiler.is_compiling():
+        packed.masks[length, window, added] = mask
+    return mask
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    _refuse_sinks("varlen", rule)
-    _refuse("varlen", dropout=rule.dropout, softcap=rule.softcap)
-    options: dict[str, Any] = {"scale": rule.scale, "window_size": _left_right(rule.window)}
+    refuse_sinks("varlen", rule)
+    refuse("varlen", dropout=rule.dropout, softcap=rule.softcap)
+    options: dict[str, Any] = {"scale": rule.scale, "window_size": left_right(rule.window)}
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not packed.grouped:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -261,9 +314,7 @@ def takes_grouped_heads(device: torch.device) -> bool:
 @torch.compiler.disable
 def _try_grouped_heads(device: torch.device) -> bool:
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v, up = (
-            _waves(heads, step, device) for heads, step in ((4, 0.7), (2, 1.1), (2, 1.9), (4, 2.3))
-        )
+        q, k, v, up = (waves(heads, step, device) for heads, step in ((4, 0.7), (2, 1.1), (2, 1.9), (4, 2.3)))
         if isinstance(q, FakeTensor):
             return True  # a rehearsal has shapes and no values: nothing was tried, so nothing is remembered
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -299,55 +350,33 @@ def _difference(inputs: list[Tensor], up: Tensor) -> str:
             # itself.
             first_line = str(error).partition("\n")[0] or type(error).__name__
             return f"grouped ones fail: {first_line}" if grouped else ""
-    return "" if all(map(_alike, *found)) else "grouped ones give other results"
+    return "" if all(map(alike, *found)) else "grouped ones give other results"
 
 
-def _waves(heads: int, step: float, device: torch.device) -> Tensor:  # [1, heads, 64, 64] bf16
+# [1, heads, 64, width] bf16
+def waves(heads: int, step: float, device: torch.device, width: int = 64) -> Tensor:
     """Numbers that differ from head to head, without drawing any: the random streams are state."""
-    return (
-        torch.arange(heads * 64 * 64, device=device).mul(step).sin().view(1, heads, 64, 64).to(torch.bfloat16)
-    )
+    flat = torch.arange(heads * 64 * width, device=device).mul(step).sin()
+    return flat.view(1, heads, 64, width).to(torch.bfloat16)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor, bound: float = 2**-6) -> bool:
     """Equal within bf16, whose step is 2⁻⁸: a head too many or the wrong one differs by about its own size.
     NaN never is."""
     a, b = a.float(), b.float()
-    return a.shape == b.shape and bool((a - b).abs().max() <= b.abs().max() * 2**-6)
+    return a.shape == b.shape and bool((a - b).abs().max() <= b.abs().max() * bound)
 
 
 def _flash(name: str) -> Callable[..., Tensor]:
-    """The varlen function of one flash-attn generation; their signatures differ, so only what they take is
-    passed."""
-
     def run(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-        _refuse_sinks(name, rule)
-        attend, parameters = _flash_function(name)
+        refuse_sinks(name, rule)
+        has = packed.flash
+        if has is None:
+            has = flash.kernels(name, flash.major_of(q.device))
         borders, longest = packed.cu_seqlens, packed.max_seqlen
-        places = {
-            "cu_seqlens_q": borders,
-            "cu_seqlens_k": borders,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
-        }
-        options: dict[str, Any] = {n: x for n, x in places.items() if n in parameters}
-        if rule.window is not None:
-            options["window_size"] = _left_right(rule.window)
-        for keyword, wanted in (("softcap", rule.softcap), ("dropout_p", rule.dropout)):
-            if wanted and keyword not in parameters:
-                _refuse(name, **{keyword: wanted})
-            if wanted:
-                options[keyword] = wanted
-        output = attend(_flat(q), _flat(k), _flat(v), softmax_scale=rule.scale, causal=True, **options)
-        return (output[0] if isinstance(output, tuple) else output).unsqueeze(0)
+        return flash.run(has, _flat(q), _flat(k), _flat(v), borders, longest, rule).unsqueeze(0)
 
     return run
-
-
-@cache
-def _flash_function(name: str) -> tuple[Callable[..., Any], frozenset[str]]:
-    attend = importlib.import_module(_FLASH_MODULES[name]).flash_attn_varlen_func
-    return attend, frozenset(inspect.signature(attend).parameters)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -355,39 +384,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).squeeze(0).contiguous()
 
 
-def _left_right(window: int | None) -> tuple[int, int]:
-    """The flash kernels count the keys *left of* the query; a window of W keys includes the query itself."""
-    return (-1, 0) if window is None else (window - 1, 0)
-
-
-def _refuse(backend: str, **unsupported: float | None) -> None:
-    for name, value in unsupported.items():
-        if value:
-            wrong = f"{backend} does not compute attention with {name} {value}"
-            raise ModelError(describe("model.attention", wrong, todo="choose sdpa"))
-
-
-def _refuse_sinks(backend: str, rule: Rule) -> None:
-    """Whatever the package: one that takes sinks is not known to give their gradient."""
-    if rule.sinks is not None:
-        wrong = f"{backend} does not compute attention sinks (s_aux)"
-        raise ModelError(
-            describe("model.attention", wrong, expected="auto, sdpa, segments or mask", todo="choose auto")
-        )
-
-
-@cache
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a missing parent package
-        return False
-
-
 _RUN: dict[str, Callable[..., Tensor]] = {
     # lengths differ in every row: traced, each row would recompile
     "segments": torch.compiler.disable(_segments),
     "mask": _document_mask,
     "varlen": _varlen,
-    **{name: _flash(name) for name in _FLASH_MODULES},
+    **{name: _flash(name) for name in flash.PACKAGES},
 }

@@ -23,6 +23,22 @@ class Rule:
     sinks: Tensor | None = None  # [A] score of each head's sink, not scaled and not capped
 
 
+def refuse(backend: str, **unsupported: float | None) -> None:
+    for name, value in unsupported.items():
+        if value:
+            wrong = f"{backend} does not compute attention with {name} {value}"
+            raise ModelError(describe("model.attention", wrong, todo="choose sdpa"))
+
+
+def refuse_sinks(backend: str, rule: Rule) -> None:
+    """Whatever the package: one that takes sinks is not known to give their gradient."""
+    if rule.sinks is not None:
+        wrong = f"{backend} does not compute attention sinks (s_aux)"
+        raise ModelError(
+            describe("model.attention", wrong, expected="auto, sdpa, segments or mask", todo="choose auto")
+        )
+
+
 # [A] in the type of the scores
 def sinks_of(module: nn.Module, sinks: Tensor | None, query: Tensor) -> Tensor | None:
     """ModelError where they are not one number a head, which a broadcast would take for something else."""
@@ -94,7 +110,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, cap: floa
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.tanh((q @ k.transpose(-1, -2)) * (rule.scale / cap)) * cap
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if rule.sinks is not None:
         scores = torch.cat([scores, rule.sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))[

@@ -1,31 +1,36 @@
 """The 8-bit AdamW as an optimizer: geometry of shards, state, and the choice of implementation.
 
 Bytes per parameter of a matrix whose rows are multiples of 256: weight 2 (bf16), gradient 2, moments 2 +
-2/256. The formula, the codes and why they are what they are: `adamw8bit_reference.py`. The kernel:
-`csrc_triton/adamw8bit.py`.
+2/256; with an fp32 master 4 more, and then the gradient has 4. The formula, the codes and why they are what
+they are: `adamw8bit_reference.py`. The kernel: `csrc_triton/adamw8bit.py`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from repsft_fast.errors import ConfigError, describe
 from repsft_fast.optim import adamw8bit_reference as reference
+from repsft_fast.optim.adamw import copies_of, same_objects
 from repsft_fast.optim.base import Groups, Hyperparameters, Optimizer, Rule
 
 
 class SeededAdamW8bit(Optimizer):
     """`AdamW8bit` behind the trainer's interface: the same bits on any number of ranks."""
 
+    writes_weights: ClassVar[bool] = True
+
     def _build(self, groups: Groups, hyperparameters: Hyperparameters) -> Rule:
         shards = {self.held[name]: Shard.of(name, parameter) for name, parameter in self.names.items()}
         h = hyperparameters
-        return AdamW8bit(groups, shards, lr=h.lr, betas=h.betas, eps=h.eps, seed=h.seed), True
+        return AdamW8bit(
+            groups, shards, copies_of(self), lr=h.lr, betas=h.betas, eps=h.eps, seed=h.seed
+        ), True
 
     def _allocate(self) -> Tensor:
         return cast("AdamW8bit", self.inner).step_count  # it allocated in its constructor
@@ -79,15 +84,17 @@ class Shard:
 class AdamW8bit(torch.optim.Optimizer):
     """Block-wise 8-bit AdamW with seeded stochastic rounding. All state is allocated here.
 
-    `shards` says where each parameter lies in its global tensor. Weights are fp32 or bf16 and contiguous. One
-    step count serves all parameters: one without a gradient keeps weight and moments, and later sees the
-    others' bias correction.
+    `shards` says where each parameter lies in its global tensor; `copies`, of an fp32 master, the bf16 weight
+    that is written with it, rounded to the nearest. Weights are fp32 or bf16 and contiguous. One step count
+    serves all parameters: one without a gradient keeps weight and moments, and later sees the others' bias
+    correction.
     """
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
         shards: dict[nn.Parameter, Shard],
+        copies: dict[nn.Parameter, Tensor] | None = None,
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -96,13 +103,14 @@ class AdamW8bit(torch.optim.Optimizer):
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.seed = seed
-        self.shards = shards
+        self.shards, self.copies = shards, copies or {}
         self.keys = {
             parameter: reference.parameter_key(seed, shard.name) for parameter, shard in shards.items()
         }
         self.found_inf: Tensor | None = None
         self.clip: Tensor | None = None
         self._launcher: Any = None
+        self._parts: dict[int, tuple[list[nn.Parameter], list[Any]]] = {}  # of each group
         for parameter, shard in shards.items():
             _check(parameter, shard)
             self.state[parameter] = _zeros(parameter, shard)
@@ -119,17 +127,24 @@ class AdamW8bit(torch.optim.Optimizer):
         veto = torch.zeros((), device=device) if self.found_inf is None else (self.found_inf != 0).float()
         clip = torch.ones((), device=device) if self.clip is None else self.clip.float()
         self.step_count += (1 - veto).to(torch.int64)
-        for group in self.param_groups:
+        corrections: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}  # groups share them
+        for number, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
             beta1, beta2 = group["betas"]
-            first, second = reference.corrections(beta1, beta2, self.step_count)
+            if (beta1, beta2) not in corrections:
+                corrections[beta1, beta2] = reference.corrections(beta1, beta2, self.step_count)
+            first, second = corrections[beta1, beta2]
             scalars = reference.Scalars(
                 group["lr"], beta1, beta2, group["eps"], group["weight_decay"], first, second, clip, veto
             )
             if device.type == "cuda":
-                self._launch(parameters, scalars)
+                self._launch(number, parameters, scalars)
             else:
                 self._update_plain(parameters, scalars)
+
+    def __setstate__(self, state):  # of `load_state_dict`: moments are other tensors now
+        super().__setstate__(state)
+        self._parts = {}
 
     def _update_plain(self, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
         for p in parameters:
@@ -137,15 +152,23 @@ class AdamW8bit(torch.optim.Optimizer):
             moments = {name: state.view(-1) for name, state in self.state[p].items()}
             key = reference.update_key(self.keys[p], self.step_count)
             gradient = p.grad.contiguous().view(-1)
-            reference.update_(p.view(-1), gradient, moments, scalars, key, self.shards[p].first_element)
+            first, copy = self.shards[p].first_element, self.copies.get(p)
+            flat = None if copy is None else copy.view(-1)
+            reference.update_(p.view(-1), gradient, moments, scalars, key, first, flat)
 
-    def _launch(self, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
-        from csrc_triton.adamw8bit import Launcher
+    def _launch(self, number: int, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
+        from csrc_triton.adamw8bit import Launcher, Part
 
         if self._launcher is None:
             self._launcher = Launcher()
-        parts = [(p, p.grad, self.state[p], self.keys[p], self.shards[p].first_element) for p in parameters]
-        self._launcher(parts, scalars, self.step_count)
+        # the same list as at the update before, unless other parameters have gradients: the launcher asks
+        known = self._parts.get(number)
+        if known is None or not same_objects(known[0], parameters):
+            first = {p: self.shards[p].first_element for p in parameters}
+            parts = [Part(p, self.state[p], self.keys[p], first[p], self.copies.get(p)) for p in parameters]
+            known = self._parts[number] = (parameters, parts)
+        gradients = [p.grad for p in parameters]
+        self._launcher(known[1], gradients, scalars, self.step_count, group=number)
 
 
 def _zeros(parameter: Tensor, shard: Shard) -> dict[str, Tensor]:

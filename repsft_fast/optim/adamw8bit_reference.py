@@ -22,8 +22,8 @@ those of memorised tokens do. And a code with a zero sends small v to 0 and its 
 least code is above zero. Tests show all three.
 
 bf16 weights are rounded stochastically: plain rounding stalls once updates are below bf16's step of 2⁻⁸ of
-the weight. All random bits are a hash of (seed, update, parameter, global element): a resumed or resharded
-run repeats them.
+the weight. Those that are copies of fp32 masters are not: nothing is lost in them. All random bits are a hash
+of (seed, update, parameter, global element): a resumed or resharded run repeats them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from repsft_fast.optim.adamw_reference import nearest_bf16
 
 BLOCK = 256  # elements that share a scale; never across a row
 MIN_ELEMENTS = 4096  # smaller tensors keep 32-bit moments: they are few bytes and often the most sensitive
@@ -162,16 +164,19 @@ def update_(
     scalars: Scalars,
     key: tuple[Tensor, Tensor],  # update_key
     first_element: int,  # global index of weight[0]
+    copy: Tensor
+    | None = None,  # [n] bf16, changed in place: what an fp32 weight is rounded to, to the nearest
 ) -> None:
     """One parameter's (or shard's) update. Peak extra memory: temporaries of 64 k elements."""
     step = BLOCK * _CHUNK_BLOCKS
     for start in range(0, weight.numel(), step):
         elements, blocks = slice(start, start + step), slice(start // BLOCK, start // BLOCK + _CHUNK_BLOCKS)
         part = {name: t[blocks] if name.endswith("_scale") else t[elements] for name, t in moments.items()}
-        _update_chunk(weight[elements], grad[elements], part, scalars, key, first_element + start)
+        copied = None if copy is None else copy[elements]
+        _update_chunk(weight[elements], grad[elements], part, scalars, key, first_element + start, copied)
 
 
-def _update_chunk(weight, grad, moments, s: Scalars, key, first: int) -> None:
+def _update_chunk(weight, grad, moments, s: Scalars, key, first: int, copy) -> None:
     # An fp32 weight with fp32 moments rounds nothing, so it draws nothing.
     eight_bit = moments["exp_avg"].dtype == torch.uint8
     seeded = eight_bit or weight.dtype == torch.bfloat16
@@ -203,7 +208,9 @@ def _update_chunk(weight, grad, moments, s: Scalars, key, first: int) -> None:
     # A vetoed update writes what is there already: asking whether it is vetoed would be a host read.
     rounded = round_to_bf16(w, random) if weight.dtype == torch.bfloat16 else w
     keep = s.veto != 0
-    for old, value in [(weight, rounded), *((moments[name], value.view(-1)) for name, value in new.items())]:
+    results = [(weight, rounded), *((moments[name], value.view(-1)) for name, value in new.items())]
+    results += [] if copy is None else [(copy, nearest_bf16(w))]
+    for old, value in results:
         old.copy_(torch.where(keep, old, value))
 
 

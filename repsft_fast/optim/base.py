@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repsft_fast.errors import ConfigError, describe
+from repsft_fast.optim.masters import Masters
 
 Groups = list[dict[str, Any]]  # as torch takes them: "params" and what differs among them
 Rule = tuple[torch.optim.Optimizer, bool]  # and whether it reads a veto where it is, on the device
@@ -38,9 +39,9 @@ class Optimizer:
 
     A subclass says how `inner` is built (`_build`), what it would allocate in its first update (`_allocate`)
     and how many bytes that is (`moment_bytes`, `step_count_bytes`). `names` are the model's parameters,
-    `held` what the torch optimizer sees: the parameter itself, or this rank's part of a DTensor, since every
-    rule works element by element (and torch's fused SGD knows no DTensors). `vetoes_on_device` says whether
-    `found_inf` costs no host read.
+    `held` what the torch optimizer sees: the parameter itself, its master where it has one, or this rank's
+    part of a DTensor, since every rule works element by element (and torch's fused SGD knows no DTensors).
+    `vetoes_on_device` says whether `found_inf` costs no host read.
 
     Raises ConfigError where the parameters are split over ranks and the rule is not `shardable`.
     """
@@ -50,6 +51,8 @@ class Optimizer:
     shardable: ClassVar[bool] = True
     # names of tables kept beside the moments, which nothing writes after they are built
     constant_state: ClassVar[frozenset[str]] = frozenset()
+    # Whether the rule writes bf16 weights (`names`) together with the fp32 masters it steps on (`held`).
+    writes_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -59,11 +62,18 @@ class Optimizer:
         *,
         weight_decay: float,
         decay: str,
+        masters: Masters | None = None,
     ):
+        """masters: of the model whose parameters these are (`masters.beside`)."""
         self.name = name
         self.names = names
+        self.masters = masters
         self._refuse_shards()
-        self.held = {key: _hold(parameter) for key, parameter in names.items()}
+        self.held = {key: _hold(parameter, masters) for key, parameter in names.items()}
+        self._lent = [(p, self.held[key]) for key, p in names.items() if self.held[key] is not p]
+        self._rule_publishes = self.writes_weights and {(p.dtype, held.dtype) for p, held in self._lent} == {
+            (torch.bfloat16, torch.float32)
+        }
         groups = parameter_groups(self.held, weight_decay, decay)
         self.inner: torch.optim.Optimizer
         self.vetoes_on_device: bool
@@ -103,21 +113,37 @@ class Optimizer:
 
         lr: this update's learning rate. found_inf: [] fp32 on the device, 0 or 1; where 1, nothing changes.
         clip: [] fp32 on the device, multiplies every gradient (min(1, max_norm / norm)); None = 1. Neither is
-        read by the host when `vetoes_on_device`. The gradients are undefined afterwards.
+        read by the host when `vetoes_on_device`. The gradients are undefined afterwards. TrainingError where
+        masters were written and weights were not, so that the gradients are of other weights.
         """
+        if self.masters is not None:
+            self.masters.check_published()
         for group in self.inner.param_groups:
             _set_lr(group, lr)
-        self._lend_shards()
+        self._lend_gradients()
         if self.vetoes_on_device:
             self._step_on_device(found_inf, clip)
         else:
             self._step_with_host_read(found_inf, clip)
-        self._return_shards()
+        self._take_gradients_back()
+        if self.masters is not None and self._rule_publishes:
+            self.masters.were_published()
+        elif self.masters is not None:  # after a veto too, of which only the device knows
+            self.masters.publish()
 
     def zero_grad(self) -> None:
         """Drop the gradients; the next backward pass allocates or adopts them."""
         for parameter in self.names.values():
             parameter.grad = None
+        if self.masters is not None:
+            self.masters.add_gradients(False)
+
+    def state_was_written(self) -> None:
+        """Weights and moments are another state's now: nothing of the one before is left in what follows
+        them."""
+        self.zero_grad()
+        if self.masters is not None:
+            self.masters.publish()
 
     def _step_on_device(self, found_inf: Tensor | None, clip: Tensor | None) -> None:
         # The fused kernels of torch read both scalars where they are: attributes, as its GradScaler sets
@@ -139,20 +165,20 @@ class Optimizer:
     def _step_on_host(self) -> None:
         cast("Any", self.inner).step()
 
-    def _lend_shards(self) -> None:
-        for key, parameter in self.names.items():
-            held = self.held[key]
-            if held is not parameter:
-                shard = local(parameter)
-                # the owner moved its storage (a load, a change of device)
-                if shard.data_ptr() != held.data_ptr():
-                    held.data = shard
-                held.grad = None if parameter.grad is None else local(parameter.grad)
+    def _lend_gradients(self) -> None:
+        for parameter, held in self._lent:
+            if self.masters is not None:
+                held.grad = self.masters.gradient(parameter)
+                continue
+            shard = local(parameter)
+            # the owner moved its storage (a load, a change of device)
+            if shard.data_ptr() != held.data_ptr():
+                held.data = shard
+            held.grad = None if parameter.grad is None else local(parameter.grad)
 
-    def _return_shards(self) -> None:
-        for key, parameter in self.names.items():
-            if self.held[key] is not parameter:
-                self.held[key].grad = None
+    def _take_gradients_back(self) -> None:
+        for _, held in self._lent:
+            held.grad = None
 
     def _refuse_shards(self) -> None:
         split: list[Any] = [p for p in self.names.values() if hasattr(p, "to_local")]
@@ -230,8 +256,11 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"] = lr
 
 
-def _hold(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(local(parameter.detach())) if hasattr(parameter, "to_local") else parameter
+def _hold(parameter: nn.Parameter, masters: Masters | None) -> nn.Parameter:
+    if hasattr(parameter, "to_local"):
+        return nn.Parameter(local(parameter.detach()))
+    held: nn.Parameter = parameter if masters is None else masters.of(parameter)
+    return held
 
 
 def _like_parameter(part: Tensor, parameter: nn.Parameter) -> Tensor:

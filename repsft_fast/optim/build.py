@@ -2,7 +2,8 @@
 
 | name             | moments                | veto on the device | seeded | needs                         |
 |------------------|------------------------|--------------------|--------|-------------------------------|
-| adamw            | as the weights (fp32)  | yes                | —      | torch's fused AdamW           |
+| adamw            | as the weights (fp32)  | yes                | —      | torch's fused AdamW; on a GPU |
+|                  |                        |                    |        | ours, `optim/adamw.py`        |
 | sgd              | none, or one momentum  | yes                | —      | torch's fused SGD             |
 | adamw8bit        | 8-bit, blocks of 256   | yes                | yes    | ours, `optim/adamw8bit.py`    |
 | bnb_adamw8bit    | 8-bit, blocks of 256   | no: one host read  | —      | bitsandbytes                  |
@@ -17,8 +18,9 @@ from typing import Literal
 from torch import nn
 
 from repsft_fast.errors import ConfigError, describe, did_you_mean
-from repsft_fast.optim import adamw8bit, packages, torch_fused
+from repsft_fast.optim import adamw, adamw8bit, packages, torch_fused
 from repsft_fast.optim.base import Hyperparameters, Optimizer, materialise
+from repsft_fast.optim.masters import Masters
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch_fused.FusedAdamW,
@@ -43,12 +45,13 @@ def build_optimizer(
     decay: Literal["matrices", "all"] = "matrices",
     momentum: float = 0.0,
     seed: int = 0,
+    masters: Masters | None = None,
 ) -> Optimizer:
     """The optimizer called `name` over every parameter that requires a gradient, its state allocated.
 
     decay="matrices" spares vectors (norms, biases); "all" decays everything. momentum is SGD's. seed keys the
     stochastic rounding of adamw8bit. Decay is decoupled (AdamW) except for SGD, whose decay is the classic L2
-    term.
+    term. masters: what is stepped on in place of parameters that have one (`masters.beside`).
 
     Raises ConfigError on an unknown name, an impossible value, nothing to train, or a package that is not
     installed.
@@ -59,7 +62,10 @@ def build_optimizer(
     problems += _value_problems(hyperparameters, weight_decay, decay)
     if problems:
         raise ConfigError(problems)
-    optimizer = OPTIMIZERS[name](name, named, hyperparameters, weight_decay=weight_decay, decay=decay)
+    rule = OPTIMIZERS[name]
+    if rule is torch_fused.FusedAdamW and adamw.takes_kernel(named.values(), masters):
+        rule = adamw.KernelAdamW
+    optimizer = rule(name, named, hyperparameters, weight_decay=weight_decay, decay=decay, masters=masters)
     materialise(optimizer)
     return optimizer
 

@@ -1,4 +1,5 @@
-"""AdamW and SGD as torch's fused kernels compute them: what the trainer uses unless told otherwise."""
+"""AdamW and SGD as torch's fused kernels compute them: SGD everywhere, AdamW on a CPU (on a GPU:
+`adamw.py`)."""
 
 from __future__ import annotations
 
@@ -64,6 +65,10 @@ class FusedSGD(Optimizer):
 
 
 def _fused(kind: Any, groups: Groups, settings: dict[str, Any]) -> Rule:
+    # torch's fused SGD on a CPU (2.11, 2.13) leaves whole vectors of bf16 and fp16 weights as they were
+    on_cpu = {parameter.dtype for group in groups for parameter in group["params"] if parameter.is_cpu}
+    if kind is torch.optim.SGD and on_cpu & {torch.bfloat16, torch.float16}:
+        return kind(groups, fused=False, foreach=True, **settings), False
     try:
         return kind(groups, fused=True, **settings), True
     # a device without fused kernels: the veto then costs a host read, the update is the same

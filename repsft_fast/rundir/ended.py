@@ -81,7 +81,11 @@ def _compared(result: RunResult, config: Config) -> Ended:
     except (ConfigError, OSError):
         return Ended(result, lacks, (f"{SETTINGS} cannot be read",), look=True)
     now = dict(flat(config))
-    names = [n for n in sorted(before.keys() | now.keys()) if n not in _OPEN and before.get(n) != now.get(n)]
+    names = [
+        n
+        for n in sorted(before.keys() | now.keys())
+        if n not in _OPEN and before.get(n) != now.get(n) and not (n in _DECIDED and now.get(n) == "auto")
+    ]
     words = tuple(f"{name}: {_short(now.get(name))} (it had {_short(before.get(name))})" for name in names)
     other = [w for n, w in zip(names, words) if not (is_free(n) or is_place(n) or n.startswith(f"{BUDGET}."))]
     if other:
@@ -92,7 +96,9 @@ def _compared(result: RunResult, config: Config) -> Ended:
     return Ended(result, lacks, words, look, budget)
 
 
-_OPEN = ("run.folder", "loss.chunk_bytes")  # moved folders are the same run; run.yaml says what was decided
+# moved folders are the same run; run.yaml says what was decided
+_OPEN = ("run.folder", "loss.chunk_bytes", "batch.row_lengths", "model.cuda_graphs")
+_DECIDED = ("model.attention", "model.compile", "batch.row_tokens")  # likewise, where they are left open
 
 
 def say(ended: Ended, world: World, *, again: bool = False) -> None:

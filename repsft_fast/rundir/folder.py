@@ -12,9 +12,10 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from repsft_fast import distributed
 from repsft_fast.config import Config
@@ -82,7 +83,7 @@ class RunFolder:
                     found.names |= set(names_of(self.config))
                     made.record(found)
                     self._began = found
-                    write_settings(self.config, None)
+                    write_settings(self.config, {})
                     return
                 if found != Made.read(self.folder):  # a run of before there were records
                     made.record(found)
@@ -98,12 +99,12 @@ class RunFolder:
                 describe("run.folder", f"cannot be used ({words})", got=str(self.folder))
             ) from error
 
-    def accepted(self, config: Config) -> None:
+    def accepted(self, config: Config, decided: Iterable[str] = ()) -> None:
         """--resume: the checkpoint took these settings, so that they are the run's, and so are the names they
-        write."""
+        write. decided: dotted settings that keep what the run before decided, where they are left open."""
         if self.lock is not None:
             made.claim(self.folder, names_of(config))
-            write_settings(config, chunk_bytes_before(config))
+            write_settings(config, settings_before(config, decided))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -274,18 +275,19 @@ def _part_from_copies(path: Path) -> None:
 # What is in run.yaml --------------------------------------------------------------------------------------
 
 
-def settle(config: Config, world: World, chunk_bytes: int | None) -> None:
-    """What is decided by now goes into run.yaml. All ranks may call it."""
-    if world.is_main and chunk_bytes is not None and config.loss.chunk_bytes is None:
-        write_settings(config, chunk_bytes)
+def settle(config: Config, world: World, decided: Mapping[str, Any]) -> None:
+    """What is decided by now ({dotted setting: value}) goes into run.yaml. All ranks may call it."""
+    if world.is_main and any(is_open(config, name) for name in decided):
+        write_settings(config, decided)
 
 
-def write_settings(config: Config, chunk_bytes: int | None) -> None:
-    """run.yaml, in which loss.chunk_bytes is the given one where the settings leave it open."""
-    if config.loss.chunk_bytes is None:
-        config = config.model_copy(
-            update={"loss": config.loss.model_copy(update={"chunk_bytes": chunk_bytes})}
-        )
+def write_settings(config: Config, decided: Mapping[str, Any]) -> None:
+    """run.yaml, in which settings that are left open have the given values."""
+    for name, value in decided.items():
+        if is_open(config, name):
+            section, _, setting = name.rpartition(".")
+            inner = getattr(config, section).model_copy(update={setting: value})
+            config = config.model_copy(update={section: inner})
     path = Path(config.run.folder) / SETTINGS
     try:
         replace_file(path, config.to_yaml().encode(), SETTINGS)
@@ -293,11 +295,23 @@ def write_settings(config: Config, chunk_bytes: int | None) -> None:
         raise TrainingError(describe(str(path), "cannot be written", got=error.strerror)) from error
 
 
-def chunk_bytes_before(config: Config) -> int | None:
-    """What the folder's run.yaml says of loss.chunk_bytes, None where it is not there, cannot be read or
-    leaves it open."""
+def settings_before(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """{dotted setting: value} of what the folder's run.yaml says of these, without those that it leaves open;
+    {} where it is not there or cannot be read."""
     try:
-        found = Config.of(Path(config.run.folder) / SETTINGS).loss.chunk_bytes
+        found = Config.of(Path(config.run.folder) / SETTINGS)
     except (ConfigError, OSError):
-        return None
-    return None if found is None else int(found)
+        return {}
+    values = found.to_dict()
+    return {name: _at(values, name) for name in names if not is_open(found, name)}
+
+
+def is_open(config: Config, name: str) -> bool:
+    """Whether a dotted setting is left to the run: null or auto."""
+    return _at(config.to_dict(), name) in (None, "auto")
+
+
+def _at(values: Any, name: str) -> Any:
+    for step in name.split("."):
+        values = values[step]
+    return values

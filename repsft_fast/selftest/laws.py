@@ -44,7 +44,7 @@ from repsft_fast.state import RunState, local, state_hash
 from repsft_fast.stats import PositionStats
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.policy import weights_are_enough
-from repsft_fast.training.samples import build_plan
+from repsft_fast.training.row_lengths import plan_of
 from repsft_fast.training.snapshots import Snapshots, closed_list
 from repsft_fast.training.step import train_step
 
@@ -176,8 +176,9 @@ def snapshots_change_nothing(parts: Parts) -> Found:
     state = closed_list(parts)
     copies, values = {n: local(t).clone() for n, t in state.tensors().items()}, state.values()
     plain, end = train(parts, 2), _hash(state)
-    for name, tensor in state.tensors().items():
-        local(tensor).copy_(copies[name])
+    with torch.no_grad(), state.writing() as live:
+        for name, tensor in live.items():
+            local(tensor).copy_(copies[name])
     state.load_values(values)
     with _moments(parts, state) as snapshots:
         snapshots.take("start")
@@ -229,7 +230,7 @@ def every_sample_once(parts: Parts) -> Found:
     wrong = checked = 0
     for ranks in (1, 2):
         for row_tokens in (longest, 4 * longest):
-            plan = build_plan(
+            plan = plan_of(
                 parts.config,
                 parts.data.train.index,
                 World(0, ranks, 0, parts.world.device),

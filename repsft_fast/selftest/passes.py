@@ -114,18 +114,19 @@ def in_float64(parts: Parts) -> Iterator[bool]:
     if any(isinstance(t, DTensor) for t in tensors) or sum(t.numel() for t in tensors) > FLOAT64_PARAMETERS:
         yield False
         return
-    held = [(t, t.data) for t in tensors]
+    held = [(t, t.data, t.grad_dtype) for t in tensors]
     of_modules = (getattr(module, "config", None) for module in parts.model.modules())
     configs: dict[int, Any] = {id(c): c for c in of_modules if hasattr(c, "_experts_implementation")}
     experts = [(c, c._experts_implementation) for c in configs.values()]
     try:
-        for tensor, data in held:
+        for tensor, data, _ in held:
             tensor.data = data.double()
+            tensor.grad_dtype = torch.float64  # beside masters it was fp32
         for config, _ in experts:
             config._experts_implementation = "eager"  # the grouped product takes no float64
         yield True
     finally:
         for config, implementation in experts:
             config._experts_implementation = implementation
-        for tensor, data in held:
-            tensor.data = data
+        for tensor, data, grad_dtype in held:
+            tensor.data, tensor.grad_dtype = data, grad_dtype

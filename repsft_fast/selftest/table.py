@@ -160,7 +160,7 @@ def settings_of(config: Config | None, folder: Path, notes: list[str]) -> dict[s
 
         # Theirs is what decides what an update computes: model, rows, optimizer. What is left out is said.
         model = config.model.model_dump()
-        if model["compile"]:
+        if model["compile"] is True or (model["compile"] == "auto" and torch.cuda.is_available()):
             notes.append(
                 "model.compile is off here: the laws are about what is computed, and compiling takes minutes."
             )

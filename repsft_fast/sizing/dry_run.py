@@ -3,6 +3,7 @@ trains nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ from repsft_fast.config import Config
 from repsft_fast.data.ends import ends_in_words
 from repsft_fast.data.plan import Plan, PlanSummary, summary
 from repsft_fast.distributed import World, rank_from_environment
-from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
+from repsft_fast.errors import ConfigError, RepsftError, describe
+from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.models.guards import first_words
 from repsft_fast.models.lora import lora_said
 from repsft_fast.report.format import count, percent, rows_of, size
 from repsft_fast.report.visible import escaping, one_line, visible
-from repsft_fast.sizing.model_size import ModelSize
-from repsft_fast.sizing.rehearsal import Rehearsal, rehearse, saved_per_token
+from repsft_fast.sizing.rehearsal import Rehearsal, rehearse
+from repsft_fast.training import row_tokens
 from repsft_fast.training.budget import Budget, budget_of
-from repsft_fast.training.build import build_model, build_tokenizer, vocabulary_of
+from repsft_fast.training.build import build_tokenizer, model_on_meta, vocabulary_of
 from repsft_fast.training.parts import Data
-from repsft_fast.training.samples import build_plan, check_positions, load_data
+from repsft_fast.training.row_lengths import longest_of, plan_of, said
+from repsft_fast.training.samples import check_positions, load_data, longest_row
+from repsft_fast.training.sizes import shards_of, sizes_of, told
 from repsft_fast.training.trainer import settings_of
 
 UNEVEN_SHOWN = 3
@@ -60,8 +64,12 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     # Built as for a run, the model's shape alone: what a run would refuse is refused here.
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer, torch.device("cpu"), vocabulary_of(config, tokenizer))
-    plan = build_plan(config, data.train.index, World(0, ranks, 0, device))
-    shape = build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
+    world, shape = World(0, ranks, 0, device), model_on_meta(config, tokenizer)
+    alone = dataclasses.replace(world, size=1)  # nobody is here to agree with
+    rows = row_tokens.decide(config, alone, data, lambda: shape)
+    if rows.why is not None:
+        data.warnings.append(f"batch.row_tokens: auto is {rows.tokens:,}: {rows.why}")
+    plan = plan_of(config, data.train.index, world, longest=longest_of(data), row_tokens=rows.tokens)
     data.warnings += [*getattr(tokenizer, "load_said", ()), *shape.load_said, *lora_said(shape)]
     data.warnings += check_positions(config, shape, (data.train, data.validation, data.test))
 
@@ -69,11 +77,11 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     lines = {
         **data_lines(data),
         **plan_lines(config, plan, planned, budget_of(config, plan)),
-        "memory": memory_line(config, ranks, longest_row(plan)),
+        "memory": told(config, sizes_of(config, shape), world, longest_row(plan)),
     }
     if elsewhere:
         try:
-            lines |= rehearsal_lines(config, data, plan)
+            lines |= rehearsal_lines(config, data, plan, shape, tokenizer)
         except RepsftError:
             raise
         # an architecture whose layers read numbers (which expert has how many tokens) has none here
@@ -110,8 +118,8 @@ def plan_lines(config: Config, plan: Plan, planned: PlanSummary, budget: Budget)
             f"{budget.epochs:.4g} epochs, warm-up {budget.warmup_updates}"
         ),
         "rows": (
-            f"{count(planned.rows)} per epoch of at most {config.batch.row_tokens} tokens"
-            f" on {plan.ranks} rank(s)"
+            f"{count(planned.rows)} per epoch of at most {plan.row_tokens} tokens on {plan.ranks} rank(s)"
+            + (f"; {shapes}" if (shapes := said(plan)) is not None else "")
         ),
         "utilisation": (
             f"{percent(planned.utilisation, 1)} of the computed slots are real "
@@ -120,12 +128,15 @@ def plan_lines(config: Config, plan: Plan, planned: PlanSummary, budget: Budget)
     }
 
 
-def rehearsal_lines(config: Config, data: Data, plan: Plan) -> dict[str, str]:
-    """What the first update would hold and send on the plan's ranks."""
+def rehearsal_lines(
+    config: Config, data: Data, plan: Plan, shape: Any, tokenizer: Any = None
+) -> dict[str, str]:
+    """What the first update would hold and send on the plan's ranks. shape: the model on meta; tokenizer: may
+    have grown its vocabulary."""
     update = plan.epoch(0, 0)[0]
-    first = rehearse(config, data, plan, update)
+    first = rehearse(config, data, plan, update, tokenizer=tokenizer)
     # which holds least, perhaps nothing: it must run as well
-    rehearse(config, data, plan, update, rank=plan.ranks - 1)
+    rehearse(config, data, plan, update, rank=plan.ranks - 1, tokenizer=tokenizer)
     shards = shards_of(config, plan.ranks)
     copies = "one copy of the weights"
     if shards < plan.ranks:
@@ -136,7 +147,7 @@ def rehearsal_lines(config: Config, data: Data, plan: Plan) -> dict[str, str]:
             f"{size(first.gradients)}, moments {size(first.moments)}"
         ),
         "messages": f"in an update of {first.rows} row(s) on a rank: {_sent(first)}",
-        "uneven": _uneven(config, shards),
+        "uneven": _uneven(shape, shards),
     }
 
 
@@ -152,12 +163,11 @@ def _sent(first: Rehearsal) -> str:
     )
 
 
-def _uneven(config: Config, shards: int) -> str:
+def _uneven(shape: Any, shards: int) -> str:
     """The parameters whose rows do not divide by the ranks that share a copy."""
-    shape = ModelSize.of(build_model(config, World(0, 1, 0, torch.device("meta"))))
     uneven = [
         f"{p.name} {list(p.shape)}" + (f", {empty} ranks hold none" if empty else "")
-        for p, empty in shape.uneven(shards)
+        for p, empty in ModelSize.of(shape).uneven(shards)
     ]
     if not uneven:
         return f"every parameter divides by {shards}"
@@ -165,43 +175,8 @@ def _uneven(config: Config, shards: int) -> str:
     return f"{len(uneven)} parameters do not divide by {shards}: {'; '.join(uneven[:UNEVEN_SHOWN])}{more}"
 
 
-def shards_of(config: Config, ranks: int) -> int:
-    """Ranks that share one copy of the weights."""
-    return min(config.distributed.shard_ranks or ranks, ranks)
-
-
 def computed_in_bf16(config: Config) -> Config:
     """The settings as a GPU reads them: compute_dtype auto is bf16 there."""
     if config.model.compute_dtype != "auto":
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
-
-
-def longest_row(plan: Plan) -> int:
-    """Tokens of the longest row there can be: of one sample where none share a row."""
-    return int(plan.index.lengths.max()) if plan.apart.alone_above == 0 else plan.row_tokens
-
-
-def memory_line(config: Config, ranks: int, row_tokens: int) -> str:
-    """An estimate per rank from the model's shape, by the formulas of `sizing`, with the longest row's
-    activations."""
-    try:
-        model = build_model(config, World(0, ranks, 0, torch.device("meta")))
-    except ModelError as error:
-        return f"unknown: {error}"
-    shape = ModelSize.of(model)
-    held = shape.held(config.optim.name, shards_of(config, ranks), momentum=config.optim.betas[0] > 0)
-    line = (
-        f"about {size(held.state)} on a rank for {count(shape.count)} parameters: weights"
-        f" {size(held.weights)}, gradients {size(held.gradients)}, moments {size(held.moments)};"
-        f" {size(shape.head(0))} for the head's gradient; a snapshot {size(held.snapshot)}"
-    )
-    if config.model.lora is not None:
-        return line + "; activations come on top"
-    try:
-        saved = saved_per_token(model.config, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
-    # layers that read numbers (experts), that take no packed rows, or whose memory is not linear in them
-    except Exception:
-        return line + "; activations come on top"
-    row = shape.row(saved, config.model.activation_checkpointing) * row_tokens
-    return line + f"; {size(row)} of activations in a row of {count(row_tokens)} tokens, plain layers"

@@ -6,154 +6,31 @@ counted here is what a device would hold and what a network would carry.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repsft_fast.config import Config
 from repsft_fast.data.plan import Plan, Update
 from repsft_fast.distributed import World, mesh_of, shard
 from repsft_fast.errors import ConfigError, describe
-from repsft_fast.models.load import load_model
-from repsft_fast.models.loss import hidden_states
-from repsft_fast.ops.row_pass import drop_workspace
-from repsft_fast.optim import local, state_bytes
+from repsft_fast.memory.activations import materialise, rehearsed
+from repsft_fast.optim import local, masters, state_bytes
 from repsft_fast.row import Row
 from repsft_fast.throughput import ModelShape
 from repsft_fast.training.budget import budget_of
 from repsft_fast.training.build import build_model, build_schedule, optimizer_of
 from repsft_fast.training.parts import Data, Parts
 from repsft_fast.training.step import train_step
-
-T = TypeVar("T")
-# One for all rehearsals: torch 2.11 ends with a segmentation fault when a second thread enters a fake mode.
-_THREAD = ThreadPoolExecutor(1, thread_name_prefix="rehearsal")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Bytes the backward pass keeps for every token: of one decoder layer, and of everything else."""
-
-    layer: float
-    rest: float
-
-
-def saved_per_token(
-    config: Any, *, compute_dtype: str = "bfloat16", attention: str = "varlen", tokens: int = 512
-) -> Saved:
-    """Counted on the real module, as what one layer more keeps, over fake tensors. config: a
-    PreTrainedConfig.
-
-    For plain layers; Liger's keep less (of a norm its input alone, of a gated MLP no product of the gate).
-    """
-
-    # each brings its own rotary tables
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [""]))
-
-    def count(layers: int) -> int:
-        shape = copy.deepcopy(config)
-        shape.num_hidden_layers = layers
-        if kinds != [""]:
-            shape.layer_types = [*kinds, *kinds[-1:] * (layers - len(kinds))]
-            shape.sliding_window = tokens  # a window changes what is computed, not what is kept
-        model = load_model(
-            shape,
-            device="meta",
-            param_dtype=compute_dtype,
-            attention=attention,
-            layer_kernels="none",
-            random_weights=True,
-        )
-        return rehearsed(lambda: saved_bytes(model, fake_row([tokens])))
-
-    fewer, more = count(len(kinds)), count(len(kinds) + 1)
-    return Saved(layer=(more - fewer) / tokens, rest=(fewer - len(kinds) * (more - fewer)) / tokens)
-
-
-def saved_bytes(model: Any, row: Row) -> int:
-    """Bytes of all tensors kept for the backward pass of one row by the backbone, parameters apart, each
-    storage once.
-
-    The head keeps its own in place of saved tensors: `sizing.ModelSize.row` and `head`.
-    """
-    materialise(model)
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden_states(model, row, model.loss_settings.attention)
-    held = [*model.parameters(), *model.buffers(), *(t for t in vars(row).values() if isinstance(t, Tensor))]
-    own = {tensor.untyped_storage()._cdata for tensor in held}
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
-
-
-def rehearsed(call: Callable[[], T]) -> T:
-    """`call()` with tensors that have shapes and no memory. In a thread of its own: buffers that are kept per
-    thread (ops.row_pass.workspace) must not outlive the rehearsal."""
-
-    def run() -> T:
-        try:
-            with FakeTensorMode():
-                return call()
-        finally:
-            drop_workspace()
-
-    return _THREAD.submit(run).result()
-
-
-def materialise(model: nn.Module) -> None:
-    """Parameters and buffers of the meta device become the fake mode's, tied ones stay tied. Others are left
-    alone."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.device.type != "meta":
-                    continue
-                if id(tensor) not in made:
-                    fresh = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
-                tensors[name] = made[id(tensor)]
-
-
-def fake_row(lengths: Sequence[int]) -> Row:
-    """A row of these segments, every position trained."""
-    total = sum(lengths)
-
-    def whole() -> Tensor:
-        return torch.empty(total, dtype=torch.int64)
-
-    return Row(
-        tokens=torch.empty(1, total, dtype=torch.int64),
-        positions=torch.empty(1, total, dtype=torch.int64),
-        weights=torch.empty(total, dtype=torch.float32),
-        cu_seqlens=torch.empty(len(lengths) + 1, dtype=torch.int32),
-        segment_lengths=tuple(lengths),
-        max_seqlen=max(lengths),
-        samples=tuple(range(len(lengths))),
-        real_tokens=total,
-        targets=whole(),
-        trained_positions=whole(),
-        position_tasks=whole(),
-        position_segments=whole(),
-    )
 
 
 @dataclass(frozen=True)
@@ -206,18 +83,21 @@ class Messages(TorchDispatchMode):
 class Rehearsal:
     """One update of one rank."""
 
-    weights: int  # bytes
+    weights: int  # bytes, masters among them
     gradients: int
     moments: int
     rows: int
     messages: Counter[Message]
 
 
-def rehearse(config: Config, data: Data, plan: Plan, update: Update, *, rank: int = 0) -> Rehearsal:
+def rehearse(
+    config: Config, data: Data, plan: Plan, update: Update, *, rank: int = 0, tokenizer: Any = None
+) -> Rehearsal:
     """`train_step` of one of `plan.ranks` ranks, model, mesh and optimizer built as for a run.
 
     Only the optimizer's arithmetic, which sends nothing, is left out, and the head sees a few trained tokens
-    of each row. ConfigError for what would not run on that many ranks, and inside a run of several.
+    of each row. tokenizer: of the run, which may have grown its vocabulary. ConfigError for what would not
+    run on that many ranks, and inside a run of several.
     """
     world = World(rank, plan.ranks, 0, torch.device("cpu"))
     plain = config.model.model_copy(update={"attention": "sdpa", "layer_kernels": "none", "compile": False})
@@ -226,7 +106,7 @@ def rehearse(config: Config, data: Data, plan: Plan, update: Update, *, rank: in
         data.train.row(planned, denominator=update.denominator, average=config.loss.average)
         for planned in update.ranks[rank]
     ]
-    model = build_model(config, dataclasses.replace(world, device=torch.device("meta")))
+    model = build_model(config, dataclasses.replace(world, device=torch.device("meta")), tokenizer)
     # one call, however many segments
     model.loss_settings = dataclasses.replace(model.loss_settings, attention="mask")
     with _fake_ranks(world):
@@ -289,7 +169,10 @@ def _one_update(
     # The shape is read before sharding cuts it.
     shape = ModelShape.of(model)
     materialise(model)
-    shard(model, world, mesh=mesh)
+    if world.size == 1:
+        masters.beside(model)
+    else:
+        shard(model, world, mesh=mesh)
 
     # Everything a step touches is the run's own; what only tells or loads is left out.
     optimizer = optimizer_of(config, model)
@@ -319,8 +202,13 @@ def _one_update(
     optimizer.step = count  # type: ignore[method-assign]
     with Messages() as messages:
         train_step(parts, update)
+    beside = [] if getattr(model, "masters", None) is None else model.masters.held.values()
     return Rehearsal(
-        _bytes(model.parameters()), gradients[0], state_bytes(optimizer), len(rows), messages.found
+        _bytes([*model.parameters(), *beside]),
+        gradients[0],
+        state_bytes(optimizer),
+        len(rows),
+        messages.found,
     )
 
 

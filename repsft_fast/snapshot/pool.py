@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class SnapshotPool:
     tensors     live storages under constant names (`RunState.tensors`)
     *_bytes     budget of each tier on this rank. `keep` snapshots must fit at once, or SnapshotError is
                 raised here, at start
+    writing     what a restore writes the tensors inside (`RunState.writing`)
+    graded      whose gradients tell of an update under way; None: the tensors' own
     messages    what the user should know: a tier that is off or smaller than asked, and why
     takes, restores, bytes, seconds   work done on the critical path since the start
     """
@@ -46,8 +48,12 @@ class SnapshotPool:
         disk_bytes: int = 0,
         disk_folder: str | os.PathLike | None = None,
         keep: int,
+        writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+        graded: Iterable[Tensor] | None = None,
     ):
         self._live = dict(tensors)
+        self._writing = writing
+        self._graded = list(self._live.values() if graded is None else graded)
         layout = Layout([local(t) for t in self._live.values()])
         if not layout.bytes_each or keep < 1:
             raise SnapshotError(
@@ -116,7 +122,7 @@ class SnapshotPool:
             raise SnapshotError(
                 describe(f"snapshot {name}", "exists already", todo="release it first or use another name")
             )
-        if any(t.is_leaf and t.grad is not None for t in self._live.values()):
+        if any(t.is_leaf and t.grad is not None for t in self._graded):
             raise SnapshotError(
                 describe(
                     f"snapshot {name}",
@@ -141,7 +147,7 @@ class SnapshotPool:
         entry = self._find(name)
         self._tiers.settle()
         self._tiers.touch(entry.stored)
-        with self._timed():
+        with self._timed(), self._writing():
             self._tiers.after(entry.stored)
             copy(self._live_bits(), self._tiers.in_memory(entry.stored, name).bits, non_blocking=True)
             for tensor in self._live.values():

@@ -24,17 +24,23 @@ from repsft_fast.distributed import World
 from repsft_fast.evaluate.answers import find_extractor
 from repsft_fast.metrics import SampleStats
 from repsft_fast.models import check_head, check_no_leak, load_model, load_tokenizer, stop_at
+from repsft_fast.models.layers import compiles
 from repsft_fast.models.lora import lora_said
 from repsft_fast.models.vocabulary import tokens_of
-from repsft_fast.optim import Optimizer, build_optimizer
+from repsft_fast.optim import Optimizer, build_optimizer, masters
 from repsft_fast.policies import policy_class
 from repsft_fast.rundir.identity import base_of
 from repsft_fast.schedule import Schedule
 from repsft_fast.throughput import ModelShape, Work, peak_flops
-from repsft_fast.training import chunks
+from repsft_fast.training import attention, chunks, compiled, gathered, row_tokens
 from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.parts import Data, Parts
-from repsft_fast.training.samples import build_plan, check_positions, load_data
+from repsft_fast.training.row_lengths import longest_of, plan_of
+from repsft_fast.training.samples import check_positions, load_data, longest_row
+from repsft_fast.training.sizes import sizes_of, told, with_row_tokens
+
+# For tests and measurements: one rank by FSDP2 too, in a group of its own, as before there were masters.
+ONE_RANK_FSDP = False
 
 
 def seed_everything(config: Config) -> None:
@@ -63,17 +69,24 @@ def build(
     distributed.same_everywhere(world, "settings", json.dumps(config.to_dict(), sort_keys=True))
     distributed.same_everywhere(world, "data", data.digest)
     distributed.same_everywhere(world, "code", f"{repsft_fast.__version__} {torch.__version__}")
+    rows = row_tokens.decide(config, world, data, lambda: model_on_meta(config, tokenizer))
+    if rows.why is not None:
+        data.warnings.append(f"batch.row_tokens: auto is {rows.tokens:,}: {rows.why}")
     with distributed.raise_together(world):
-        plan = build_plan(config, data.train.index, world)
+        plan = plan_of(config, data.train.index, world, longest=longest_of(data), row_tokens=rows.tokens)
         budget = budget_of(config, plan)
         model = _load_model(config, world, tokenizer, data)
     # What the run begins with is told while rank 0 still holds all of it.
     base, shape = base_of(model, config, world), ModelShape.of(model)
-    _shard(model, config, world)
+    sizes = sizes_of(config, model) if world.device.type == "cuda" else None  # of a CPU nothing is decided
+    _lay_out(model, config, world)
+    backend, said = attention.decide(config, world, model)
+    attention.set_attention(model, backend)
+    data.warnings += said
     check_no_leak(model, longest=int(data.train.index.lengths.max()))
     optimizer = optimizer_of(config, model)
     # Not before: what weights, moments and gradients leave free decides it on a GPU.
-    chunks.use(model, chunks.decide(config, world, model))
+    chunks.set_chunk_bytes(model, chunks.decide(with_row_tokens(config, rows.tokens), world, model))
     judges_samples = policy_class(config.mixture.policy).needs_losses
     parts = Parts(
         config=config,
@@ -89,15 +102,26 @@ def build(
         optimizer=optimizer,
         schedule=build_schedule(config, budget),
         base=base,
+        sizes=sizes,
         on_update=on_update,
         sample_stats=SampleStats(len(data.train.index), world.device) if judges_samples else None,
     )
-    if data.validation is not None:
-        parts.validation = parts.scorer(data.validation)
-    if config.stop.probe_samples is not None:
-        probed = range(min(config.stop.probe_samples, len(data.train.index)))
-        parts.probe = parts.scorer(data.train, probed)
+    parts.make_scorers()
+    _tell_sizes(parts)
     return parts
+
+
+def _tell_sizes(parts: Parts) -> None:
+    """What a GPU will hold, and what several keep, before it is spent. All ranks call it."""
+    kept = gathered.decide(parts, gathered.room_bytes(parts.world.device))
+    if kept is not None:
+        parts.data.warnings.append(kept)
+    if parts.sizes is not None:
+        chunk, stay = parts.model.loss_settings.chunk_bytes, distributed.gathered_stay(parts.model)
+        line = told(
+            parts.config, parts.sizes, parts.world, longest_row(parts.plan), chunk_bytes=chunk, kept=stay
+        )
+        parts.data.warnings.append(f"memory: {line}")
 
 
 def _read(config: Config, world: World) -> tuple[Any, Data]:
@@ -109,13 +133,14 @@ def _read(config: Config, world: World) -> tuple[Any, Data]:
         tokenizer = build_tokenizer(config)
         # Its shape alone: what is wrong with a folder is said before data is read for hours.
         if config.model.path is not None:
-            build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
+            model_on_meta(config, tokenizer)
         return tokenizer, load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
 
 
 def _load_model(config: Config, world: World, tokenizer: Any, data: Data) -> Any:
     """The model, checked against the data; what is to be said of both joins the data's warnings."""
     model = build_model(config, world, tokenizer)
+    compiled.hold(model)
     data.warnings += [*getattr(tokenizer, "load_said", ()), *model.load_said]
     check_vocabulary(model, data)
     data.warnings += lora_said(model)
@@ -131,8 +156,12 @@ def stop_at_ends(model: Any, ends: Ends, tokenizer: Any) -> list[str]:
     return ([joined] if joined is not None else []) + problems(ends, tokenizer)
 
 
-def _shard(model: Any, config: Config, world: World) -> None:
-    """FSDP2 over the ranks; alone too, where it computes in bf16 beside fp32 weights."""
+def _lay_out(model: Any, config: Config, world: World) -> None:
+    """Weights where they are trained: over the ranks by FSDP2; on one rank in the compute type, beside their
+    masters."""
+    if world.size == 1 and not ONE_RANK_FSDP:
+        masters.beside(model)
+        return
     several = world.size > 1
     mesh = distributed.mesh_of(world, config.distributed.shard_ranks) if several else None
     distributed.shard(model, world, mesh=mesh, arriving=several)
@@ -170,7 +199,7 @@ def build_model(config: Config, world: World, tokenizer: Any = None) -> Any:
         "attention": settings.attention,
         "lora": settings.lora.model_dump() if settings.lora is not None else None,
         "activation_checkpointing": settings.activation_checkpointing,
-        "compile": settings.compile,
+        "compile": compiles(settings.compile, settings.layer_kernels, world.device, packed=config.batch.pack),
         "gguf_file": settings.gguf_file,
         "trust_remote_code": settings.trust_remote_code,
         "packed": config.batch.pack,
@@ -189,6 +218,11 @@ def build_model(config: Config, world: World, tokenizer: Any = None) -> Any:
     return load_model(settings.path or settings.config or {}, **options)
 
 
+def model_on_meta(config: Config, tokenizer: Any) -> Any:
+    """The model's shape, its vocabulary as the run's."""
+    return build_model(config, World(0, 1, 0, torch.device("meta")), tokenizer)
+
+
 def optimizer_of(config: Config, model: nn.Module) -> Optimizer:
     optim = config.optim
     return build_optimizer(
@@ -200,6 +234,7 @@ def optimizer_of(config: Config, model: nn.Module) -> Optimizer:
         weight_decay=optim.weight_decay,
         momentum=optim.betas[0] if optim.name == "sgd" else 0.0,
         seed=config.run.seed,
+        masters=getattr(model, "masters", None),
     )
 
 

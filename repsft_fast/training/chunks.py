@@ -4,7 +4,8 @@ are rounded.
 A run's first process decides: what loss.chunk_bytes says; else, on a GPU, by the memory that weights, moments
 and gradients leave free (`ops.row_pass.gpu_chunk_bytes`, for the longest row there can be); else, on a CPU,
 None: by shape, the same at any time. The value stands in run.yaml and in every checkpoint, and a resumption
-takes it from there, whatever is free then. Halved rows after memory ran out keep it: they are held by it too.
+takes it from there, whatever is free then (`training.decided`). Halved rows after memory ran out keep it:
+they are held by it too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from repsft_fast.distributed import World, local, min_over_hosts
 from repsft_fast.ops.row_pass import gpu_chunk_bytes, logits_dtype
 from repsft_fast.report.format import size
 from repsft_fast.training.parts import Parts
+from repsft_fast.training.samples import rows_asked
+
+NAME, SETTING = "chunk_bytes", "loss.chunk_bytes"
 
 
 def decide(config: Config, world: World, model: Any) -> int | None:
@@ -33,7 +37,7 @@ def decide(config: Config, world: World, model: Any) -> int | None:
     )
     itemsize = logits_dtype(world.device, model.compute_dtype).itemsize
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    return gpu_chunk_bytes(config.batch.row_tokens, vocabulary, itemsize, total_bytes=total, room_bytes=room)
+    return gpu_chunk_bytes(rows_asked(config), vocabulary, itemsize, total_bytes=total, room_bytes=room)
 
 
 def room_bytes(device: torch.device, model: Any) -> int:
@@ -41,34 +45,34 @@ def room_bytes(device: torch.device, model: Any) -> int:
     come."""
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained = (local(p) for p in model.parameters() if p.requires_grad and p.grad is None)
-    return max(0, free - sum(p.numel() * p.element_size() for p in trained))
+    trained = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+    return max(0, free - sum(local(p).numel() * (p.grad_dtype or p.dtype).itemsize for p in trained))
 
 
-def use(model: Any, chunk_bytes: int | None) -> None:
+def set_chunk_bytes(model: Any, chunk_bytes: int | None) -> None:
     model.loss_settings = replace(model.loss_settings, chunk_bytes=chunk_bytes)
 
 
-def decided(parts: Parts) -> int | None:
+# As an item of `training.decided` -------------------------------------------------------------------------
+
+
+def now(parts: Parts) -> int | None:
     """What this run uses."""
     chunk_bytes: int | None = parts.model.loss_settings.chunk_bytes
     return chunk_bytes
 
 
-def resume(parts: Parts, saved: int | None) -> str | None:
-    """Take what the run before used (`saved`), unless loss.chunk_bytes asks for another; what to say about
-    it, or None."""
-    now = decided(parts)  # as asked, or as this process has decided
-    if now == saved:
-        return None
-    if parts.config.loss.chunk_bytes is not None:
-        return (
-            f"loss.chunk_bytes is {_words(now)} as asked, and was {_words(saved)} before: sums are rounded"
-            " otherwise from here on, so the run will not equal one that was not interrupted bit for bit"
-        )
-    use(parts.model, saved)
-    return f"loss.chunk_bytes stays {_words(saved)}, as the run began; begun now it would be {_words(now)}"
+def use(parts: Parts, value: int | None) -> None:
+    set_chunk_bytes(parts.model, value)
 
 
-def _words(chunk_bytes: int | None) -> str:
-    return "by shape" if chunk_bytes is None else f"{chunk_bytes:,} bytes ({size(chunk_bytes)})"
+def words(value: int | None) -> str:
+    return "by shape" if value is None else f"{value:,} bytes ({size(value)})"
+
+
+def before(parts: Parts) -> None:
+    """1/64 of a GPU's memory, or what loss.chunk_bytes said then, which nobody wrote down."""
+
+
+def written(value: int | None) -> int | None:
+    return value

@@ -28,6 +28,7 @@ from repsft_fast.rundir import publish
 from repsft_fast.rundir.folder import ADAPTERS
 from repsft_fast.rundir.lock import FolderLost
 from repsft_fast.signals import CODES
+from repsft_fast.training import graph_choice
 from repsft_fast.training.account import account, in_words
 from repsft_fast.training.evaluation import TaskScorer, finite, line_of, show_answers
 from repsft_fast.training.outcome import mixture_result, result_of
@@ -62,6 +63,8 @@ def finish(run: Run) -> RunResult:
         more["account"] = account(parts, conductor.spans, seconds, kept)
         for line in in_words(more["account"]):
             reporter.note(line)
+    for line in graph_choice.said(parts):
+        reporter.note(line)
     code = conductor.history.ended_by
     result = result_of(parts, reporter, code, conductor.end_reason, conductor.last_epoch, **more)
     with _again_later(parts, run.saver, "the model is saved, but result.json could not be written"):

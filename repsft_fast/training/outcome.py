@@ -12,6 +12,7 @@ from repsft_fast.policies.decisions import RollBack
 from repsft_fast.policies.history import History
 from repsft_fast.policies.statistics import pooled
 from repsft_fast.report.result import RunResult
+from repsft_fast.training import graph_choice
 from repsft_fast.training.build import versions
 from repsft_fast.training.evaluation import finite, standard_error
 from repsft_fast.training.parts import Parts
@@ -137,6 +138,7 @@ def result_of(
             "dropped": dict(parts.data.dropped),
             "work": lasting.all_work.values(),
             "troubles": list(reporter.troubles),
+            **graph_choice.result(parts),
             **more,
         },
     )

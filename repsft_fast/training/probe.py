@@ -9,12 +9,10 @@ import numpy as np
 import torch
 
 from repsft_fast import seeded
-from repsft_fast.data.packing import pack, padded_length
-from repsft_fast.data.plan import Cursor, PlannedRow, Update, denominator
+from repsft_fast.data.plan import Cursor, Update, denominator
 from repsft_fast.distributed import all_sum
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.parts import Parts
-from repsft_fast.training.samples import row_bucket
 from repsft_fast.training.snapshots import Snapshots
 from repsft_fast.training.step import OutOfMemory, train_step
 
@@ -54,20 +52,7 @@ def _batch(parts: Parts, task: int) -> Update:
     count = parts.config.batch.samples or max(1, int((parts.config.batch.tokens or 0) / index.lengths.mean()))
     key = parts.config.run.seed | (progress.updates * 65_536 + task) << 64
     chosen = mine[seeded.choice(key, len(mine), min(max(count, parts.world.size), len(mine)))]
-    lengths = index.lengths[chosen]
-    bucket, capacity = row_bucket(parts.config, parts.world.device), parts.config.batch.row_tokens
-    dealt = pack(lengths, capacity, bucket=bucket, ranks=parts.world.size, apart=parts.plan.apart)
-    ranks = tuple(
-        tuple(
-            PlannedRow(
-                chosen[line],
-                int(lengths[line].sum()),
-                padded_length(int(lengths[line].sum()), capacity, bucket),
-            )
-            for line in rows
-        )
-        for rows in dealt
-    )
+    ranks = parts.plan.rows(chosen, index.lengths[chosen])
     average = parts.config.loss.average
     return Update(
         Cursor(progress.stage, progress.epoch, progress.update),

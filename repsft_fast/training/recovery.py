@@ -10,6 +10,7 @@ numbers.on_out_of_memory: retry   rows are halved (law 2: the same gradients) an
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.refusals import Refused, reverts
 from repsft_fast.training.reporter import Reporter
+from repsft_fast.training.row_lengths import longest_of, plan_of, said
 from repsft_fast.training.samples import build_plan
 from repsft_fast.training.snapshots import Snapshots
 from repsft_fast.training.step import OutOfMemory
+from repsft_fast.training.warm_up import warm_up
 
 MAX_REVERTS = 8  # to one state: more, and it is not good
 
@@ -105,6 +108,9 @@ class Recovery:
         self.reporter.note(
             f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}"
         )
+        if (shapes := said(parts.plan)) is not None:
+            self.reporter.note(shapes)
+        self.reporter.exclude_seconds(warm_up(parts, self.reporter.note))
         return True
 
     def out_of_memory(self, problem: OutOfMemory) -> TrainingError:
@@ -138,7 +144,7 @@ class Recovery:
 
 
 def row_tokens(parts: Parts) -> int:
-    return parts.lasting.row_tokens or parts.config.batch.row_tokens
+    return parts.lasting.row_tokens or parts.row_tokens
 
 
 def smaller_rows(parts: Parts) -> int | None:
@@ -155,7 +161,9 @@ def smaller_rows(parts: Parts) -> int | None:
 
 def use_row_tokens(parts: Parts) -> None:
     """Pack rows as the progress says, after a retry or a resumption."""
-    if parts.lasting.row_tokens is not None:
-        parts.plan = build_plan(
-            parts.config, parts.data.train.index, parts.world, row_tokens=parts.lasting.row_tokens
-        )
+    if parts.lasting.row_tokens is None:
+        return
+    index, longest = parts.data.train.index, longest_of(parts.data)
+    # Shorter rows take other lengths, where they take few: chosen as the first were.
+    make = build_plan if parts.row_lengths is None else partial(plan_of, longest=longest)
+    parts.plan = make(parts.config, index, parts.world, row_tokens=parts.lasting.row_tokens)

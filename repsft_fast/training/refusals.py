@@ -23,7 +23,7 @@ import torch
 
 from repsft_fast.config import Config
 from repsft_fast.data.plan import PlannedRow, Update
-from repsft_fast.distributed import max_over_hosts, unfinished
+from repsft_fast.distributed import held_parameters, max_over_hosts, unfinished
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.metrics import UpdateRecord
 from repsft_fast.state import local
@@ -160,7 +160,7 @@ def check_weights(parts: Parts) -> None:
 def weight_not_finite(parts: Parts, *, trained_only: bool = False) -> str | None:
     """The name of a weight that is not finite on some rank, the same on every rank; None when all are. Waits
     for the device."""
-    named = [(n, p) for n, p in parts.model.named_parameters() if p.requires_grad or not trained_only]
+    named = [(n, p) for n, p in held_parameters(parts.model) if p.requires_grad or not trained_only]
     bad = 0
     for number, (_, parameter) in enumerate(named, 1):
         value = local(parameter.detach())

@@ -20,6 +20,7 @@ from repsft_fast.report.format import rows_of
 from repsft_fast.report.live import Live
 from repsft_fast.throughput import Work, peak_memory_bytes
 from repsft_fast.trackers import FINISH_S, Trackers, check_there, failed_with
+from repsft_fast.training import attention
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.policy import accuracy_target
 
@@ -112,7 +113,7 @@ class Reporter:
                 "samples": len(parts.data.train.index),
                 "tasks": list(parts.data.task_names),
                 "target": config.stop.token_accuracy if accuracy_target(config) is not None else None,
-                "device": str(parts.world.device),
+                "device": attention.device_facts(parts),
                 "ranks": parts.world.size,
             },
         )

@@ -28,10 +28,10 @@ from repsft_fast.errors import CheckpointError, ConfigError, TrainingError, desc
 from repsft_fast.report.result import FILE as RESULT
 from repsft_fast.rundir import identity
 from repsft_fast.rundir.ended import Ended
-from repsft_fast.rundir.folder import RunFolder, chunk_bytes_before
+from repsft_fast.rundir.folder import RunFolder, settings_before
 from repsft_fast.rundir.made import METRICS
 from repsft_fast.schedule import NEEDS_TOTAL
-from repsft_fast.training import budget, chunks
+from repsft_fast.training import budget, decided
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.run import Run
 from repsft_fast.training.saver import is_partial_sum
@@ -75,8 +75,8 @@ def resume(run: Run, folder: RunFolder | None = None, ended: Ended | None = None
         _begin_anew(run, folder)
         return found
     values, resharded = _load(run, found.path)
-    decided = values.get("decided", {})
-    said = _keep_warmup(decided["budget"], run.parts) if "budget" in decided else None
+    saved = values.get("decided", {})
+    said = _keep_warmup(saved["budget"], run.parts) if "budget" in saved else None
     # Where the smaller budget had ended the run it has not; of a run that has ended otherwise nothing may be
     # other than it is, and if nothing of its model is missing, nothing is left to do.
     if found.raised:
@@ -84,6 +84,7 @@ def resume(run: Run, folder: RunFolder | None = None, ended: Ended | None = None
     elif ended is not None and not ended.lacks:
         run.saver.continue_from(found.path)
         return replace(found, is_done=True)
+    kept = decided.resume(run.parts, saved)
     _accepted(run, folder)
     _cut_metrics(run, values["metrics_bytes"])
     _say(run, said if found.raised else None)
@@ -92,7 +93,7 @@ def resume(run: Run, folder: RunFolder | None = None, ended: Ended | None = None
             run.parts.config.run.seed + 1_000_003 * run.parts.progress.updates + run.parts.world.rank
         )
     run.reporter.resumed(values["seconds"])
-    _tell(run, found, decided, resharded)
+    _tell(run, found, kept, saved.get("deciders"), resharded)
     run.saver.continue_from(found.path)
     return found
 
@@ -130,14 +131,14 @@ def _origin(folder: Path, parts: Parts, ended: Ended | None) -> ResumePoint:
             todo = f"put the folder {folder.name} back, no link to it, or start another run in another folder"
             raise ConfigError(describe(str(parts.folder), wrong, todo=todo)) from None
         return ResumePoint(None)
-    decided = checkpoint.values_of(found.path).get("decided", {})
+    saved = checkpoint.values_of(found.path).get("decided", {})
     mine = identity.identity(parts.config, parts.tokenizer, parts.base, parts.data.digest)
     said = [
         identity.check(found.path.name, found.manifest.identity, mine),
-        identity.check_tokenizer(found.path.name, decided, parts.tokenizer),
+        identity.check_tokenizer(found.path.name, saved, parts.tokenizer),
     ]
     problems = (*found.problems, *(text for text in said if text is not None))
-    if not _is_raised(decided.get("budget"), parts):
+    if not _is_raised(saved.get("budget"), parts):
         return ResumePoint(found.path, problems)
     return ResumePoint(before_it_mattered(folder, parts), problems, raised=True)
 
@@ -232,16 +233,15 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 def _begin_anew(run: Run, folder: RunFolder | None) -> None:
     """The run before was ended before its first checkpoint."""
-    parts = run.parts
+    parts, names = run.parts, decided.settings_decided()
+    # What killed runs began with is in run.yaml, so that any number of beginnings make one run.
+    before = settings_before(parts.config, names) if parts.world.is_main else {}
+    kept = decided.begin_anew(parts, broadcast_from_main(parts.world, before))
     _accepted(run, folder)
     _cut_metrics(run, 0)
     run.reporter.note("--resume: the run ended before its first checkpoint, so it begins anew")
-    # What killed runs began with is in run.yaml, so that any number of beginnings make one run.
-    before = broadcast_from_main(
-        parts.world, chunk_bytes_before(parts.config) if parts.world.is_main else None
-    )
-    if before:
-        _say(run, chunks.resume(parts, before))
+    for text in kept:
+        _say(run, text)
 
 
 def _load(run: Run, path: Path) -> tuple[dict[str, Any], bool]:
@@ -250,20 +250,21 @@ def _load(run: Run, path: Path) -> tuple[dict[str, Any], bool]:
     world, snapshots = run.parts.world, run.snapshots
 
     def fill(tensors: Mapping[str, Tensor], prefix: str = "") -> checkpoint.Resumed:
-        loaded = checkpoint.load(
-            path,
-            tensors,
-            prefix=prefix,
-            ignore=() if prefix else (SNAPSHOT, f"{BEST}/"),
-            may_lack=_LATER,
-            rank=world.rank,
-            world_size=world.size,
-            looked_at=True,
-        )
-        # A sum that was shared out over ranks comes back to one of them.
-        for name, tensor in tensors.items():
-            if is_partial_sum(name) and not world.is_main:
-                tensor.zero_()
+        with run.state.writing():
+            loaded = checkpoint.load(
+                path,
+                tensors,
+                prefix=prefix,
+                ignore=() if prefix else (SNAPSHOT, f"{BEST}/"),
+                may_lack=_LATER,
+                rank=world.rank,
+                world_size=world.size,
+                looked_at=True,
+            )
+            # A sum that was shared out over ranks comes back to one of them.
+            for name, tensor in tensors.items():
+                if is_partial_sum(name) and not world.is_main:
+                    tensor.zero_()
         return loaded
 
     # Pools copy from live tensors alone, so each snapshot stands there for a moment; then the state again.
@@ -285,7 +286,7 @@ def _accepted(run: Run, folder: RunFolder | None) -> None:
     with raise_together(run.parts.world):
         if run.parts.world.is_main:
             if folder is not None:
-                folder.accepted(run.parts.config)
+                folder.accepted(run.parts.config, decided.settings_decided())
             run.began = True
             (Path(run.parts.folder) / RESULT).unlink(missing_ok=True)
     run.began = True
@@ -329,22 +330,22 @@ def _end_of_a_line(path: Path, size: int) -> int:
 # What is said ---------------------------------------------------------------------------------------------
 
 
-def _tell(run: Run, found: ResumePoint, decided: Mapping[str, Any], resharded: bool) -> None:
-    """What was wrong with newer checkpoints, what decides bits otherwise now, and where the run goes on."""
+def _tell(
+    run: Run, found: ResumePoint, kept: list[str], deciders: Mapping[str, Any] | None, resharded: bool
+) -> None:
+    """What was wrong with newer checkpoints, what was decided and what decides bits otherwise now, and where
+    the run goes on."""
     parts, path = run.parts, found.path
     assert path is not None
     for text in found.problems[:_SHOWN]:
         _say(run, text)
     if (more := len(found.problems) - _SHOWN) > 0:
         _say(run, f"and {more} more like these")
-    if decided:
-        _say(run, chunks.resume(parts, decided["chunk_bytes"]))
-    elif (now := chunks.decided(parts)) is not None:
-        words = "an older version wrote the checkpoint, which names no loss.chunk_bytes"
-        _say(run, f"{words}: {now:,} bytes from here on")
-    if "deciders" in decided:
+    for text in kept:
+        _say(run, text)
+    if deciders is not None:
         now_deciding = identity.deciders(parts.config, parts.world)
-        _say(run, identity.other_deciders(decided["deciders"], now_deciding))
+        _say(run, identity.other_deciders(deciders, now_deciding))
     which = "the newest whole checkpoint" if found.problems else "the newest checkpoint"
     if found.raised:
         which = f"from where a budget of {parts.budget.updates:,} updates makes no difference yet"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from repsft_fast.rundir.lock import RunLock
 from repsft_fast.signals import Signals
 from repsft_fast.state import RunState
+from repsft_fast.training import garbage
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.policy import build_policy, snapshots_needed, weights_are_enough
@@ -55,6 +56,7 @@ class Run:
         leaving = self.saver.between_updates()
         if not leaving:
             self.recovery.snapshot_last_good(saved=self.saver.is_saved)
+        garbage.collect_when_many()
         return leaving
 
     def close(self) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from repsft_fast.config import Config
+from repsft_fast.config.sections import ROW_TOKENS
 from repsft_fast.data.ends import cut_at, find_ends
 from repsft_fast.data.gym import is_gym_source, write_gym_source
 from repsft_fast.data.load import DataSettings, load_splits
 from repsft_fast.data.packing import Apart
 from repsft_fast.data.plan import Plan, SampleIndex
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.data.sample import Loaded, Sample
 from repsft_fast.data.splits import Splits
 from repsft_fast.data.store import TokenStore
@@ -125,7 +127,7 @@ def _data_settings(config: Config) -> DataSettings:
         seed=config.run.seed,
         overlong=data.overlong,
         # in positions
-        max_tokens=data.max_tokens - 1 if data.max_tokens is not None else config.batch.row_tokens,
+        max_tokens=data.max_tokens - 1 if data.max_tokens is not None else rows_asked(config),
         cache_folder=cache_folder(config),
         split=data.split,
         special_tokens=config.tokenizer.special_tokens,
@@ -152,18 +154,41 @@ def cache_folder(config: Config) -> Path:
     return user if config.data.cache_folder is None else Path(config.data.cache_folder)
 
 
-def build_plan(config: Config, index: SampleIndex, world: World, *, row_tokens: int | None = None) -> Plan:
+def build_plan(
+    config: Config,
+    index: SampleIndex,
+    world: World,
+    *,
+    row_tokens: int | None = None,
+    row_lengths: RowLengths | None = None,
+) -> Plan:
+    """The plan by settings. row_lengths: the few shapes its rows take (`training.row_lengths` chooses them),
+    in place of multiples of a bucket."""
     return Plan(
         index,
         seed=config.run.seed,
-        row_tokens=row_tokens or config.batch.row_tokens,
+        row_tokens=row_tokens or rows_asked(config),
         bucket_tokens=row_bucket(config, world.device),
         ranks=world.size,
         batch_samples=config.batch.samples,
         batch_tokens=config.batch.tokens,
         average=config.loss.average,
         apart=apart_of(config),
+        row_lengths=row_lengths,
     )
+
+
+def rows_asked(config: Config) -> int:
+    """Tokens of a row by the settings alone; auto counts as the default."""
+    asked = config.batch.row_tokens
+    return asked if isinstance(asked, int) else ROW_TOKENS
+
+
+def longest_row(plan: Plan) -> int:
+    """Tokens of the longest row there can be: of one sample where none share a row."""
+    if plan.row_lengths is not None:
+        return plan.row_lengths.capacity
+    return int(plan.index.lengths.max()) if plan.apart.alone_above == 0 else plan.row_tokens
 
 
 def row_bucket(config: Config, device: torch.device) -> int:
@@ -175,7 +200,7 @@ def row_bucket(config: Config, device: torch.device) -> int:
     if isinstance(bucket, int):
         return bucket
     # Compiled layers have static shapes: a graph for every length of a row.
-    return GPU_BUCKET if device.type == "cuda" or config.model.compile else CPU_BUCKET
+    return GPU_BUCKET if device.type == "cuda" or config.model.compile is True else CPU_BUCKET
 
 
 def apart_of(config: Config) -> Apart:
@@ -206,7 +231,7 @@ def check_positions(config: Config, model: Any, stores: Iterable[TokenStore | No
     lengths = np.concatenate([store.index.lengths for store in stores if store is not None])
     longest, limit, made_for = int(lengths.max()), model.position_limit, lengths_of(config).made_for
     said = []
-    if config.model.compile and not config.batch.pack:
+    if config.model.compile is True and not config.batch.pack:
         many = len(np.unique(lengths))
         said.append(
             f"model.compile with batch.pack: false compiles every layer once for each of {many} lengths of a"
@@ -214,8 +239,9 @@ def check_positions(config: Config, model: Any, stores: Iterable[TokenStore | No
         )
     # Rows are documents end to end: a model that reads positions beyond its table would read garbage.
     of_rows = row_limit(model.config) if config.batch.pack else None
-    if of_rows is not None and config.batch.row_tokens > of_rows:
-        raise too_long(type(model).__name__, of_rows, config.batch.row_tokens)
+    asked = config.batch.row_tokens  # auto keeps within it
+    if of_rows is not None and isinstance(asked, int) and asked > of_rows:
+        raise too_long(type(model).__name__, of_rows, asked)
     if limit is not None and longest > limit:
         wrong = (
             f"{int((lengths > limit).sum())} samples are longer than the {limit} positions the model has"

@@ -35,7 +35,7 @@ from repsft_fast.rundir.made import METRICS
 from repsft_fast.schedule import NEEDS_TOTAL
 from repsft_fast.signals import Signals
 from repsft_fast.state import RunState
-from repsft_fast.training import budget, chunks
+from repsft_fast.training import budget, decided
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
@@ -253,7 +253,7 @@ class Saver:
             "moments": snapshots,
             "best": best,
             "decided": {
-                "chunk_bytes": chunks.decided(parts),
+                **decided.record(parts),
                 "budget": budget.record(parts.config, parts.budget, parts.schedule),
                 "deciders": deciders(parts.config, parts.world),
                 "tokenizer": self._tokenizer,

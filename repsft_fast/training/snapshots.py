@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from repsft_fast.distributed import World
+from repsft_fast.distributed import World, held_parameters
 from repsft_fast.errors import SnapshotError, describe
 from repsft_fast.optim import state_tensors
 from repsft_fast.policies import policy_class
@@ -31,11 +31,10 @@ BEST, WHOLE, LAST_GOOD, SNAPSHOT = "best", "whole", "safe", "moments/"
 def closed_list(parts: Parts) -> RunState:
     """Everything mutable of the run. Frozen weights (LoRA) do not change and are not on it."""
     state = RunState()
-    seen: set[int] = set()
-    for name, parameter in parts.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in seen:
-            seen.add(id(parameter))
+    for name, parameter in held_parameters(parts.model):
+        if parameter.requires_grad:
             state.add_tensor(f"model/{name}", parameter)
+    state.add_follower(parts.optimizer.state_was_written)
     state.add_tensors("optimizer", lambda: state_tensors(parts.optimizer))
     state.add_tensors("ledger", parts.ledger.tensors)
     state.add_tensors("spikes", parts.spikes.tensors)
@@ -150,8 +149,8 @@ class Snapshots:
     def adopt(
         self, name: str, values: dict[str, Any] | None, fill: Callable[[dict[str, Tensor]], object]
     ) -> None:
-        """Keep a snapshot read from disk; `fill` writes it into the live tensors, which are another state's
-        afterwards.
+        """Keep a snapshot read from disk; `fill` writes it into the live tensors, inside `RunState.writing`,
+        which are another state's afterwards.
 
         values: of a policy's snapshot; None for the best weights.
         """
@@ -256,6 +255,8 @@ class Snapshots:
             disk_bytes=int(settings.disk_bytes),
             disk_folder=self.parts.folder,
             keep=keep,
+            writing=self.state.writing,
+            graded=self.parts.optimizer.names.values(),
         )
         self.messages += [text for text in pool.messages if text not in self.messages]
         return pool

@@ -14,6 +14,8 @@ from torch import Tensor
 from repsft_fast.data.plan import Update
 from repsft_fast.distributed import abort_pass, begin_row, grad_norm
 from repsft_fast.ops.products import needed_share
+from repsft_fast.row import Row
+from repsft_fast.stats import PositionStats, TokenStats
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.refusals import check_gradients
 
@@ -40,6 +42,8 @@ def train_step(parts: Parts, update: Update) -> None:
         norm, clip, veto = clip_and_veto(parts)  # device scalars, the same on every rank
     except torch.OutOfMemoryError as error:
         whole = abandon_update(parts, streams)
+        if parts.graphs is not None:
+            parts.graphs.drop("memory ran out, and their share of it is given back")
         raise OutOfMemory(error, torn=False, stuck=not whole) from None  # its traceback holds the activations
     lr = parts.schedule.lr(parts.progress.updates)
     try:
@@ -57,19 +61,31 @@ def forward_backward(parts: Parts, update: Update) -> None:
     seen = []
     skip_below = parts.config.loss.skip_below
     last = len(update.ranks[parts.world.rank])  # every rank has as many rows
+    if parts.graphs is not None:
+        parts.graphs.begin_update()
     # weights already hold 1 / the update's one denominator
     for number, row in enumerate(parts.rows(update), 1):
-        if number in (1, last):
-            begin_row(parts.model, last=number == last)
-        loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
-        loss.backward()
+        if number in (1, 2, last):
+            begin_row(parts.model, first=number == 1, last=number == last)
+        loss, stats, sums = row_pass(parts, row)
         kept = needed_share(stats.log10_miss, skip_below) if skip_below > 0.0 else None
-        parts.ledger.add(loss, stats.sum_by(row.position_tasks, parts.num_tasks), kept)  # stays on the device
+        parts.ledger.add(loss, sums, kept)  # stays on the device
         if parts.sample_stats is not None:
             seen.append((row, stats))
     if parts.sample_stats is not None:
         for row, stats in seen:
             parts.sample_stats.add(row, stats)
+
+
+def row_pass(parts: Parts, row: Row) -> tuple[Tensor, PositionStats, TokenStats]:
+    """Gradients of one row, added; its [] loss, [N'] statistics and [tasks, K] sums."""
+    if parts.graphs is not None:
+        replayed = parts.graphs(row, keep=parts.sample_stats is not None)
+        if replayed is not None:
+            return replayed
+    loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
+    loss.backward()
+    return loss, stats, stats.sum_by(row.position_tasks, parts.num_tasks)
 
 
 def abandon_update(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> bool:

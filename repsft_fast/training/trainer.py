@@ -6,7 +6,6 @@ for every epoch:  for every update of its plan:  train_step;  log, evaluate, sav
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,22 @@ import torch
 
 from repsft_fast import distributed
 from repsft_fast.config import Config
-from repsft_fast.data.plan import Prefetcher
 from repsft_fast.report.result import RunResult
 from repsft_fast.rundir.ended import Ended, finished_result, picture, say
 from repsft_fast.rundir.folder import RunFolder, settle
 from repsft_fast.signals import Signals
 from repsft_fast.throughput import Work
-from repsft_fast.training import chunks
+from repsft_fast.training import decided, garbage, graph_choice
 from repsft_fast.training.build import build
 from repsft_fast.training.finish import final_validation, finish, result_of_error, result_of_signal
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.recovery import use_row_tokens
 from repsft_fast.training.refusals import Refused
 from repsft_fast.training.resume import resume as resume_run
+from repsft_fast.training.row_lengths import said
 from repsft_fast.training.run import Run
 from repsft_fast.training.step import OutOfMemory, train_step
+from repsft_fast.training.warm_up import warm_up
 
 
 def train(
@@ -100,8 +100,9 @@ def run(
                     say(ended, parts.world, again=not origin.is_done)
                     if origin.is_done:
                         return ended.result
-            begin(this, folder)
-            loop(this)
+            with garbage.kept_out():
+                begin(this, folder)
+                loop(this)
             if this.saver.leaving:
                 this.saver.close()
                 return result_of_signal(this)
@@ -139,14 +140,22 @@ def begin(run: Run, folder: RunFolder | None) -> None:
     """What is said and decided before the first update, of this process or of the run."""
     parts, reporter = run.parts, run.reporter
     reporter.open_trackers()  # not before: they write into the folder
-    settle(parts.config, parts.world, chunks.decided(parts))
     reporter.start()
     for text in folder.others if folder is not None else ():
         reporter.note(text)
+    use_row_tokens(parts)
+    # What cannot be compiled is decided by it, too: not before may anything be written down.
+    if seconds := warm_up(parts, reporter.note):
+        run.conductor.spans.add("compiling", seconds)
+        reporter.exclude_seconds(seconds)
+    for text in graph_choice.begin(parts, reporter.note):
+        reporter.note(text)
+    settle(parts.config, parts.world, decided.as_settings(parts))
     run.conductor.begin()
     for text in run.snapshots.messages:
         reporter.note(text)
-    use_row_tokens(parts)
+    if (shapes := said(parts.plan)) is not None:
+        reporter.note(shapes)
     run.recovery.snapshot_last_good()
 
 
@@ -188,24 +197,24 @@ def run_epoch(run: Run) -> None:
         conductor.empty_epoch()
         return
 
-    # The next rows are planned by a thread while the device works: what the loop waits for it is told apart.
-    asked = time.perf_counter()
-    for update in Prefetcher(epoch, progress.update):
-        run.reporter.add_data_wait(time.perf_counter() - asked)
-        if run.recovery.is_passed_over(update.cursor):
-            progress.advance(len(epoch))
-        else:
-            train_step(parts, update)
-            parts.step_done(update, len(epoch))
-            if parts.on_update is not None:
-                parts.on_update(parts.lasting.all_work)
-        if progress.ended_on(parts.config.evaluate.every_epochs):
-            conductor.validate()
+    # The next rows are made by a thread while the device works: what the loop waits for them is told apart.
+    with parts.rows_ahead(epoch, progress.update) as ahead:
+        for update in ahead:
+            if run.recovery.is_passed_over(update.cursor):
+                progress.advance(len(epoch))
+            else:
+                train_step(parts, update)
+                parts.step_done(update, len(epoch))
+                if parts.on_update is not None:
+                    parts.on_update(parts.lasting.all_work)
+            run.reporter.add_data_wait(ahead.take_waited())
+            if progress.ended_on(parts.config.evaluate.every_epochs):
+                conductor.validate()
 
-        # From here on the cursor may lie elsewhere: then this plan is not the one to go on with.
-        if conductor.after_update(update, len(epoch)):
-            return
-        if progress.update < len(epoch) and run.between_updates():
-            return
-        asked = time.perf_counter()
+            # From here on the cursor may lie elsewhere: then this plan is not the one to go on with.
+            if conductor.after_update(update, len(epoch)):
+                return
+            if progress.update < len(epoch) and run.between_updates():
+                return
     conductor.end_of_epoch()
+    garbage.collect()

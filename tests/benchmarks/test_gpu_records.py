@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "benchmarks.gpu_records", "--rehearse"]
 
 class TestParts:
     def test_the_order_is_the_list_and_the_first_always_comes(self):
-        assert [part.letter for part in gpu_records.chosen(None)] == list("ABCDEFGHI")
+        assert [part.letter for part in gpu_records.chosen(None)] == list("ABCDEFGHIJ")
         assert [part.letter for part in gpu_records.chosen("e, C")] == list("ACE")
         assert [part.letter for part in gpu_records.chosen("P")] == list("AP")
 
@@ -170,7 +170,7 @@ def test_a_session_killed_at_any_second_leaves_whole_records(threads, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(12))
 def test_a_whole_rehearsal_killed_at_random_seconds_leaves_whole_records(number, tmp_path):
-    killed_rehearsal(tmp_path, ",".join("ABCDEFGHI"), 1 + number % 2, random.uniform(0.0, 60.0))
+    killed_rehearsal(tmp_path, ",".join("ABCDEFGHIJ"), 1 + number % 2, random.uniform(0.0, 60.0))
 
 
 @pytest.mark.slow

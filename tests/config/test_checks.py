@@ -50,6 +50,17 @@ REFUSED = [
         {"batch.row_tokens": 1 << 23, "batch.bucket_tokens": 1 << 23},
         "batch.bucket_tokens: even the shortest row",
     ),
+    ({"batch.row_lengths": [512, 256]}, "batch.row_lengths: are not ascending"),
+    ({"batch.row_lengths": []}, "batch.row_lengths: are not ascending"),
+    ({"batch.row_lengths": [512, 4097]}, "batch.row_lengths: has a row longer than batch.row_tokens"),
+    (
+        {"batch.row_lengths": [4096], "batch.bucket_tokens": 64},
+        "batch.row_lengths: says what rows are padded to, and so does batch.bucket_tokens",
+    ),
+    (
+        {"batch.row_lengths": [4096], "batch.pack": False},
+        "batch.row_lengths: pads rows, and batch.pack: false gives the model a sample as it is",
+    ),
     ({"data.max_tokens": 4098}, "data.max_tokens: a sample this long fits into no row"),
     ({"budget.epochs": None}, "budget: has no limit"),
     (

@@ -40,7 +40,7 @@ def scalars(
 class Both:
     """The same tensors twice, one side updated by the kernel, one by the reference."""
 
-    def __init__(self, shapes, dtype, firsts=None):
+    def __init__(self, shapes, dtype, firsts=None, *, copies=False):
         torch.manual_seed(0)
         self.weights = [torch.randn(shape).to(dtype) for shape in shapes]
         self.moments = [moments(shape) for shape in shapes]
@@ -49,15 +49,21 @@ class Both:
         self.keys = [reference.parameter_key(7, f"p{i}") for i in range(len(shapes))]
         self.firsts = firsts or [0] * len(shapes)
         self.launcher = adamw8bit.Launcher()
+        self.copies = [torch.ones(shape).bfloat16() if copies else None for shape in shapes]
+        self.plain_copies = [None if copy is None else copy.clone() for copy in self.copies]
+        self.parts: list[adamw8bit.Part] | None = None
 
     def update(self, step: int, grads: list[torch.Tensor], **settings) -> int:
         s, count = scalars(step, **settings), torch.tensor(step)
-        launches = self.launcher(
-            list(zip(self.weights, grads, self.moments, self.keys, self.firsts)), s, count
-        )
-        for w, g, m, key, first in zip(self.plain_weights, grads, self.plain_moments, self.keys, self.firsts):
-            flat = {name: t.view(-1) for name, t in m.items()}
-            reference.update_(w.view(-1), g.reshape(-1), flat, s, reference.update_key(key, count), first)
+        made = [self.weights, self.moments, self.keys, self.firsts, self.copies]
+        if self.parts is None or any(a is not b for a, b in zip(self.made, made)):
+            self.parts, self.made = [adamw8bit.Part(*each) for each in zip(*made)], made
+        launches = self.launcher(self.parts, grads, s, count, group=id(self))
+        for number, (w, g, m) in enumerate(zip(self.plain_weights, grads, self.plain_moments)):
+            flat, copy = {name: t.view(-1) for name, t in m.items()}, self.plain_copies[number]
+            key, first = reference.update_key(self.keys[number], count), self.firsts[number]
+            flat_copy = None if copy is None else copy.view(-1)
+            reference.update_(w.view(-1), g.reshape(-1), flat, s, key, first, flat_copy)
         return launches
 
     def check(self) -> None:
@@ -65,6 +71,9 @@ class Both:
             assert torch.equal(ours.view(torch.uint8), plain.view(torch.uint8)), f"weight {index}"
             for name, value in self.plain_moments[index].items():
                 assert torch.equal(self.moments[index][name], value), f"{name} {index}"
+            copy, plain_copy = self.copies[index], self.plain_copies[index]
+            if copy is not None:
+                assert torch.equal(copy.view(torch.int16), plain_copy.view(torch.int16)), f"copy {index}"
 
 
 def gradients(shapes, dtype, seed):
@@ -125,7 +134,7 @@ def test_poison_is_never_hidden():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_around_the_tensors_is_left_alone(dtype):
     """9 × 512 is two whole tiles and two blocks of a third: weights, moments and scales end inside a tile."""
-    both = Both([(9, 512), (13,)], dtype)
+    both = Both([(9, 512), (13,)], dtype, copies=dtype == torch.float32)
     arenas = []
 
     def fenced(tensor: torch.Tensor, fill: float) -> torch.Tensor:
@@ -136,6 +145,7 @@ def test_memory_around_the_tensors_is_left_alone(dtype):
         return inner
 
     both.weights = [fenced(weight, float("nan")) for weight in both.weights]
+    both.copies = [None if copy is None else fenced(copy, float("nan")) for copy in both.copies]
     both.moments = [
         {name: fenced(t, 255 if t.dtype == torch.uint8 else float("nan")) for name, t in m.items()}
         for m in both.moments
@@ -154,31 +164,36 @@ class Far(adamw8bit.Launcher):
 
     beyond = 2**21 + 5  # 2^32 elements and a few
 
-    def _plan(self, kind, members, eight_bit):
-        plan = super()._plan(kind, members, eight_bit)
-        elements = self.beyond * adamw8bit.TILE
-        for line, (weight, gradient, m, _, first) in zip(plan.table.view(len(members), -1), members):
-            a = adamw8bit
-            moved = {a.WEIGHT: weight, a.GRAD: gradient, a.M: m["exp_avg"], a.V: m["exp_avg_sq"]}
-            for column, tensor in moved.items():
-                line[column] = tensor.data_ptr() - elements * tensor.element_size()
-            if eight_bit:
-                line[a.M_SCALE] = m["exp_avg_scale"].data_ptr() - elements // BLOCK
-                line[a.V_SCALE] = m["exp_avg_sq_scale"].data_ptr() - elements // BLOCK
-            line[a.SIZE] += elements // BLOCK if eight_bit else elements
-            line[a.FIRST] = first - elements
-            line[a.FIRST_TILE] -= self.beyond
-        return plan
+    def _plans(self, parts, grads, group):
+        plans = super()._plans(parts, grads, group)
+        for plan in plans:
+            for line, number in zip(plan.table, plan.gradients):
+                self.move(line, parts[number], grads[number], eight_bit=plan.kind[0])
+        return plans
+
+    def move(self, line, part, gradient, eight_bit):
+        elements, a, m, first = self.beyond * adamw8bit.TILE, adamw8bit, part.moments, part.first
+        moved = {a.WEIGHT: part.weight, a.GRAD: gradient, a.M: m["exp_avg"], a.V: m["exp_avg_sq"]}
+        moved |= {} if part.copy is None else {a.COPY: part.copy}
+        for column, tensor in moved.items():
+            line[column] = tensor.data_ptr() - elements * tensor.element_size()
+        if eight_bit:
+            line[a.M_SCALE] = m["exp_avg_scale"].data_ptr() - elements // BLOCK
+            line[a.V_SCALE] = m["exp_avg_sq_scale"].data_ptr() - elements // BLOCK
+        line[a.SIZE] += elements // BLOCK if eight_bit else elements
+        line[a.FIRST] = first - elements
+        line[a.FIRST_TILE] -= self.beyond
 
 
 def test_tensors_of_more_than_2_to_the_32_elements():
     """Only the last tiles of such tensors are launched: offsets within a tensor are 64-bit, and no memory is
     needed."""
     shapes = [(9, 512), (33, 65)]
-    both = Both(shapes, torch.bfloat16, firsts=[256 * (2**25 + 3), 2**33 + 77])
-    both.launcher = Far()
-    both.update(3, gradients(shapes, torch.bfloat16, 0))
-    both.check()
+    for dtype in (torch.bfloat16, torch.float32):
+        both = Both(shapes, dtype, firsts=[256 * (2**25 + 3), 2**33 + 77], copies=dtype == torch.float32)
+        both.launcher = Far()
+        both.update(3, gradients(shapes, dtype, 0))
+        both.check()
 
 
 @IGNORE_OVERFLOW
@@ -235,6 +250,16 @@ def test_the_moments_of_tiny_and_huge_gradients():
         both.check()
 
 
+def through_the_kernel(inner):
+    """A CPU's optimizer that launches, in the interpreter."""
+
+    def step(parameters, scalars):
+        group = next(g for g, each in enumerate(inner.param_groups) if parameters[0] in set(each["params"]))
+        inner._launch(group, parameters, scalars)
+
+    inner._update_plain = step
+
+
 def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
     """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the
     device."""
@@ -249,11 +274,11 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
     launches = []
 
     class Counting(adamw8bit.Launcher):
-        def __call__(self, parts, scalars, step):
-            launches.append((len(parts), super().__call__(parts, scalars, step)))
+        def __call__(self, parts, gradients, scalars, step, *, group):
+            launches.append((len(parts), super().__call__(parts, gradients, scalars, step, group=group)))
 
     monkeypatch.setattr(adamw8bit, "Launcher", Counting)
-    ours.inner._update_plain = ours.inner._launch
+    through_the_kernel(ours.inner)
     for update in range(4):
         for (_, p), (_, q) in zip(named[:-1], other):
             gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(update)).to(p.dtype)
@@ -263,7 +288,7 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
         assert update == 0 or syncs.found == {}  # the first builds its table, on the host
         plain.step(1e-2 / (1 + update), torch.tensor(float(update == 2)), torch.tensor(0.3))
     # one launcher for the optimizer's life, and one table a group
-    assert len(ours.inner._launcher._plans) == 2
+    assert [tables.built for _, _, tables in ours.inner._launcher._tables.values()] == [1, 1]
     assert launches == [(2, 1), (2, 1)] * 4  # matrices, which decay, in one group, vectors in the other
     theirs = state_tensors(plain)
     for name, value in state_tensors(ours).items():
@@ -277,7 +302,8 @@ def test_tables_follow_gradients_that_move():
         fresh = gradients([(16, 256)], torch.float32, step)
         both.update(step, fresh)
         both.check()
-    assert len(both.launcher._plans) == 1
+    ((_, _, tables),) = both.launcher._tables.values()
+    assert (tables.built, tables.moved) == (1, 2)
 
 
 def test_tables_are_reused_while_addresses_stay():
@@ -291,10 +317,12 @@ def test_tables_are_reused_while_addresses_stay():
             grad[0].mul_(0.5)
             both.update(step, grad)
             both.check()
-        tables.append([id(plan.table) for plan in groups[0].launcher._plans.values()])
+        known = [tables for _, _, tables in groups[0].launcher._tables.values()]
+        tables.append([id(plan.table) for kept in known for plan in kept.plans])
     assert len(tables[0]) == 2
     assert tables[0] == tables[1]
-    for plan in groups[0].launcher._plans.values():  # as the kernels compiled ahead of time take them
+    assert [(kept.built, kept.moved) for kept in known] == [(1, 0)] * 2
+    for plan in (plan for kept in known for plan in kept.plans):  # as the kernels compiled ahead take them
         assert (plan.table.dtype, plan.tiles.dtype) == (torch.int64, torch.int32)
 
 
@@ -308,37 +336,54 @@ def test_misaligned_and_strided_tensors():
     both.check()
 
 
-@pytest.mark.parametrize("shifted", ["weight", "gradient", "exp_avg", "exp_avg_sq", None])
+@pytest.mark.parametrize("shifted", ["weight", "gradient", "exp_avg", "exp_avg_sq", "copy", None])
 def test_16_byte_accesses_are_only_for_addresses_that_take_them(shifted):
     """The interpreter cannot see what the promise is for: a GPU would fault."""
     tensors = {"weight": torch.zeros(16, 256), "gradient": torch.zeros(16, 256)} | moments((16, 256))
+    tensors["copy"] = torch.zeros(16, 256, dtype=torch.bfloat16)
     if shifted:
         there = tensors[shifted]
         tensors[shifted] = torch.zeros(there.numel() + 1, dtype=there.dtype)[1:].view(16, 256)
     state = {name: tensors[name] for name in moments((16, 256))}
-    kind = adamw8bit._kind((tensors["weight"], tensors["gradient"], state, (0, 0), 0))
-    assert kind == (True, False, False, shifted is None)
+    part = adamw8bit.Part(tensors["weight"], state, (0, 0), 0, tensors["copy"])
+    assert adamw8bit._kind(part, tensors["gradient"]) == (True, False, False, True, shifted is None)
     odd = torch.zeros(33, 65)
-    assert adamw8bit._kind((odd, odd, moments((33, 65)), (0, 0), 0)) == (False, False, False, False)
+    alone = adamw8bit.Part(odd, moments((33, 65)), (0, 0), 0)
+    assert adamw8bit._kind(alone, odd) == (False, False, False, False, False)
 
 
 def test_contracts_are_checked():
-    weight, launcher = torch.zeros(16, 256), adamw8bit.Launcher()
-    with pytest.raises(ValueError, match="float32 or bfloat16"):
-        launcher([(weight.half(), weight, moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
-    with pytest.raises(ValueError, match="gradient float32 or bfloat16"):
-        launcher([(weight, weight.double(), moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
-    with pytest.raises(ValueError, match="weight contiguous"):
-        launcher([(weight.t(), weight.t(), moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
-    with pytest.raises(ValueError, match="gradient of shape"):
-        launcher([(weight, weight[:8], moments((16, 256)), (0, 0), 0)], scalars(1), torch.tensor(1))
-    with pytest.raises(ValueError, match="whole blocks"):
-        launcher([(weight, weight, moments((16, 256)), (0, 0), 128)], scalars(1), torch.tensor(1))
+    weight, launcher, half = torch.zeros(16, 256), adamw8bit.Launcher(), torch.zeros(16, 256).bfloat16()
     narrow = {name: torch.zeros(1, 128, dtype=torch.uint8) for name in moments((16, 256))}
-    with pytest.raises(ValueError, match="whole blocks"):
-        launcher(
-            [(weight[:1, :128].clone(), weight[:1, :128].clone(), narrow, (0, 0), 0)],
-            scalars(1),
-            torch.tensor(1),
-        )
-    assert launcher([], scalars(1), torch.tensor(1)) == 0
+    small = weight[:1, :128].clone()
+
+    def refused(words, weight, gradient, state=None, first=0, copy=None):
+        part = adamw8bit.Part(weight, state or moments((16, 256)), (0, 0), first, copy)
+        with pytest.raises(ValueError, match=words):
+            launcher([part], [gradient], scalars(1), torch.tensor(1))
+
+    refused("float32 or bfloat16", weight.half(), weight)
+    refused("gradient float32 or bfloat16", weight, weight.double())
+    refused("weight contiguous", weight.t(), weight.t())
+    refused("gradient of shape", weight, weight[:8])
+    refused("whole blocks", weight, weight, first=128)
+    refused("whole blocks", small, small.clone(), narrow)
+    refused("a copy of an fp32 weight", half, half.clone(), copy=half.clone())
+    refused("contiguous bf16 copy", weight, weight.clone(), copy=weight.clone())
+    refused("contiguous bf16 copy", weight, weight.clone(), copy=half[:8])
+    assert launcher([], [], scalars(1), torch.tensor(1)) == 0
+
+
+def test_masters_move_as_they_do_alone_and_their_weights_follow():
+    """The bits of master and moments are those without a copy; the copy is torch's own rounding of it."""
+    alone, both = Both(SHAPES, torch.float32), Both(SHAPES, torch.float32, copies=True)
+    for step in (1, 2, 3):
+        grads = gradients(SHAPES, torch.float32, step)
+        alone.update(step, grads, clip=0.7)
+        assert both.update(step, grads, clip=0.7) == 3
+        both.check()
+    assert all(torch.equal(a, b) for a, b in zip(alone.weights, both.weights))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(alone.moments, both.moments) for k in a)
+    assert all(torch.equal(copy, master.bfloat16()) for copy, master in zip(both.copies, both.weights))
+    both.update(4, [torch.full(shape, float("nan")) for shape in SHAPES], veto=1.0)
+    both.check()

@@ -1,11 +1,9 @@
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repsft_fast.data.plan import Cursor, Plan, Prefetcher, SampleIndex, denominator, summary
+from repsft_fast.data.plan import Cursor, Plan, SampleIndex, denominator, summary
 from repsft_fast.errors import ConfigError, DataError
 
 FIXED_ORDER = [2, 6, 0, 5, 3, 7, 1, 8, 4, 9]
@@ -314,53 +312,6 @@ class TestDenominator:
         index = make_index([5] * 12, trained=range(1, 13), weights=weights)
         for average in ("sample", "token"):
             assert denominator(index, np.array(order), average) == denominator(index, np.arange(12), average)
-
-
-class TestAhead:
-    @pytest.mark.parametrize("start", [0, 3, 7, 8])
-    @pytest.mark.parametrize("depth", [0, 1, 2, 100])
-    def test_it_gives_the_same_updates_in_the_same_order(self, start, depth):
-        epoch = make_plan().epoch(0, 0)
-        ahead = [update.cursor.update for update in Prefetcher(epoch, start, depth)]
-        assert ahead == list(range(start, len(epoch)))
-
-    def test_no_more_than_depth_are_packed_before_they_are_asked_for(self):
-        epoch, packed = make_plan(batch_samples=1).epoch(0, 0), []
-        pack_one = epoch.update
-        epoch.update = lambda i: packed.append(i) or pack_one(i)
-        for taken, _ in enumerate(Prefetcher(epoch, depth=3), start=1):
-            assert len(packed) <= taken + 3
-        assert packed == list(range(30))
-
-    def test_leaving_early_packs_no_more_than_the_one_under_way(self):
-        epoch, packed, go = make_plan(batch_samples=1).epoch(0, 0), [], threading.Event()
-        pack_one = epoch.update
-
-        def slow(i):
-            if i > 0:
-                go.wait(10)
-            packed.append(i)
-            return pack_one(i)
-
-        epoch.update = slow
-        updates = iter(Prefetcher(epoch, depth=8))
-        next(updates)
-        threading.Timer(0.05, go.set).start()
-        updates.close()
-        assert packed in ([0], [0, 1])
-
-    def test_leaving_early_stops_the_thread(self):
-        before = threading.active_count()
-        for _ in Prefetcher(make_plan().epoch(0, 0)):
-            assert threading.active_count() == before + 1
-            break
-        assert threading.active_count() == before
-
-    def test_an_error_in_the_thread_reaches_the_loop(self):
-        epoch = make_plan().epoch(0, 0)
-        epoch.plan.row_tokens = 1
-        with pytest.raises(DataError, match="longer than a row"):
-            list(Prefetcher(epoch))
 
 
 class TestSummary:

@@ -234,6 +234,22 @@ class TestFewShapes:
         row = store.row(planned(ids, store, slots=700), denominator=1.0, average="sample")
         assert row.max_seqlen == 1024
 
+    def test_shapes_as_they_were_planned(self, store):
+        made = PlannedRow(np.array([2, 0]), 5, 8, segments=4, max_seqlen=6)
+        row = store.row(made, denominator=1.0, average="sample")
+        assert row.cu_seqlens.tolist() == [0, 2, 5, 8, 8]
+        assert row.max_seqlen == 6
+        full = PlannedRow(np.array([2, 0]), 5, 5, segments=2, max_seqlen=3)
+        assert store.row(full, denominator=1.0, average="sample").cu_seqlens.tolist() == [0, 2, 5]
+        nothing = PlannedRow(np.array([], dtype=np.int64), 0, 8, segments=3, max_seqlen=8)
+        assert store.row(nothing, denominator=1.0, average="sample").cu_seqlens.tolist() == [0, 8, 8, 8]
+
+    @pytest.mark.parametrize(("slots", "segments", "bound"), [(8, 2, 6), (8, 4, 2), (5, 1, 3), (9, 4, 3)])
+    def test_a_row_that_is_not_of_its_shapes_is_an_error(self, slots, segments, bound, store):
+        made = PlannedRow(np.array([2, 0]), 5, slots, segments=segments, max_seqlen=bound)
+        with pytest.raises(ValueError, match=r"row: has .* segments"):
+            store.row(made, denominator=1.0, average="sample")
+
     def test_cu_seqlens_takes_few_lengths(self):
         store = TokenStore([Sample([1, 2], [False, True])], "cpu")
         lengths = {

@@ -11,6 +11,7 @@ from repsft_fast import distributed
 from repsft_fast.config import Config
 from repsft_fast.distributed import reset, shard
 from repsft_fast.models import load_model
+from repsft_fast.training import build as building
 from repsft_fast.training import step
 from repsft_fast.training.build import build
 from repsft_fast.training.snapshots import closed_list
@@ -30,19 +31,20 @@ PLACES += [("gather", 1), ("between two products", 4), ("reduce", 4), ("norm", 4
 
 
 @pytest.fixture(autouse=True)
-def no_group_is_left():
+def one_rank_under_fsdp(monkeypatch):
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", True)
     yield
     ranks.leave_group()
 
 
 def made(folder, **changes):
     parts = build(Config.of(runs.settings(folder, **{**SETTINGS, **changes})))
-    assert isinstance(parts.model, FSDPModule)
+    assert isinstance(parts.model, FSDPModule) == building.ONE_RANK_FSDP
     return parts, next(update for update in parts.plan.epoch(0, 0) if len(update.ranks[0]) == 4)
 
 
 def gradients(parts):
-    return {name: p.grad.full_tensor().clone() for name, p in parts.optimizer.names.items()}
+    return {name: distributed.full_tensor(p.grad).clone() for name, p in parts.optimizer.names.items()}
 
 
 def made_again(parts, update, monkeypatch):
@@ -116,6 +118,12 @@ def memory_runs_out(place, row, parts, update, monkeypatch):
         finally:
             [handle.remove() for handle in hooks]
     return raised.value
+
+
+@pytest.mark.parametrize(("place", "row"), [(place, 3) for place in ANYWHERE] + [("norm", 4)])
+def test_the_same_update_again_with_masters(place, row, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", False)
+    test_the_same_update_again_is_as_if_undisturbed(place, row, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("place", "row"), PLACES)

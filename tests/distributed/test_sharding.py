@@ -101,6 +101,14 @@ def gradient_in_bf16(world):
     return model.model.norm.weight.grad.full_tensor().numpy()
 
 
+def loss_of_thirds(world):
+    """Of a row whose weights no bf16 number holds."""
+    model = build(compute_dtype="bfloat16")
+    shard(model, world)
+    loss, stats = model.loss(tiny.row(tiny.documents((9,)), denominator=3.0))
+    return loss.item(), stats.loss.double().sum().item() / 27
+
+
 def forget(world, sharded=True):
     """Evaluate, write the parameters in place, evaluate: the second sees what was written. Also plain forward
     calls."""
@@ -167,6 +175,12 @@ class TestSharded:
             assert got.dtype == torch.float32
             moved = value - start[key]
             assert (got - start[key] - moved).norm() < 0.1 * moved.norm(), key
+
+    def test_the_weights_of_a_row_are_not_rounded_to_what_is_computed_in(self):
+        """FSDP2 casts what its modules are given: the denominator of an update is nothing to cast."""
+        for size in (1, 2):
+            for loss, expected in ranks.run_ranks(loss_of_thirds, size=size):
+                assert loss == pytest.approx(expected, rel=1e-5)
 
     def test_gradients_computed_in_bf16_are_added_in_fp32(self):
         for gradient in map(torch.from_numpy, ranks.run_ranks(gradient_in_bf16)):

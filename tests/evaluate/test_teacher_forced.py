@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from repsft_fast.config import Config
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.errors import ConfigError, DataError
 from repsft_fast.evaluate.answered import Answered
 from repsft_fast.evaluate.answers import find_extractor
@@ -84,13 +85,17 @@ def test_every_sample_is_judged_as_generation_judges_it(half_known):
 
 
 @pytest.mark.parametrize("row_tokens", [13, 40, 512])
-def test_however_the_rows_are_packed(half_known, row_tokens):
+@pytest.mark.parametrize("to", [None, RowLengths((13,), 1, 13), RowLengths((13, 20, 512), 40, 13)], ids=str)
+def test_however_the_rows_are_packed(half_known, row_tokens, to):
     from repsft_fast.evaluate.teacher_forced import TeacherForced
 
     parts, known = half_known
     scorer = TeacherForced(
-        parts.data.train, range(SAMPLES), row_tokens=row_tokens, bucket_tokens=1, world=parts.world
+        parts.data.train, range(SAMPLES), row_tokens=row_tokens, bucket_tokens=1, world=parts.world, to=to
     )
+    if to is not None:
+        assert {row.padded_tokens for row in scorer._rows} <= set(to.lengths)
+        assert len({(row.segments, row.max_seqlen) for row in scorer._rows}) <= len(to.lengths)
     assert (scorer(parts.model).items("exact_match") == known).all()
 
 

@@ -25,8 +25,8 @@ WORDS = 300  # characters of a failure that are told
 # Cheap and fundamental first, and what needs few kernels of ours: the others are compiled meanwhile. Last
 # what waits.
 ORDER = (
-    "hash", "attention", "snapshots", "rows", "update", "row_kernel", "kept_rows", "head", "adamw8bit", "equal_runs",
-    "compiled", "telling",
+    "hash", "attention", "snapshots", "rows", "update", "row_kernel", "kept_rows", "head", "adamw", "adamw8bit",
+    "equal_runs", "compiled", "graphs", "telling",
 )  # fmt: skip
 PREFIX = "test_gpu_"
 _PHASES = pytest.StashKey[list]()

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 OPERATIONS = (
-    "head", "row kernel", "kept rows", "adamw8bit", "attention",
-    "state hash", "snapshot", "train step", "checkpoint", "compile",
+    "head", "row kernel", "kept rows", "adamw", "adamw8bit", "attention",
+    "state hash", "snapshot", "train step", "checkpoint", "compile", "graphs",
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32", "any")
 INTERPRETED = (
     "csrc_triton.cross_entropy",
     "csrc_triton.kept_rows",
+    "csrc_triton.adamw",
     "csrc_triton.adamw8bit",
     "csrc_triton.state_hash",
 )

@@ -42,6 +42,19 @@ def test_every_bit_is_the_truths_without_contraction(place, dtype):
     assert launches == 2
 
 
+@anywhere("adamw8bit", dtype="float32", on="interpreter")
+def test_weights_written_with_their_masters(place):
+    """The bf16 weight is the master rounded to the nearest; master and moments are those without one."""
+    sides = Sides(shapes_of(place), torch.float32, place.device, copies=True)
+    with contraction(False):
+        for step in (1, 2):
+            grads = gradients(shapes_of(place), torch.float32, step)
+            sides.kernel(step, grads, clip=0.7)
+            sides.truth(step, grads, clip=0.7)
+            equal(sides)
+    assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(sides.copies, sides.weights, strict=True))
+
+
 @here
 def test_as_it_is_run_few_bits_differ_and_by_one(place, dtype):
     """Every update starts from the truth, so that what differs is its own doing. With contraction a moment

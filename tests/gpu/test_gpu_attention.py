@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from repsft_fast.ops import attention
+from repsft_fast.ops import attention, flash
 from repsft_fast.ops.attention import Packed, packed_attention
+from repsft_fast.ops.attention_choice import why_not
 from tests.gpu.places import Law3, anywhere, by_dtype, poison_pool
 
 HALF = [torch.bfloat16, torch.float16]
@@ -44,10 +45,10 @@ class Case:
         cu = torch.tensor(borders + [borders[-1]] * tail, dtype=torch.int32, device=self.place.device)
         return Packed(cu, LENGTHS, max_seqlen, backend)
 
-    def run(self, **options):
+    def run(self, backend=None, **options):
         """[output, gradients of q, k and v], by the back end that trains here."""
         tensors = [x.to(self.place.device, copy=True).requires_grad_() for x in self.tensors]
-        where = self.packed(self.place.pick("segments", "varlen"), **options)
+        where = self.packed(backend or self.place.pick("segments", "varlen"), **options)
         output = packed_attention(Layer(), *tensors, None, packed=where, sliding_window=self.window)[0]
         return [output.detach(), *torch.autograd.grad(output, tensors, self.up.to(self.place.device))]
 
@@ -89,6 +90,25 @@ def test_the_trial_of_grouped_heads_finds_what_this_torch_does(place, monkeypatc
         "every torch since 2.11 takes them: say why this one does not"
     )
     assert attention._grouped == {device.index: True}
+
+
+@anywhere("attention", dtype="bfloat16", on=None)
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", flash.PACKAGES)
+def test_a_package_that_is_here(place, name, kv_heads, window):
+    """With a tail of empty documents, memory that held NaN, and in a fixed order twice the same."""
+    if (why := why_not(name, place.device, DIM)) is not None:
+        pytest.skip(why)
+    case = Case(place, torch.bfloat16, kv_heads, window)
+    poison_pool(place.device)
+    case.held(case.run(name, tail=9))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = case.run(name), case.run(name)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, first, again))
 
 
 @everywhere

@@ -108,7 +108,7 @@ def test_a_revert_is_as_if_one_had_never_left(place, optimizer, tmp_path):
     small_runs.steps(parts, 2)
     small_runs.losses(parts)
     state = closed_list(parts)
-    pool = SnapshotPool(state.tensors(), device_bytes=64 * MIB, pinned_bytes=0, keep=1)
+    pool = SnapshotPool(state.tensors(), device_bytes=64 * MIB, pinned_bytes=0, keep=1, writing=state.writing)
     start = state.hash()
     pool.take("here", state.values())
     small_runs.steps(parts, 3)

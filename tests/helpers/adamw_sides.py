@@ -67,7 +67,7 @@ def moments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 class Sides:
     """weights, moments: the truth's, on the CPU. device_weights, device_moments: the kernel's."""
 
-    def __init__(self, shapes, dtype: torch.dtype, device: torch.device, weights=None):
+    def __init__(self, shapes, dtype: torch.dtype, device: torch.device, weights=None, *, copies=False):
         generator = torch.Generator().manual_seed(0)
         self.device = device
         self.weights = weights or [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -76,6 +76,15 @@ class Sides:
         self.launcher = adamw8bit.Launcher()
         self.device_weights = [w.to(device, copy=True) for w in self.weights]
         self.device_moments = [{name: t.to(device, copy=True) for name, t in m.items()} for m in self.moments]
+        # of masters the weights they are of, which begin as anything
+        self.copies = [torch.zeros_like(w, dtype=torch.bfloat16) if copies else None for w in self.weights]
+        self.device_copies = [None if c is None else c.to(device, copy=True) for c in self.copies]
+        self.parts = [
+            adamw8bit.Part(*each)
+            for each in zip(
+                self.device_weights, self.device_moments, self.keys, [0] * len(shapes), self.device_copies
+            )
+        ]
 
     def kernel(self, step: int, grads: list[torch.Tensor], **settings) -> int:
         """One update of the kernel's side. Returns the number of launches."""
@@ -84,23 +93,17 @@ class Sides:
             given.lr, given.beta1, given.beta2, given.eps, given.weight_decay,
             *(t.to(self.device) for t in (given.inverse_correction1, given.inverse_correction2, given.clip, given.veto)),
         )  # fmt: skip
-        firsts = [0] * len(grads)
-        parts = list(
-            zip(
-                self.device_weights,
-                [g.to(self.device) for g in grads],
-                self.device_moments,
-                self.keys,
-                firsts,
-            )
-        )
-        return self.launcher(parts, there, torch.tensor(step, device=self.device))
+        on_device = [g.to(self.device) for g in grads]
+        return self.launcher(self.parts, on_device, there, torch.tensor(step, device=self.device))
 
     def truth(self, step: int, grads: list[torch.Tensor], **settings) -> None:
-        for weight, gradient, m, key in zip(self.weights, grads, self.moments, self.keys):
+        for weight, gradient, m, key, copy in zip(self.weights, grads, self.moments, self.keys, self.copies):
+            copied = None if copy is None else copy.view(-1)
             flat = {name: t.view(-1) for name, t in m.items()}
             now = reference.update_key(key, torch.tensor(step))
-            reference.update_(weight.view(-1), gradient.reshape(-1), flat, scalars(step, **settings), now, 0)
+            reference.update_(
+                weight.view(-1), gradient.reshape(-1), flat, scalars(step, **settings), now, 0, copied
+            )
 
     def start_from_truth(self) -> None:
         """The kernel's side becomes a copy of the truth's, so that differences of one update are seen
@@ -117,3 +120,7 @@ class Sides:
             yield f"weight {number}", ours.to("cpu", copy=True), weight
             for name, value in self.moments[number].items():
                 yield f"{name} {number}", self.device_moments[number][name].to("cpu", copy=True), value
+            copy, truth = self.device_copies[number], self.copies[number]
+            if copy is not None:
+                assert truth is not None
+                yield f"copy {number}", copy.to("cpu", copy=True), truth

@@ -295,7 +295,7 @@ def fake_cuda(monkeypatch: Any, *, every: int = 8) -> Iterator[FakeCuda]:
     def dispatch(kind: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (
             args[0].fake_mode.told(args[0])
-            if func is _DEVICE
+            if func is _DEVICE and isinstance(args[0].fake_mode, FakeCuda)
             else plain(kind, func, types, args, kwargs or {})
         )
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from repsft_fast.config import Config
+from repsft_fast.memory.activations import materialise
 from repsft_fast.models import load
 from repsft_fast.ops import attention
 from repsft_fast.selftest.syncs import SyncCounter
-from repsft_fast.sizing.rehearsal import materialise
 from repsft_fast.training import build as building
 from repsft_fast.training import step
 from repsft_fast.training.parts import Parts

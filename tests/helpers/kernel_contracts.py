@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csrc_triton import adamw8bit, cross_entropy, kept_rows, state_hash
+from csrc_triton import adamw, adamw8bit, cross_entropy, kept_rows, state_hash
 from csrc_triton.launch import AotCase
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ _TYPES = {
 }  # fmt: skip
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _CASES: dict[str, list[AotCase]] = {}
-for _module in (adamw8bit, cross_entropy, kept_rows, state_hash):
+for _module in (adamw, adamw8bit, cross_entropy, kept_rows, state_hash):
     for _case in _module.AOT_CASES:
         _CASES.setdefault(_case.kernel.fn.__name__, []).append(_case)
 
@@ -62,6 +62,18 @@ def _tiles(a: Named, grid: tuple[int, ...]) -> Touched:
     return {"table_ptr": 16, "tiles_ptr": grid[0], "scalars_ptr": 4, "step_ptr": 1}
 
 
+def _adamw(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(a["tiles_ptr"].numel() == grid[0], "a program for every tile", grid)
+    tensors = a["table_ptr"].numel() // 16
+    ones = {"clip_ptr": 1, "veto_ptr": 1}
+    return {"table_ptr": 16 * tensors, "tiles_ptr": grid[0], "corrections_ptr": 2 * tensors, **ones}
+
+
+def _counts(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(grid == (-(-a["tensors"] // a["BLOCK"]),), "a program for every block of tensors", grid)
+    return {"table_ptr": 16 * a["tensors"], "corrections_ptr": 2 * a["tensors"], "veto_ptr": 1}
+
+
 def _words(a: Named, grid: tuple[int, ...]) -> Touched:
     return {"words_ptr": a["blocks"] * a["BLOCK"], "partial_ptr": grid[0]}
 
@@ -70,6 +82,8 @@ _TOUCHED: dict[str, Callable[[Named, tuple[int, ...]], Touched]] = {
     "cross_entropy_rows_kernel": _rows_of_logits,
     "kept_hidden_kernel": _kept,
     "kept_head_kernel": _kept,
+    "adamw_kernel": _adamw,
+    "adamw_count_kernel": _counts,
     "adamw_8bit_kernel": _tiles,
     "adamw_32bit_kernel": _tiles,
     "_sum_kernel": _words,
@@ -88,7 +102,10 @@ def check_launch(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: Named) -
     )
     if not kernel.fn.__module__.startswith("csrc_triton"):
         return
-    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+    options = {
+        key: kwargs.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in kwargs
+    }
+    contraction = options.pop("enable_fp_fusion", True)
     a = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
     _must(
         set(options) <= {"num_warps", "num_stages"} and options.get("num_warps", 4) in (1, 2, 4, 8, 16),
@@ -104,6 +121,7 @@ def check_launch(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: Named) -
     found = {key: _kind(value) for key, value in a.items()}
     fits = [case for case in _CASES[name] if all(found[key] == kind for key, kind in case.signature.items())]
     _must(bool(fits), f"{name}: types of a case that is compiled ahead of time", found)
+    _must(fits[0].contraction == contraction, f"{name}: contracted as it is compiled ahead", contraction)
     _must(set(a) == set(fits[0].signature) | set(fits[0].constexprs), f"{name}: its arguments", sorted(a))
     for key, elements in _TOUCHED[name](a, tuple(grid)).items():
         storage, tensor = a[key].untyped_storage().nbytes(), a[key]

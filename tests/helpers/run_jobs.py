@@ -19,7 +19,9 @@ import torch
 
 from repsft_fast import checkpoint
 from repsft_fast.checkpoint.files import hash_bytes
+from repsft_fast.distributed import held_parameters
 from repsft_fast.state import state_hash
+from repsft_fast.training import build as building
 from repsft_fast.training import saver, trainer
 from repsft_fast.training.snapshots import closed_list
 from repsft_fast.training.step import OutOfMemory
@@ -51,6 +53,7 @@ def train(
     full_after: int | None = None,
     again: float | None = None,
     block_checkpoints: bool = False,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Train. kill_after: SIGKILL after that many updates of this and all earlier processes; kill_at: at the
     kill_time-th passing of that crash point, of the checkpoint's or of run_points; signal_after: `number` to
@@ -59,19 +62,20 @@ def train(
     forget: the item of the closed list that a resumed run does not put back. poison: after these many updates
     (of all branches) the next one's loss is NaN. full_after: after that many updates memory runs out in the
     next one, unless its rows are shorter than the settings'. block_checkpoints: a file lies where their
-    folder should be.
+    folder should be. fsdp: one rank by FSDP2 too.
 
     Returns the result and the hash of the closed list of state as it was when the loop ended.
     """
     found: dict[str, Any] = {}
     finish = trainer.finish
+    building.ONE_RANK_FSDP = fsdp
 
     def at_the_end(run: Any) -> Any:
         found["hash"] = closed_list(run.parts).hash()
         table = run.conductor.history.values()
         found["history"] = hash_bytes(json.dumps(table, sort_keys=True).encode())
         result = finish(run)
-        weights = {name: parameter for name, parameter in run.parts.model.named_parameters()}
+        weights = dict(held_parameters(run.parts.model))
         found["result_hash"] = state_hash(weights, {})  # the policy's choice or the best ones, put back
         return result
 

@@ -1,13 +1,15 @@
 """Law 11: equal row statistics give bit-equal segment sums in any row order; with fixed chunking a call is
 bit-reproducible."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repsft_fast.ops.linear_cross_entropy import linear_cross_entropy
-from repsft_fast.stats import PositionStats, TokenStats
+from repsft_fast.stats import CLAMP_BITS, COLUMNS, FRACTION_BITS, PositionStats, TokenStats
 
 FIELDS = ("loss", "correct", "entropy", "top1_probability", "margin", "log10_miss")
 
@@ -59,6 +61,41 @@ def test_the_sums_are_those_of_exact_arithmetic():
     assert sums.total.tolist() == [134, 133, 133]
     assert sums.correct.tolist() == [int(stats.correct[owner == s].sum()) for s in range(3)]
     assert sums.correct.dtype == torch.int64
+
+
+def column_by_column(stats: PositionStats, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, K] int64: each statistic by itself, value by value, in Python's integers."""
+    table = [[0] * len(COLUMNS) for _ in range(count)]
+    for place, segment in enumerate(owner.tolist()):
+        row = {name: float(getattr(stats, name)[place].double()) for name in FIELDS}
+        line, good = table[segment], math.isfinite(row["loss"])
+        line[0] += 1
+        line[1] += int(row["correct"])
+        line[2] += not good
+        row["loss_squared"] = row["loss"] ** 2
+        for name, bits in FRACTION_BITS.items():
+            value, bound = row[name], 2.0 ** CLAMP_BITS[name]
+            if good and not math.isnan(value):
+                line[COLUMNS.index(name)] += round(min(max(value, -bound), bound) * 2.0**bits)
+    return torch.tensor(table, dtype=torch.int64).reshape(count, len(COLUMNS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 1, 60])
+def test_each_column_is_clamped_scaled_and_rounded_by_itself(n, dtype):
+    generator = torch.Generator().manual_seed(n)
+    size = 10.0 ** torch.randint(-4, 8, (5, n), generator=generator)
+    values = (torch.randn(5, n, generator=generator) * size).to(dtype)
+    if n > 20:
+        values[:, :4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+        values[1:, 4:8] = torch.tensor([math.nan, math.inf, -math.inf, 0.5])
+    loss, entropy, top1, margin, miss = values
+    stats = PositionStats(loss, loss > 0, entropy, top1, margin, miss)
+    owner = torch.randint(3, (n,), generator=generator)
+    kept = [getattr(stats, name).clone() for name in FIELDS]
+    assert torch.equal(stats.sum_by(owner, 3).table, column_by_column(stats, owner, 3))
+    for name, before in zip(FIELDS, kept, strict=True):
+        assert torch.equal(getattr(stats, name).nan_to_num(), before.nan_to_num()), "they are only read"
 
 
 def test_every_token_of_a_sample_correct():

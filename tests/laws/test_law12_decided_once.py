@@ -12,6 +12,7 @@ from repsft_fast.config import Config
 from repsft_fast.distributed import World
 from repsft_fast.models import load_model
 from repsft_fast.ops import row_pass
+from repsft_fast.optim import masters
 from repsft_fast.state import state_hash
 from repsft_fast.training import chunks, saver, trainer
 from repsft_fast.training.build import build
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_an_older_version_names_none(machine, tmp_path, monkeypa
         machine.train(tmp_path, decides=MANY, resume=True)
     (note,) = said(tmp_path)
     assert note.endswith(
-        f"an older version wrote the checkpoint, which names no loss.chunk_bytes: {MANY} bytes from here on"
+        f"an older version wrote the checkpoint, which names no loss.chunk_bytes: {MANY} bytes (300 B) from here on"
     )
 
 
@@ -197,7 +198,7 @@ def test_halved_rows_keep_it(machine, tmp_path, monkeypatch):
 
 def test_a_cpu_goes_by_shape(tmp_path):
     parts = build(Config.of(runs.settings(tmp_path)))
-    assert chunks.decided(parts) is None
+    assert chunks.now(parts) is None
     train(runs.settings(tmp_path / "run again"))
     assert written(tmp_path / "run again") is None
 
@@ -263,6 +264,10 @@ class TestOnAGpu:
         for parameter in frozen.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         assert chunks.room_bytes(device, frozen) == 10**9, "they are there already"
+        beside = load_model({**runs.MODEL, "vocab_size": 61}, device="meta", compute_dtype="bfloat16")
+        gradients = sum(4 * p.numel() for p in beside.parameters())
+        masters.beside(beside)
+        assert chunks.room_bytes(device, beside) == 10**9 - gradients, "added up in fp32 beside bf16 weights"
 
     def test_fp32_logits_are_twice_as_large(self, gpu):
         model = load_model({**runs.MODEL, "vocab_size": 128_256}, device="meta", compute_dtype="float32")

@@ -4,6 +4,10 @@ other."""
 import pytest
 import torch
 
+from repsft_fast.data.plan import Plan
+from repsft_fast.data.row_lengths import RowLengths
+from repsft_fast.data.sample import Sample
+from repsft_fast.data.store import TokenStore
 from repsft_fast.models import load_model
 from tests.helpers import tiny
 
@@ -19,6 +23,10 @@ def losses(model, samples, **options):
     row = tiny.row(samples, prompt=1, **options)
     _, stats = model.loss(row)
     return [stats.loss[row.position_segments == i] for i in range(len(samples))]
+
+
+def losses_of(model, sample):
+    return model.loss(tiny.row([sample]))[1].loss
 
 
 def gradients(model, rows):
@@ -81,6 +89,30 @@ def test_perturbing_one_document_changes_no_other_bit_for_bit(name):
         before, after = losses(model, samples, length=80), losses(model, changed, length=80)
     for i in range(len(samples)):
         assert torch.equal(before[i], after[i]) == (i != 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo3"])
+def test_rows_of_few_shapes_too(name):
+    """A row closed at its most documents, another padded far beyond its samples: borders that stand for no
+    document, a bound longer than every segment."""
+    model = build(name)
+    samples = tiny.documents(LENGTHS)
+    store = TokenStore([Sample(ids, [False] + [True] * (len(ids) - 1)) for ids in samples], "cpu")
+    shapes = RowLengths((16, 40, 90), documents=3, longest=30)
+    plan = Plan(
+        store.index, seed=0, row_tokens=90, bucket_tokens=1, batch_samples=len(LENGTHS), row_lengths=shapes
+    )
+    update = plan.epoch(0, 0)[0]
+    assert len(update.ranks[0]) >= 2
+    for planned in update.ranks[0]:
+        row = store.row(planned, denominator=1.0, average="token")
+        assert (row.tokens.shape[1] in shapes.lengths, row.cu_seqlens.numel()) == (True, 5)
+        with torch.no_grad():
+            _, stats = model.loss(row)
+            for n, sample in enumerate(row.samples):
+                alone = losses_of(model, samples[sample])
+                got = stats.loss[row.position_segments == n]
+                torch.testing.assert_close(got, alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo3"])

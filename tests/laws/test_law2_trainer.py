@@ -26,6 +26,7 @@ def weights_after(folder, updates=3, **changes):
         {"batch__row_tokens": 20},
         {"batch__row_tokens": 33},
         {"batch__row_tokens": 128, "batch__bucket_tokens": 64},
+        {"batch__row_lengths": [23, 31, 64]},
     ],
 )
 def test_rows_do_not_change_the_weights(tmp_path, average, changes):

@@ -161,3 +161,65 @@ def test_the_law_can_fail():
     others = torch.ones_like(truth, dtype=torch.bool).scatter(1, targets[:, None], False)
     with pytest.raises(AssertionError, match="RMS error"):
         hold("gradient", naive[others], leaf.grad[others], truth[others])
+
+
+class TestAdamW:
+    """Twenty updates; plain torch is its own AdamW, one tensor after the other, in fp32."""
+
+    LR, BETAS, EPS, DECAY, UPDATES, SIZE = 1e-2, (0.9, 0.999), 1e-8, 0.1, 20, 10_240
+
+    def start(self):
+        return torch.randn(self.SIZE, generator=torch.Generator().manual_seed(0))
+
+    def gradients(self, dtype):
+        for seed in range(1, self.UPDATES + 1):
+            yield torch.randn(self.SIZE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def truth(self, dtype):
+        weight, (beta1, beta2) = self.start().double(), self.BETAS
+        m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+        for t, gradient in enumerate(self.gradients(dtype), 1):
+            g = gradient.double()
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+            root = (v / (1 - beta2**t)).sqrt() + self.EPS
+            weight = weight - self.LR * self.DECAY * weight - self.LR * m / (1 - beta1**t) / root
+        return {"weight": weight, "exp_avg": m, "exp_avg_sq": v}
+
+    def plain(self, dtype):
+        weight = torch.nn.Parameter(self.start())
+        settings = {"lr": self.LR, "betas": self.BETAS, "eps": self.EPS, "weight_decay": self.DECAY}
+        optimizer = torch.optim.AdamW([weight], foreach=False, **settings)
+        for gradient in self.gradients(dtype):
+            weight.grad = gradient.float()
+            optimizer.step()
+        state = optimizer.state[weight]
+        return {"weight": weight.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    def kernel(self, dtype):
+        from csrc_triton.adamw import Launcher, Part
+
+        ours = {name: torch.zeros(self.SIZE) for name in ("exp_avg", "exp_avg_sq")}
+        ours = {"weight": self.start()} | ours
+        copy = torch.zeros(self.SIZE, dtype=torch.bfloat16)
+        part = Part(**ours, copy=copy, updates=torch.zeros(()), betas=self.BETAS, weight_decay=self.DECAY)
+        parts, launcher = [part], Launcher()
+        for gradient in self.gradients(dtype):
+            launcher(parts, [gradient], lr=self.LR, eps=self.EPS, betas=self.BETAS, clip=None, veto=None)
+        return ours | {"copy": copy}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_kernel_in_the_interpreter(self, dtype, monkeypatch):
+        interpret(monkeypatch, "csrc_triton.adamw")
+        ours, plain, truth = self.kernel(dtype), self.plain(dtype), self.truth(dtype)
+        for name, value in truth.items():
+            hold(name, ours[name], plain[name], value)
+        hold("bf16 weight", ours["copy"], plain["weight"].bfloat16(), truth["weight"])
+
+    def test_the_law_can_fail(self):
+        """b1 · m + (1 − b1) · g, whose factors in fp32 do not add up to 1."""
+        m, (beta1, _) = torch.zeros(self.SIZE), self.BETAS
+        for gradient in self.gradients(torch.float32):
+            m = beta1 * m + (1 - beta1) * gradient
+        plain, truth = self.plain(torch.float32), self.truth(torch.float32)
+        with pytest.raises(AssertionError, match="exp_avg"):
+            hold("exp_avg", m, plain["exp_avg"], truth["exp_avg"])

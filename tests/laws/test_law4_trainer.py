@@ -17,6 +17,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"model__lora": {"rank": 4, "dropout": 0.2}},
     "adamw8bit": {"optim__name": "adamw8bit"},
+    "masters": {"model__compute_dtype": "bfloat16"},
 }
 PLAIN: dict[str, Any] = {
     "samples": 48, "tasks": 3, "data__validation_fraction": 0.25, "schedule__name": "constant", "budget__epochs": 3,

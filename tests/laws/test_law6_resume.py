@@ -22,6 +22,21 @@ SCENARIOS = {
     "lora with dropout": ({"model__lora": LORA}, (7, 14), "epoch"),
     "adamw8bit": ({"optim__name": "adamw8bit"}, (7, 14), "epoch"),
     "bf16 weights, 8 bits": ({"optim__name": "adamw8bit", "model__param_dtype": "bfloat16"}, (7, 14), "epoch"),
+    "masters": ({"model__compute_dtype": "bfloat16", "batch__samples": 8}, (5, 8), "epoch"),
+    "masters, best adapters": (
+        {
+            "model__compute_dtype": "bfloat16", "model__lora": LORA, "evaluate__keep": "best",
+            "data__validation_fraction": 0.25,
+        },
+        (6, 11), "evaluation",
+    ),
+    "masters, msft, 8 bits": (
+        {
+            **MIXTURE, "mixture__policy": "msft", "mixture__max_stages": 4, "model__compute_dtype": "bfloat16",
+            "optim__name": "adamw8bit",
+        },
+        (8, 13), "roll_back",
+    ),
     "best weights": (
         {"evaluate__keep": "best", "data__validation_fraction": 0.25, "checkpoint__keep_best": True}, (6, 11), "evaluation",
     ),

@@ -80,6 +80,31 @@ def test_a_loss_that_is_not_finite_is_vetoed_though_its_gradients_are(tmp_path, 
     assert all(torch.equal(t, before[n]) for n, t in parts.optimizer.names.items())
 
 
+def test_no_shape_is_new_after_the_first_of_each_length(tmp_path):
+    """Three lengths, chosen as on a GPU: tasks leave, samples are skipped, drawn by weight, evaluated."""
+    settings = runs.settings(tmp_path, samples=200, tasks=4, batch__samples=16, data__validation_fraction=0.2)
+    parts = build(Config.of(settings | {"batch": settings["batch"] | {"row_lengths": [32, 48, 64]}}))
+    ways = (
+        {},
+        {"active": [3]},
+        {"active": [0, 2]},
+        {"skip": range(60)},
+        {"task_weights": dict.fromkeys(range(4), 2)},
+    )
+    shapes, evaluated = set(), set()
+    for number, more in enumerate(ways):
+        for update in parts.plan.epoch(number, number, **more):
+            for row in parts.rows(update):
+                shapes.add((row.tokens.shape[1], row.cu_seqlens.numel(), row.max_seqlen))
+        samples = range(number, len(parts.data.train.index), number + 1)
+        scorers = (parts.validation, parts.scorer(parts.data.train, samples))
+        for row in (row for scorer in scorers for row in scorer._rows):
+            evaluated.add((row.padded_tokens, row.segments, row.max_seqlen))
+    for found in (shapes, evaluated):
+        assert len(found) == len({length for length, _, _ in found}) <= 3
+        assert len({borders for _, borders, _ in found}) == 1
+
+
 def test_rows_take_few_shapes(tmp_path):
     parts = build(Config.of(runs.settings(tmp_path, samples=200, batch__bucket_tokens=32)))
     shapes = set()

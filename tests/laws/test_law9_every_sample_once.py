@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repsft_fast.data.plan import Cursor, Plan, SampleIndex
+from repsft_fast.data.row_lengths import RowLengths
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +23,14 @@ def make_index(lengths, tasks) -> SampleIndex:
     tasks = np.array(tasks, dtype=np.int32)
     names = tuple(f"task{i}" for i in range(int(tasks.max()) + 1))
     return SampleIndex(lengths, np.ones_like(lengths), tasks, np.ones(len(lengths)), names)
+
+
+@st.composite
+def few_lengths(draw, longest):
+    """Row lengths that hold every sample, and rows that are closed when they hold a few."""
+    shorter = draw(st.sets(st.integers(1, longest + 60), max_size=5))
+    top = longest + draw(st.integers(61, 99))
+    return RowLengths((*sorted(shorter), top), draw(st.integers(1, 12)), longest)
 
 
 @st.composite
@@ -37,6 +46,7 @@ def plans(draw):
         "bucket_tokens": draw(st.integers(1, 32)),
         "ranks": draw(st.integers(1, min(n, batch_samples, 5))),
         "batch_samples": batch_samples,
+        "row_lengths": draw(st.none() | few_lengths(longest)),
     }
     return make_index(lengths, tasks), settings
 
@@ -87,7 +97,12 @@ def test_every_active_sample_once_as_tasks_leave_and_samples_are_skipped(case, a
 @given(plans())
 def test_which_samples_share_an_update_does_not_depend_on_ranks_or_rows(case):
     index, settings = case
-    other = settings | {"ranks": 1, "row_tokens": settings["row_tokens"] + 77, "bucket_tokens": 1}
+    other = settings | {
+        "ranks": 1,
+        "row_tokens": settings["row_tokens"] + 77,
+        "bucket_tokens": 1,
+        "row_lengths": None,
+    }
     one, two = Plan(index, **settings).epoch(0, 0), Plan(index, **other).epoch(0, 0)
     assert [(u.samples.tolist(), u.denominator) for u in one] == [
         (u.samples.tolist(), u.denominator) for u in two

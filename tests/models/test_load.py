@@ -315,10 +315,8 @@ class TestCompile:
         from torch._dynamo.testing import CompileCounter
 
         counter = CompileCounter()
-        compiled = torch.nn.Module.compile
-        monkeypatch.setattr(
-            torch.nn.Module, "compile", lambda self, **o: compiled(self, backend=counter, **o)
-        )
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counter, **o))
         torch._dynamo.reset()
         model = build(compile=True, attention=backend)
         plain = build(attention=backend)
@@ -338,10 +336,8 @@ class TestCompile:
         from torch._dynamo.testing import CompileCounter
 
         counter, frames = CompileCounter(), []
-        compiled = torch.nn.Module.compile
-        monkeypatch.setattr(
-            torch.nn.Module, "compile", lambda self, **o: compiled(self, backend=counter, **o)
-        )
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counter, **o))
         torch._dynamo.reset()
         model = build(tiny.config("llama", num_hidden_layers=1), compile=True, attention="mask")
         with torch.no_grad():

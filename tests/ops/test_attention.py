@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repsft_fast.errors import ModelError
-from repsft_fast.ops import attention
+from repsft_fast.ops import attention, attention_choice, flash
 from repsft_fast.ops.attention import Packed, Rule, packed_attention
 
 LENGTHS = (1, 7, 7, 19, 2)
@@ -170,20 +170,20 @@ class TestFlashKernels:
     @pytest.mark.parametrize("window", [None, 5])
     def test_flash_attn(self, monkeypatch, window):
         def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
-                                   causal=False, window_size=(-1, -1)):  # fmt: skip
+                                   causal=False, window_size=(-1, -1), deterministic=False):  # fmt: skip
             assert causal
             return self.kernel(q, k, v, cu_seqlens_q, window_size[0], softmax_scale), None
 
         module = types.ModuleType("flash_attn_interface")
         module.flash_attn_varlen_func = flash_attn_varlen_func
         monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-        attention._flash_function.cache_clear()
+        flash.kernels.cache_clear()
         tensors = inputs()
         output = call(tensors, packed("flash3"), sliding_window=window)
         torch.testing.assert_close(output, by_hand(*tensors, DIM**-0.5, window), rtol=0, atol=5e-15)
         with pytest.raises(ModelError, match=r"flash3 does not compute attention with softcap 30.0"):
             call(tensors, packed("flash3"), softcap=30.0)
-        attention._flash_function.cache_clear()
+        flash.kernels.cache_clear()
 
     def test_the_signature_of_torchs_varlen_is_the_one_used(self):
         import inspect
@@ -237,14 +237,14 @@ class TestRefusals:
         with pytest.raises(
             ModelError, match=r"model.attention: is not known, expected one of auto, .*, got eager"
         ):
-            attention.check_backend("eager")
+            attention_choice.check_backend("eager")
 
     def test_flash_that_is_not_installed(self, monkeypatch):
-        monkeypatch.setattr(attention, "_importable", lambda module: False)
+        monkeypatch.setattr(flash, "importable", lambda name: False)
         with pytest.raises(
             ModelError, match=r"flash2 needs the module flash_attn, .* install it or choose varlen"
         ):
-            attention.check_backend("flash2")
+            attention_choice.check_backend("flash2")
 
     def test_what_no_backend_adds(self):
         with pytest.raises(ModelError, match="Layer passes position_bias"):

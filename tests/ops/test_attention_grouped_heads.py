@@ -115,7 +115,7 @@ class TestGroupedHeads:
             )
             back = torch.ops.torch_attn._varlen_attn_backward(
                 output[0], *flat, output[0], lse, cu, cu, 128, 128, window is None, rng, 0.1,
-                list(attention._left_right(window)),
+                list(attention.left_right(window)),
             )  # fmt: skip
             assert [g.shape for g in back] == [x.shape for x in flat]
 
@@ -225,4 +225,10 @@ class TestTheTrial:
 
 
 def row_on(device):
-    return SimpleNamespace(cu_seqlens=SimpleNamespace(device=device), segment_lengths=LENGTHS, max_seqlen=128)
+    return SimpleNamespace(
+        cu_seqlens=SimpleNamespace(device=device),
+        segment_lengths=LENGTHS,
+        max_seqlen=128,
+        tokens=torch.empty(1, TOTAL, device="meta"),
+        spare=False,
+    )

@@ -12,7 +12,9 @@ from repsft_fast.errors import ConfigError
 from repsft_fast.optim import adamw8bit_reference as reference
 from repsft_fast.optim import build_optimizer, reset, state_bytes, state_tensors
 from repsft_fast.optim.adamw8bit import AdamW8bit, Shard
+from repsft_fast.optim.masters import Masters
 from repsft_fast.selftest.syncs import SyncCounter
+from tests.helpers.interpreter import interpret
 
 BLOCK = reference.BLOCK
 
@@ -409,3 +411,35 @@ def test_half_precision_weights_and_other_layouts_are_refused():
     module.register_parameter("w", nn.Parameter(torch.randn(512, 16).t()))
     with pytest.raises(ConfigError, match=r"^optim.name: .* needs w contiguous, got \(1, 16\)"):
         build_optimizer(module, "adamw8bit", lr=1e-3)
+
+
+def launching(inner):
+    numbers = {id(p): n for n, group in enumerate(inner.param_groups) for p in group["params"]}
+    return lambda parameters, scalars: inner._launch(numbers[id(parameters[0])], parameters, scalars)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_weights_are_written_with_their_masters(kernel, monkeypatch):
+    """Masters move as fp32 weights do; their bf16 weights are torch's rounding of them."""
+    sides = []
+    for with_masters in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"matrix": (16, 256), "vector": (48,)}
+        held = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+        weights = (
+            {n: torch.nn.Parameter(p.detach().bfloat16()) for n, p in held.items()} if with_masters else held
+        )
+        masters = Masters(weights, held, None) if with_masters else None
+        optimizer = build_optimizer(weights.items(), "adamw8bit", lr=1e-2, weight_decay=0.1, masters=masters)
+        if kernel and with_masters:
+            interpret(monkeypatch, "csrc_triton.adamw8bit")
+            optimizer.inner._update_plain = launching(optimizer.inner)
+        for update in range(3):
+            for weight in weights.values():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step(1e-2, torch.tensor(float(update == 1)), torch.tensor(0.5))
+        sides.append((weights, held, optimizer))
+    (weights, held, ours), (plain, _, theirs) = sides
+    assert all(torch.equal(held[name], parameter) for name, parameter in plain.items())
+    assert all(torch.equal(weight, held[name].bfloat16()) for name, weight in weights.items())
+    assert all(torch.equal(t, state_tensors(theirs)[name]) for name, t in state_tensors(ours).items())

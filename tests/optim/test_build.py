@@ -16,6 +16,7 @@ from repsft_fast.optim import (
     NAMES,
     OPTIMIZERS,
     build_optimizer,
+    masters,
     materialise,
     reset,
     state_bytes,
@@ -79,6 +80,21 @@ def test_same_bits_as_plain_torch(torch_kind, weight_decay):
         plain.step()
     for ours, theirs in zip(weights(model), weights(other)):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_weight_of_half_precision_moves_on_a_cpu(torch_kind, dtype):
+    """torch's fused SGD leaves whole vectors of such weights as they were, so it is not taken for them."""
+    model = nn.Linear(67, 1, bias=False).to(dtype)
+    nn.init.ones_(model.weight)
+    optimizer = build(model, torch_kind)
+    for _ in range(2):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step(0.25, torch.zeros(()), torch.ones(()))
+    assert len(model.weight.unique()) == 1
+    expected = 0.5 if torch_kind == ("sgd", 0.0) else 0.275 if torch_kind[0] == "sgd" else 0.5
+    assert model.weight.max().item() == pytest.approx(expected, abs=0.01)
+    assert optimizer.vetoes_on_device == (torch_kind[0] == "adamw" or dtype == torch.float32)
 
 
 def test_a_veto_changes_nothing(torch_kind):
@@ -317,6 +333,33 @@ def package(request, monkeypatch):
         monkeypatch.setitem(sys.modules, f"{module}", SimpleNamespace())
         monkeypatch.setitem(sys.modules, f"{module}.optim", SimpleNamespace(AdamW8bit=kind))
     return request.param
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_steps_on_masters(name, request):
+    """The weights are bf16; what is stepped on, its moments and its gradient are what they are without them."""
+    if name in ("bnb_adamw8bit", "torchao_adamw8bit"):
+        for module, kind in (("bitsandbytes", CountsInPython), ("torchao", CountsInTensors)):
+            request.getfixturevalue("monkeypatch").setitem(sys.modules, module, SimpleNamespace())
+            request.getfixturevalue("monkeypatch").setitem(
+                sys.modules, f"{module}.optim", SimpleNamespace(AdamW8bit=kind)
+            )
+    model, plain = small_model(), small_model()
+    model.compute_dtype, model.get_output_embeddings = torch.bfloat16, lambda: None
+    held = masters.beside(model)
+    over = build_optimizer(model, name, lr=1e-2, seed=3, masters=held)
+    alone = build_optimizer(plain, name, lr=1e-2, seed=3)
+    for update in range(3):
+        give_gradients(model, update)
+        give_gradients(plain, update)
+        for optimizer in (over, alone):
+            optimizer.step(1e-2, torch.tensor(float(update == 1)), torch.tensor(0.5))
+    for key, parameter in plain.named_parameters():
+        assert torch.equal(held.held[key], parameter), key
+        assert torch.equal(held.weights[key], parameter.bfloat16()), key
+    ours, theirs = state_tensors(over), state_tensors(alone)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_package_counts_in_the_closed_list(package):

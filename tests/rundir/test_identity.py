@@ -153,8 +153,8 @@ def test_what_decides_bits_is_said(run):
     given, folder, _ = run
     changed = with_changes(given, batch__row_tokens=128, numbers__on_nonfinite="skip")
     assert trainer.train(changed, resume=True).success
-    (said,) = [note for note in notes(folder / "run") if "rounded otherwise" in note]
-    assert "batch.row_tokens is 128 and was 64" in said
+    decided, said = [note for note in notes(folder / "run") if "rounded otherwise" in note]
+    assert "batch.row_tokens is 128 tokens as asked, and was 64 tokens before" in decided
     assert "numbers.on_nonfinite is skip and was stop" in said
 
 

@@ -7,6 +7,8 @@ from repsft_fast import dry_run
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError
 from tests.helpers import runs
+from tests.helpers.architectures import VOCABULARY
+from tests.models.test_vocabulary import larger_tokenizer
 
 
 def told(capsys) -> dict[str, str]:
@@ -51,6 +53,19 @@ def test_ranks_that_are_not_here(tmp_path, capsys):
     assert "all_gather" in lines["messages"]
     with pytest.raises(ConfigError, match="--world: is not a number of GPUs"):
         dry_run(runs.settings(tmp_path), ranks=0)
+
+
+def test_a_vocabulary_that_grows_is_sized_as_grown(tmp_path, capsys):
+    dry_run(larger_tokenizer(tmp_path, {"resize_vocabulary": True}), ranks=2)
+    grown = told(capsys)
+    assert f"[{VOCABULARY + 2}, " in grown["uneven"]
+    settings = larger_tokenizer(tmp_path / "as it is", {})
+    settings["data"] = runs.settings(tmp_path / "ids")["data"]  # without the new tokens
+    dry_run(settings, ranks=2)
+    plain = told(capsys)
+    assert f"[{VOCABULARY}, " in plain["uneven"]
+    for name in ("memory", "rehearsed"):
+        assert plain[name] != grown[name], "more rows, more bytes"
 
 
 def test_what_a_run_would_refuse_is_refused(tmp_path):

@@ -10,8 +10,8 @@ from repsft_fast.cli import main
 from repsft_fast.config import Config
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError
+from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.optim import state_bytes
-from repsft_fast.sizing.model_size import ModelSize
 from repsft_fast.sizing.rehearsal import Message, Messages, rehearse
 from repsft_fast.state import local
 from repsft_fast.training.build import build
@@ -64,6 +64,16 @@ def test_an_update_of_two_ranks_sends_and_holds_what_was_rehearsed(tmp_path):
             assert {dataclasses.astuple(m): n for m, n in expected.messages.items()} == messages, name
             assert (expected.weights, expected.moments) == (held, moments), name
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_one_rank_holds_masters_and_sends_nothing(compute_dtype, tmp_path):
+    given = settings(tmp_path, model__compute_dtype=compute_dtype)
+    found = rehearsed(given, 1)
+    count = ModelSize.of(build(Config.of(given)).model).count
+    assert found.weights == (4 if compute_dtype == "float32" else 2 + 4) * count
+    assert found.gradients == 4 * count
+    assert not found.messages
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])

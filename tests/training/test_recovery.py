@@ -6,6 +6,7 @@ import torch
 
 from repsft_fast import train
 from repsft_fast.errors import TrainingError
+from repsft_fast.training import build as building
 from repsft_fast.training import trainer
 from repsft_fast.training.snapshots import closed_list
 from tests.helpers import run_jobs, runs
@@ -162,10 +163,14 @@ def test_out_of_memory_where_rows_cannot_be_shorter_names_other_ways(tmp_path, m
         train(runs.settings(tmp_path, batch__row_tokens=19, **NEVER_STOPS))
 
 
-# the second under FSDP2
-@pytest.mark.parametrize(("compute", "rel"), [("float32", 1e-5), ("bfloat16", 0.01)])
-def test_a_retry_gives_the_same_run_in_shorter_rows(compute, rel, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("compute", "rel", "fsdp"),
+    [("float32", 1e-5, False), ("bfloat16", 0.01, False), ("bfloat16", 0.01, True)],
+    ids=["fp32", "masters", "FSDP2"],
+)
+def test_a_retry_gives_the_same_run_in_shorter_rows(compute, rel, fsdp, tmp_path, monkeypatch):
     """Not to the bit: other chunks of rows."""
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", fsdp)
     settings = {
         "model__compute_dtype": compute,
         "batch__samples": 8,

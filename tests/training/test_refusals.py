@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from repsft_fast import distributed, train
+from repsft_fast import train
 from repsft_fast.config import Config
 from repsft_fast.errors import TrainingError
 from repsft_fast.selftest.syncs import SyncCounter
+from repsft_fast.training import build as building
 from repsft_fast.training.build import build
 from repsft_fast.training.step import train_step
 from tests.helpers import ranks, run_jobs, runs
@@ -29,7 +30,7 @@ def made(folder, **changes):
 
 
 def held(parts):
-    return [distributed.local(p).detach().clone() for p in parts.optimizer.names.values()]
+    return [held.detach().clone() for held in parts.optimizer.held.values()]
 
 
 def unreached(patch, model):
@@ -38,10 +39,12 @@ def unreached(patch, model):
     patch.setattr(model, "loss", lambda row: (lambda loss, stats: (loss.detach() + leaf, stats))(*plain(row)))
 
 
+@pytest.mark.parametrize("fsdp", [False, True], ids=["masters", "FSDP2"])
 @pytest.mark.parametrize("changes", [{}, SHARDED, {**SHARDED, "batch__samples": 8, "batch__row_tokens": 32}])
-def test_no_gradient_at_all_is_an_error_and_changes_nothing(changes, tmp_path, monkeypatch):
+def test_no_gradient_at_all_is_an_error_and_changes_nothing(changes, fsdp, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", fsdp)
     parts, update = made(tmp_path, **changes)
-    assert isinstance(parts.model, FSDPModule) == bool(changes)
+    assert isinstance(parts.model, FSDPModule) == (fsdp and bool(changes))
     unreached(monkeypatch, parts.model)
     weights = held(parts)
     samples = len(update.samples)
@@ -53,9 +56,11 @@ def test_no_gradient_at_all_is_an_error_and_changes_nothing(changes, tmp_path, m
     assert all(map(torch.equal, held(parts), weights))
 
 
+@pytest.mark.parametrize("fsdp", [False, True], ids=["masters", "FSDP2"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_host_alone_is_asked(lora, tmp_path):
+def test_the_host_alone_is_asked(lora, fsdp, tmp_path, monkeypatch):
     """Frozen weights have no gradient and are not missed."""
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", fsdp)
     changes = {
         **SHARDED,
         **({"model__lora": {"rank": 4}} if lora else {}),
@@ -72,9 +77,10 @@ def test_the_host_alone_is_asked(lora, tmp_path):
     assert all(record.grad_norm > 0.0 for record in parts.ledger.read())
 
 
-def test_a_backward_pass_that_fsdp_has_not_ended_is_an_error(tmp_path):
+def test_a_backward_pass_that_fsdp_has_not_ended_is_an_error(tmp_path, monkeypatch):
     """What an error inside torch 2.11's leaves behind: the layers have gradients, embedding and head have
     none."""
+    monkeypatch.setattr(building, "ONE_RANK_FSDP", True)
     parts, update = made(tmp_path, **SHARDED)
     parts.model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued = True
     weights = held(parts)

@@ -168,7 +168,7 @@ def test_a_dry_run_says_what_is_computed(tmp_path, capsys):
     assert command_line(tmp_path, made, "--dry-run") == 0
     made = settings(tmp_path / "llama", "llama", batch__pack=False)
     assert command_line(tmp_path, made, "--dry-run") == 0
-    assert "activations in a row of 19 tokens" in capsys.readouterr().out
+    assert "a row of 19 tokens keeps" in capsys.readouterr().out
 
 
 def test_a_dry_run_on_ranks_that_cannot_be_rehearsed(tmp_path, capsys):

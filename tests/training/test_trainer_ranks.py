@@ -176,6 +176,25 @@ def test_killed_and_resumed_on_two_ranks_bit_for_bit(changes, server, tmp_path):
     assert run_jobs.lines(tmp_path / "broken" / "run") == run_jobs.lines(tmp_path / "whole" / "run")
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_masters_of_one_rank_are_shards_of_two_and_masters_again(lora, server, tmp_path):
+    """Computed in bf16: one rank holds masters, two hold FSDP2's shards. Gradients are rounded otherwise, so
+    figures agree to what bf16 leaves."""
+    changes = {"model__compute_dtype": "bfloat16", **({"model__lora": LORA} if lora else {}), **SHORT}
+    run(server, runs.settings(tmp_path / "whole", **changes), ranks=1)
+    settings = runs.settings(tmp_path / "moved", checkpoint__every_updates=1, **changes)
+    for ranks, kill in ((1, 4), (2, 8)):
+        for child in start(server, settings, ranks, every={"kill_after": kill, "resume": ranks == 2}):
+            child.wait(90)
+    run(server, settings, 1, every={"resume": True})
+    alike(tmp_path / "whole" / "run", tmp_path / "moved" / "run", rel=0.03)
+    resumed = runs.metrics(tmp_path / "moved", "resume")
+    assert [line["resharded"] for line in resumed] == [True, True]
+    held = [newest(tmp_path / name / "run" / "checkpoints").manifest.tensors for name in ("whole", "moved")]
+    assert held[0].keys() == held[1].keys()
+    assert {t.dtype for name, t in held[1].items() if name.startswith("model/")} == {"F32"}
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_resumed_on_another_number_of_ranks(first, then, server, tmp_path):
     run(server, runs.settings(tmp_path / "whole", **SHORT), ranks=1)

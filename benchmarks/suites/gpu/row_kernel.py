@@ -142,7 +142,7 @@ def finishing_calls(device: str, point: Point, dtype: torch.dtype) -> dict[str, 
 
 def grouped_heads(session: Session, dtype: torch.dtype) -> None:
     """Attention of one Qwen3-0.6B layer over 4 × 2,048 tokens, forward and backward: 16 heads over 8, or over
-    8 made 16."""
+    8 made 16; and by every flash-attn package that is here and is seen to compute the right thing."""
     tokens, heads, kv, dim, segments = (64, 4, 2, 16, 4) if session.rehearsal else (8192, 16, 8, 128, 4)
     generator = torch.Generator(session.device).manual_seed(0)
 
@@ -164,6 +164,7 @@ def grouped_heads(session: Session, dtype: torch.dtype) -> None:
         return call
 
     calls = {NATIVE: step(False), EXPANDED: step(True)}
+    calls |= packages(q, k, v, upstream, borders, tokens // segments)
     shape = {"tokens": tokens, "heads": heads, "kv_heads": kv, "head_dim": dim, "segments": segments}
     pairs = tokens * (tokens // segments + 1) // 2  # of positions and the keys before them
     session.measure(
@@ -174,6 +175,32 @@ def grouped_heads(session: Session, dtype: torch.dtype) -> None:
         budget_s=2.0,
         flops=int(3.5 * 4 * heads * dim * pairs),
     )
+
+
+def packages(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    upstream: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+) -> dict[str, Callable[[], Any]]:
+    """The same step by each; none where none can be had."""
+    from repsft_fast.ops import flash
+    from repsft_fast.ops.attention_choice import why_not
+    from repsft_fast.ops.scores import Rule
+
+    width = q.shape[-1]
+
+    def step(has: flash.Kernels) -> Callable[[], Any]:
+        def call() -> None:
+            q.grad = k.grad = v.grad = None
+            flash.run(has, q, k, v, borders, longest, Rule(width**-0.5)).backward(upstream)
+
+        return call
+
+    here = [name for name in flash.PACKAGES if why_not(name, q.device, width) is None]
+    return {name: step(flash.kernels(name, flash.major_of(q.device))) for name in here}
 
 
 def _varlen(borders: torch.Tensor, longest: int) -> Callable[..., torch.Tensor]:
@@ -221,6 +248,11 @@ def _kernel_ms(card: Card) -> float | None:
     return card.of_kind(H100=2.8, H200=2.8)
 
 
+def _fa3(card: Card) -> float | None:
+    """Published speeds on Hopper, forward and backward: 1.9 × FA2's kernels, which varlen has inside."""
+    return card.of_kind(H100=0.53, H200=0.53)
+
+
 def _finished(found: Found) -> float | None:
     return found.ratio("head, finished", "finished in backward, scale 1.00", "finished at once, scale 1.00")
 
@@ -234,6 +266,16 @@ GOALS = (
         "grouped heads as they are / expanded",
         lambda f: f.ratio("attention, grouped", NATIVE, EXPANDED),
         most=0.97,
+    ),
+    Goal(
+        "attention, flash3 / varlen",
+        lambda f: f.ratio("attention, grouped", "flash3", NATIVE),
+        predicted=_fa3,
+    ),
+    Goal(
+        "attention, flash4 / varlen",
+        lambda f: f.ratio("attention, grouped", "flash4", NATIVE),
+        predicted=_fa3,
     ),
     Goal("best other block / as launched", _best_candidate),
 )

@@ -26,6 +26,9 @@ SNAPSHOT, PINNED, HASH, OPTIMIZER, CHECKPOINT = (
     "optimizer",
     "checkpoint",
 )
+WITH_WEIGHTS = "adamw on masters"
+ONE_LAUNCH, TORCHS = "one launch, bf16 weights written", "torch's fused, then copied to bf16"
+ONE_LAUNCH_ALONE, TORCHS_ALONE = "one launch, fp32 alone", "torch's fused, fp32 alone"
 PLAIN = "plain copy of as many bytes"
 BEFORE, DURING = "an update before the save", "an update while it is written"
 OPTIMIZERS = ("adamw8bit", "adamw", "bnb_adamw8bit")
@@ -55,6 +58,12 @@ def run(session: Session) -> None:
             with session.attempt(what):
                 optimizers(session, dtype, OPTIMIZERS)
             _let_go(session)
+    if not session.late(WITH_WEIGHTS, 0.0 if toy else 6.0) and not session.blocked(
+        WITH_WEIGHTS, ("adamw", "float32")
+    ):
+        with session.attempt(WITH_WEIGHTS):
+            adamw_on_masters(session)
+        _let_go(session)
     if not toy and not session.late(COMPILING, 25.0):
         with session.attempt(COMPILING):
             optimizers(session, torch.bfloat16, (COMPILING,))
@@ -269,6 +278,28 @@ def optimizers(session: Session, dtype: torch.dtype, names: tuple[str, ...]) -> 
         )
 
 
+def adamw_on_masters(session: Session) -> None:
+    """The update kernel beside torch's fused AdamW, with the bf16 weights and without."""
+    side, count = (64, 1 << 13) if session.rehearsal else (SIDE, PARAMETERS // 2)
+    tensors = count // (side * side)
+    calls = {
+        name: cases.adamw_step(ours=ours, copies=copies, tensors=tensors, side=side, device=session.device)
+        for name, (ours, copies) in WAYS.items()
+    }
+    for names, per_element in (((ONE_LAUNCH, TORCHS), 30), ((ONE_LAUNCH_ALONE, TORCHS_ALONE), 28)):
+        shape, moved = {"parameters": count, "per_element": per_element}, per_element * count
+        both = {name: calls[name] for name in names}
+        session.measure(WITH_WEIGHTS, both, shape, dtype="float32", budget_s=1.5, moved_bytes=moved)
+
+
+WAYS = {  # (ours, bf16 weights)
+    ONE_LAUNCH: (True, True),
+    TORCHS: (False, True),
+    ONE_LAUNCH_ALONE: (True, False),
+    TORCHS_ALONE: (False, False),
+}
+
+
 def adamw8bit_bytes(parameters: int, itemsize: int) -> int:
     """Weight read and written, gradient read, two codes of a byte read and written, a scale for every 256 of
     each."""
@@ -323,6 +354,10 @@ def _to_disk(card: Card) -> float | None:
     return None if rate is None else 1e3 * STATE_BYTES * 4 / 3 / rate
 
 
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
 def _copies(name: str) -> Callable[[Found], float | None]:
     return lambda found: found.ratio(SNAPSHOT, name, PLAIN)
 
@@ -331,6 +366,9 @@ def _ms(op: str, implementation: str, **shape: Any) -> Callable[[Found], float |
     return lambda found: found.p50(op, implementation, **shape)
 
 
+# The update kernel: 30 B an element, 81 instructions an element of the 200 that the bytes leave room for.
+# torch's fused reads 16, writes 12 and, given a clip factor, the gradient too; the copy moves 6: 38, and 32
+# alone.
 # adamw8bit: 1,730 instructions per 16 elements take 3.2 to 3.7 ms per 10⁹ at perfect issue; its bytes 3.3
 # (H100) or 2.3 (H200).
 GOALS = (
@@ -346,6 +384,24 @@ GOALS = (
     Goal("checkpoint stall, ms", _ms(CHECKPOINT, "stall"), predicted=_over_the_bus),
     Goal("checkpoint written, ms", _ms(CHECKPOINT, "whole save"), predicted=_to_disk),
     Goal("update while it is written / before", lambda f: f.ratio(CHECKPOINT, DURING, BEFORE), most=1.05),
+    Goal(
+        "adamw on masters, 2²⁹, ms", _ms(WITH_WEIGHTS, ONE_LAUNCH),
+        predicted=lambda card: _times(card.bytes_ms(30 * PARAMETERS / 2), 1.1),
+    ),
+    Goal(
+        "adamw on masters / its floor", _over_its_floor(WITH_WEIGHTS, ONE_LAUNCH), most=1.25,
+        predicted=lambda card: 1.1,
+    ),
+    Goal(
+        "adamw on masters / torch's fused, then copied",
+        lambda found: found.ratio(WITH_WEIGHTS, ONE_LAUNCH, TORCHS), most=0.9,
+        predicted=lambda card: 30 / 38,
+    ),
+    Goal(
+        "adamw in fp32 alone / torch's fused",
+        lambda found: found.ratio(WITH_WEIGHTS, ONE_LAUNCH_ALONE, TORCHS_ALONE), most=1.05,
+        predicted=lambda card: 28 / 32,
+    ),
     Goal(
         "adamw8bit in bf16, 2³⁰, ms", _ms(OPTIMIZER, "adamw8bit", dtype="bfloat16"),
         predicted=lambda card: 6.2,

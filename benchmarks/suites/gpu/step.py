@@ -60,21 +60,24 @@ def blocked(session: Session, variant: str, what: str = "") -> bool:
 
 def predicted_bytes(session: Session, point: training.Point) -> int:
     """Peak memory of a point with plain layers, as `repsft doctor --plan` would say it for this card."""
-    from repsft_fast.sizing.model_size import RESERVED
+    from repsft_fast.memory.model_size import RESERVED
 
     sized = size_of(point)
     size, memory = sized.fp32, memory_bytes(session)
     state = size.held("adamw").state
     # half of the positions are trained
     chunk = size.chunk(point.row_tokens // 2, memory, int(memory * (1 - RESERVED)) - state)
-    return int(state + size.passing() + size.head(chunk) + size.row(sized.saved) * point.row_tokens)
+    half = point.row_tokens // 2
+    return size.peak(
+        "adamw", point.row_tokens, sized.saved, trained=half, rows=point.rows, chunk_bytes=chunk
+    ).total
 
 
 def size_of(point: training.Point) -> Any:
+    from repsft_fast.memory.activations import saved_per_token
+    from repsft_fast.memory.model_size import ModelSize
     from repsft_fast.models.load import config_of, load_model
-    from repsft_fast.sizing.model_size import ModelSize
     from repsft_fast.sizing.page import Sized
-    from repsft_fast.sizing.rehearsal import saved_per_token
 
     config = config_of(point.config)
     model = load_model(config, device="meta", compute_dtype="bfloat16", layer_kernels="none")
@@ -98,12 +101,12 @@ def memory_bytes(session: Session) -> int:
 H200 = 3.0 / 4.3
 PRODUCTS, HEAD, ATTENTION = 38.7, 7.7, 26.0
 ELEMENTWISE = {"plain": 83.5, "liger": 26.0, "compiled": 17.3}
-# bf16 copies of the weights and their fp32 gradients, once an update: 42 B a parameter over two rows
-COPIES = 4.2
-OPTIMIZER = 8.3  # of an update: norm and fused AdamW
+# gradients of a row added in fp32: 6 B a parameter of the first row, 10 of the second, at 3.0 TB/s
+COPIES = 1.6
+OPTIMIZER = 6.8  # of an update: the norm, 4 B a parameter, and AdamW on masters, 30 B
 HOST, LAUNCHES = 53.0, 5300  # of a row, plain
-# of these updates, storage by storage, on fake tensors; our sizing, from shapes alone, says 30.1
-PEAK_GB = 28.5
+# of these updates, storage by storage, on fake tensors; our sizing, from shapes alone, says the same
+PEAK_GB = 29.2
 
 
 def row_ms(variant: str) -> Callable[[Card], float | None]:

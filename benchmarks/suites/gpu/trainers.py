@@ -12,7 +12,7 @@ everybody.
                             update
     ours, one sample        ours at one sample an update: the same samples in the same order as the paper's
                             loop
-    ours, compiled          ours with model.compile, rows padded to 8,192
+    ours, compiled          ours with model.compile, rows padded to 8,192; `ours` is plain
     trl, bf16 weights       trl over weights loaded in bf16: less exact, and what many do
 
 Samples: lengths log-uniform from 128 to 2,048 (mean 680), ids log-uniform over the vocabulary, the second

@@ -143,8 +143,8 @@ def measure(session: Session, wanted: Point) -> None:
         stamps = Stamps(session.device, wanted.warm, wanted.updates)
         with trained(session, wanted, Path(name), stamps) as parts:
             _record_updates(session, wanted, parts, stamps, began)
-            if wanted.variant == "compiled" and session.device == "cuda":
-                session.leave_out(f"host time of {what_of(wanted)}", "a shorter row would be compiled anew")
+            if wanted.variant in ("compiled", "captured") and session.device == "cuda":
+                session.leave_out(f"host time of {what_of(wanted)}", "a shorter row takes another way")
             else:
                 with session.attempt(f"host time of {what_of(wanted)}"):
                     _record_host(session, wanted, parts)
@@ -192,6 +192,7 @@ def settings_of(session: Session, wanted: Point, folder: Path) -> dict[str, Any]
             # Neither runs on a CPU: liger refuses it, and a compiler would take a rehearsal's whole time.
             "layer_kernels": "liger" if wanted.variant == "liger" and cuda else "none",
             "compile": wanted.variant == "compiled" and cuda,
+            "cuda_graphs": "auto" if wanted.variant == "captured" else "off",
         },
         "data": {"train": str(data), "cache_folder": str(folder / "cache")},
         "batch": {"samples": wanted.samples, "row_tokens": wanted.row_tokens},
@@ -215,6 +216,7 @@ def write_samples(path: Path, vocabulary: int, samples: int, tokens: int) -> Non
 
 def _record_updates(session: Session, wanted: Point, parts: Any, stamps: Stamps, began: float) -> None:
     from repsft_fast.throughput import peak_memory_bytes
+    from repsft_fast.training import graph_choice
 
     times, host = stamps.update_ms(), stamps.host_ms()
     peak = peak_memory_bytes(parts.world.device)
@@ -223,6 +225,8 @@ def _record_updates(session: Session, wanted: Point, parts: Any, stamps: Stamps,
     seconds = sum(kept) / 1e3
     flops = parts.shape.flops(work.tokens, work.trained, work.sum_squared_lengths)
     more: dict[str, Any] = {"predicted_peak_bytes": wanted.predicted_bytes} if wanted.predicted_bytes else {}
+    if wanted.variant == "captured":
+        more |= graph_choice.result(parts)["cuda_graphs"]
     if parts.peak_flops:
         more["mfu"] = flops / seconds / parts.peak_flops
     if session.device == "cuda":

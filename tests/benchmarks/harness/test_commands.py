@@ -13,6 +13,7 @@ from benchmarks.harness import cases, checkout, commands, gate
 def one_case(monkeypatch):
     monkeypatch.setattr(cases, "CASES", {"statistics per task": cases.CASES["statistics per task"]})
     monkeypatch.setattr(cases, "RATIOS", {})
+    monkeypatch.setattr(commands.lowering, "counted", lambda: {"compiled layer": {"kernels": 37}})
 
 
 def test_the_gate_command_catches_one_more_operation(one_case, tmp_path, monkeypatch, capsys):
@@ -42,7 +43,7 @@ def test_two_trees_are_compared_side_by_side(one_case, tmp_path):
     planted = tmp_path / "b" / "repsft_fast" / "stats.py"
     text = planted.read_text()
     assert "table = torch.zeros(num_segments, K" in text
-    slow = "[torch.stack(columns, dim=1) for _ in range(60)]\n        table = torch.zeros(num_segments, K"
+    slow = "[torch.stack(lines, dim=1) for _ in range(60)]\n        table = torch.zeros(num_segments, K"
     planted.write_text(text.replace("table = torch.zeros(num_segments, K", slow))
     report = commands.compare_folders(tmp_path / "a", tmp_path / "b", rounds=10)
     assert "SLOWER" in str(report)
@@ -67,7 +68,8 @@ def test_the_committed_counts_hold():
     if version not in known:  # another torch counts otherwise: what must hold anywhere is that nothing waits
         known = {version: {name: {"syncs": 0} for name in cases.CASES}}
     counted = {name: cases.counted(case) for name, case in cases.CASES.items()}
-    wanted = known[version]
+    # a compiled layer's are tests/benchmarks/harness/test_lowering.py's
+    wanted = {name: known[version][name] for name in known[version] if not name.startswith("compiled layer")}
     report = gate.compare_exact(
         wanted, {name: {k: counted[name][k] for k in wanted.get(name, counted[name])} for name in counted}
     )

@@ -27,6 +27,14 @@ def test_operations_and_syncs_are_counted():
     assert counting.count(lambda: x.mul_(2).add_(1)).by_name == {"mul_": 1, "add_": 1}
 
 
+def test_allocations_are_results_in_memory_of_their_own():
+    x, out = torch.ones(10), torch.empty(10)
+    assert counting.count(lambda: (x + 1, x[1:], x.view(2, 5), x.mul_(2))).allocations == 1
+    assert counting.count(lambda: torch.add(x, 1, out=out)).allocations == 0
+    assert counting.count(lambda: torch._foreach_add([x, out], 1)).allocations == 2
+    assert counting.count(lambda: torch.empty(0)).allocations == 0
+
+
 def test_garbage_of_others_is_no_room_that_the_call_gives_back():
     class Loop:
         pass

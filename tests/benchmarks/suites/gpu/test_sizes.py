@@ -144,7 +144,7 @@ class TestMemory:
         (line,) = read_lines(tmp_path / LEFT_OUT)
         assert line["what"] == f"an update of {sizes.LARGE}"
         assert "rows of 8,192 do not fit 40 GB" in line["why"]
-        assert "28 GB" in line["why"]
+        assert "31 GB" in line["why"]
 
     def test_the_true_models_are_the_published_ones(self):
         small, large = (

@@ -44,7 +44,13 @@ def test_red_checks_take_out_what_they_name(tmp_path):
     for operation in ("checkpoint", "snapshot"):
         fail_check(tmp_path, operation)
     state.run(session_at(tmp_path, "I"))
-    assert {record["op"] for record in read_lines(tmp_path / RECORDS)} == {state.HASH, state.OPTIMIZER}
+    kept = {record["op"] for record in read_lines(tmp_path / RECORDS)}
+    assert kept == {state.HASH, state.OPTIMIZER, state.WITH_WEIGHTS}
+    fail_check(tmp_path, "adamw", "float32")
+    (tmp_path / RECORDS).unlink()
+    state.run(session_at(tmp_path, "I"))
+    kept = {record["op"] for record in read_lines(tmp_path / RECORDS)}
+    assert kept == {state.HASH, state.OPTIMIZER}
 
 
 def test_what_goes_through_files_is_the_same_state(tmp_path):
@@ -61,5 +67,8 @@ def test_floors_are_the_counted_bytes():
     named = {goal.name: goal for goal in state.GOALS}
     assert named["snapshot take, ms"].predicted(h200) == pytest.approx(2 * 7.15e9 / 4.3e9, rel=0.01)
     assert h200.bytes_ms(state.adamw8bit_bytes(state.PARAMETERS, 2)) == pytest.approx(2.33 * 1.0737, rel=0.01)
+    assert named["adamw on masters, 2²⁹, ms"].predicted(h200) == pytest.approx(
+        1.1 * 30 * 0.5369 / 4.3, rel=0.01
+    )
     assert state._over_the_bus(h200) == pytest.approx(143, rel=0.01)
     assert state._to_disk(h200) == pytest.approx(9536, rel=0.01)

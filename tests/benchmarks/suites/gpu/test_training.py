@@ -1,6 +1,7 @@
 """How an update is measured: its point, its clock, its rows."""
 
 import dataclasses
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.suites.gpu import kernels, step, training
 from benchmarks.suites.gpu.session import LEFT_OUT, RECORDS, read_lines
 from repsft_fast.models import layers, load
 from repsft_fast.ops import attention
-from repsft_fast.training import build, trainer
+from repsft_fast.training import build, parts, trainer
 from repsft_fast.training import step as training_step
 from tests.benchmarks.suites.gpu.toys import session_at
 from tests.helpers.fake_cuda import fake_cuda
@@ -125,6 +126,19 @@ class TestMeasure:
         assert 3 * of_layer < limit < of_head / 3
 
 
+class InTheLoop:
+    """Updates whose rows are made when they are asked for."""
+
+    def __init__(self, epoch, start):
+        self.updates = epoch[start:]
+
+    def __iter__(self):
+        return iter(self.updates)
+
+    def take_waited(self):
+        return 0.0
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A GPU without arithmetic: every branch for CUDA is run, no number can be read."""
@@ -142,6 +156,10 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(build, "check_no_leak", lambda *_, **__: None)
         monkeypatch.setattr(layers, "apply_layer_kernels", lambda *_: None)
         monkeypatch.setitem(attention._grouped, 0, True)
+        # a fake GPU is one thread's alone
+        monkeypatch.setattr(
+            parts.Parts, "rows_ahead", contextmanager(lambda self, *of: (yield InTheLoop(*of)))
+        )
         for name, answer in (
             ("reset_peak_memory_stats", None),
             ("max_memory_reserved", 7),

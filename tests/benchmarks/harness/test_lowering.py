@@ -1,0 +1,86 @@
+"""A compiled layer's kernels are counted from the compiler's own programs, with no GPU at hand."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks.harness import commands, lowering
+
+# What the versions of a GPU machine and today's make of a layer, forward and backward. Fewer is better news and
+# a new figure here, in benchmarks/baseline.json and in csrc_triton/README.md.
+MOST = {"Qwen3-0.6B": 45, "SmolLM2-135M": 37}
+SMALL = lowering.LAYERS["SmolLM2-135M"] | {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both():
+    return {name: lowering.compiled(config) for name, config in lowering.LAYERS.items()}
+
+
+@pytest.mark.parametrize("name", lowering.LAYERS)
+def test_a_layer_of_the_promise(both, name):
+    forward, backward = both[name]
+    assert (forward.products, forward.attention) == (7, 1)
+    assert (backward.products, backward.attention) == (14, 1)
+    assert forward.kernels == 14, "norms, rotary embedding, gate, residual: a kernel each, and no copy"
+    assert forward.kernels + backward.kernels <= MOST[name]
+
+
+def test_the_committed_counts_hold(both):
+    known = json.loads(commands.BASELINE.read_text())["counted"]
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version not in known:
+        pytest.skip(f"the gate knows no torch {version}")
+    for name, (forward, backward) in both.items():
+        wanted = {"kernels": forward.kernels + backward.kernels, "kernels_forward": forward.kernels}
+        assert known[version][f"compiled layer, {name}"] == wanted
+
+
+@pytest.mark.parametrize("name", lowering.LAYERS)
+def test_plain_layers_launch_four_times_as_many_and_move_twice_the_bytes(both, name):
+    plain = lowering.plain(lowering.LAYERS[name])
+    assert plain[0].products == 7
+    assert plain[1].products == 14
+    assert sum(x.kernels for x in plain) > 3 * sum(x.kernels for x in both[name])
+    assert sum(x.bytes for x in plain) > 1.8 * sum(x.bytes for x in both[name])
+
+
+def test_bytes_of_plain_operators_are_their_tensors():
+    watched = lowering._Dispatched()
+    with watched:
+        torch.ones(3, 4).add(torch.ones(4))
+    assert watched.forward.by_name == {"ones": 2, "add": 1}
+    assert watched.forward.bytes == 4 * (12 + 4 + (12 + 4 + 12))
+
+
+def test_what_a_program_launches():
+    program = """
+def call(args):
+    buf0 = empty_strided_cuda((2, 2), (2, 1), torch.bfloat16)
+    extern_kernels.mm(a, b, out=buf0)
+    triton_poi_fused_add_0.run(buf0, 4, stream=stream0)
+    buf1 = torch.ops.torch_attn._varlen_attn.default(q, k)
+    assert_size_stride(buf1[0], (2, 2), 'torch.ops.torch_attn._varlen_attn.default')
+    buf2 = workspace_0[0 : 4].view(2, 2).sum(dim=0).to(torch.bfloat16)
+    buf3 = torch.ops.aten.sort.stable(buf0)
+    return (buf0, )
+"""
+    found = lowering._read(f"triton_poi_fused_add_0.run = None\ndef call(x): pass\n{program}")
+    assert dataclasses.astuple(found)[:4] == (1, 1, 1, 3)
+    assert found.kernels == 6
+
+
+def test_a_graph_that_breaks_is_no_layer(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(RuntimeError, match="expected one graph forward and one backward"):
+        lowering.compiled(SMALL, tokens=256)
+
+
+def test_for_the_gate():
+    found = lowering.counted({"small": SMALL})
+    assert list(found) == ["compiled layer, small"]
+    assert set(found["compiled layer, small"]) == {"kernels", "kernels_forward"}
