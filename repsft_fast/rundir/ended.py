@@ -19,7 +19,7 @@ from repsft_fast.report.result import RunResult
 from repsft_fast.report.visible import one_line
 from repsft_fast.rundir import made
 from repsft_fast.rundir.folder import SETTINGS
-from repsft_fast.rundir.identity import BUDGET, flat, is_free, is_place
+from repsft_fast.rundir.identity import BUDGET, DECIDED_ONCE, flat, is_free, is_place
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _compared(result: RunResult, config: Config) -> Ended:
     names = [
         n
         for n in sorted(before.keys() | now.keys())
-        if n not in _OPEN and before.get(n) != now.get(n) and not (n in _DECIDED and now.get(n) == "auto")
+        if n not in _OPEN and before.get(n) != now.get(n) and not (n in DECIDED_ONCE and now.get(n) == "auto")
     ]
     words = tuple(f"{name}: {_short(now.get(name))} (it had {_short(before.get(name))})" for name in names)
     other = [w for n, w in zip(names, words) if not (is_free(n) or is_place(n) or n.startswith(f"{BUDGET}."))]
@@ -98,7 +98,6 @@ def _compared(result: RunResult, config: Config) -> Ended:
 
 # moved folders are the same run; run.yaml says what was decided
 _OPEN = ("run.folder", "loss.chunk_bytes", "batch.row_lengths", "model.cuda_graphs")
-_DECIDED = ("model.attention", "model.compile", "batch.row_tokens")  # likewise, where they are left open
 
 
 def say(ended: Ended, world: World, *, again: bool = False) -> None:

@@ -37,14 +37,14 @@ _DECIDERS = (
     "numbers.on_nonfinite", "numbers.on_out_of_memory", "numbers.on_spike", "distributed.shard_ranks",
 )  # fmt: skip
 # Settings whose values `training.decided` keeps and says; some stand above too, for older versions to read.
-_DECIDED_ONCE = (
+DECIDED_ONCE = (
     "loss.chunk_bytes", "model.attention", "model.compile", "model.cuda_graphs", "batch.row_tokens",
     "batch.row_lengths",
 )  # fmt: skip
 # Settings that say how fast, where or what is told, not what is computed.
 _FREE = (
     *_DECIDERS,
-    *_DECIDED_ONCE,
+    *DECIDED_ONCE,
     "run.folder", "model.trust_remote_code", "model.save_dtype", "model.lora.merge", "tokenizer",
     "numbers", "log", "checkpoint", "distributed", "snapshot",
     "evaluate.generate_samples", "evaluate.generate_tokens",
@@ -227,7 +227,7 @@ def other_deciders(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
     """The sentence that says what decides bits otherwise now; None: nothing."""
     changed = [
         f"{name} is {_short(now.get(name))} and was {_short(before.get(name))}"
-        for name in sorted((before.keys() | now.keys()) - set(_DECIDED_ONCE))
+        for name in sorted((before.keys() | now.keys()) - set(DECIDED_ONCE))
         if before.get(name) != now.get(name)
     ]
     if not changed:

@@ -10,6 +10,7 @@ import yaml
 from repsft_fast.config import Config
 from repsft_fast.distributed import alone
 from repsft_fast.errors import ConfigError, describe
+from repsft_fast.rundir import identity
 from repsft_fast.rundir.folder import is_open, settings_before, write_settings
 from repsft_fast.training import chunks, decided, trainer
 from repsft_fast.training.trainer import train
@@ -71,6 +72,11 @@ def test_every_setting_of_an_item_is_one(tmp_path):
     config = Config.of(runs.settings(tmp_path))
     for name in decided.settings_decided():
         is_open(config, name)
+
+
+def test_the_runs_folder_knows_the_same_settings():
+    """They are neither another run's nor told twice, and an ended run's may be left open again."""
+    assert set(identity.DECIDED_ONCE) == set(decided.settings_decided())
 
 
 def test_what_a_checkpoint_keeps(lot, tmp_path):
