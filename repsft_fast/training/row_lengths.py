@@ -90,7 +90,8 @@ def words(value: Any) -> str:
     if value is None:
         return "multiples of a bucket"
     if isinstance(value, list):
-        return f"{len(value)} lengths ({', '.join(f'{length:,}' for length in value)})"
+        named = "length" if len(value) == 1 else "lengths"
+        return f"{len(value)} {named} ({', '.join(f'{length:,}' for length in value)})"
     return f"{words(value['lengths'])} of at most {value['documents']:,} samples"
 
 

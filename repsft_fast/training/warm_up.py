@@ -62,7 +62,7 @@ def warm_up(parts: Parts, say: Callable[[str], None]) -> float:
         say(f"compiling the layers failed after {seconds:.1f} s, so they stay plain for this run: {reason}")
     else:
         layers.warm = {*(layers.warm or ()), *missing}
-        say(f"layers compiled in {seconds:.1f} s, {len(missing)} shapes; graphs are kept in {kept_in()}")
+        say(f"layers compiled in {seconds:.1f} s, {len(missing)} shape(s); graphs are kept in {kept_in()}")
     return seconds
 
 
