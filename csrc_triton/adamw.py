@@ -30,6 +30,7 @@ from csrc_triton.tensor_table import (
     address,
     entry,
     load_floats,
+    power,
     store_nearest,
 )
 
@@ -40,16 +41,6 @@ COUNT_BITS = 25  # an fp32 counts to 2²⁴
 
 # Columns of the table, one line per tensor, int64; of betas and decay the bits of their doubles.
 WEIGHT, COPY, GRAD, M, V, SIZE, FIRST_TILE, COUNT, BETA1, BETA2, DECAY = range(11)
-
-
-@triton.jit
-def _power(base, exponent, BITS: tl.constexpr):
-    """base^exponent by squaring, in fp64: products alone, so the same bits everywhere."""
-    result = base * 0 + 1.0
-    for bit in range(BITS):
-        result = tl.where(((exponent >> bit) & 1) == 1, result * base, result)
-        base = base * base
-    return result
 
 
 @triton.jit
@@ -73,8 +64,8 @@ def adamw_count_kernel(
     exponent = tl.maximum(tl.cast(count, tl.int32), 1)
     beta1 = tl.cast(tl.load(row_ptr + 8, mask=present, other=0), tl.float64, bitcast=True)
     beta2 = tl.cast(tl.load(row_ptr + 9, mask=present, other=0), tl.float64, bitcast=True)
-    first = 1.0 / (1.0 - _power(beta1, exponent, BITS))
-    second = 1.0 / tl.sqrt(1.0 - _power(beta2, exponent, BITS))
+    first = 1.0 / (1.0 - power(beta1, exponent, BITS))
+    second = 1.0 / tl.sqrt(1.0 - power(beta2, exponent, BITS))
     tl.store(corrections_ptr + lines * 2, tl.cast(first, tl.float32), mask=present)
     tl.store(corrections_ptr + lines * 2 + 1, tl.cast(second, tl.float32), mask=present)
 

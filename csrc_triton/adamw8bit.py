@@ -249,9 +249,11 @@ class Launcher:
         step: Tensor,
         *,
         group: int = 0,
+        shared: Tensor | None = None,
     ) -> int:
         """One update. gradients: fp32 | bf16, of the weights' shapes; `scalars` as
-        `repsft_fast.optim.adamw8bit_reference.Scalars`; step: [] int64, the count after this update, on the
+        `repsft_fast.optim.adamw8bit_reference.Scalars`, of which `shared`, [4] fp32 of `Counter`, holds the
+        tensors where it is given; step: [] int64, the count after this update, on the
         device. group: calls of one are for the same parameters. Returns the number of launches.
 
         `parts` is looked at anew only where it is another object than at the group's call before, or one of
@@ -259,8 +261,10 @@ class Launcher:
         """
         if not parts:
             return 0
-        values = [scalars.inverse_correction1, scalars.inverse_correction2, scalars.clip, scalars.veto]
-        device_scalars = torch.stack([value.reshape(()) for value in values])
+        device_scalars = shared
+        if device_scalars is None:
+            values = [scalars.inverse_correction1, scalars.inverse_correction2, scalars.clip, scalars.veto]
+            device_scalars = torch.stack([value.reshape(()) for value in values])
         # a copy of a strided one lives until it is launched upon
         gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
         plans = self._plans(parts, gradients, group)
@@ -329,9 +333,12 @@ def _kind(part: Part, gradient: Tensor) -> tuple[bool, bool, bool, bool, bool]:
     return eight_bit, weight.dtype == bf16, gradient.dtype == bf16, copy is not None, aligned
 
 
-_SIGNATURE = {"table_ptr": "*i64", "tiles_ptr": "*i32", "scalars_ptr": "*fp32", "step_ptr": "*i64"} | {
-    name: "fp32" for name in ("lr", "decay", "eps", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
-}
+_SIGNATURE = {
+    "table_ptr": "*i64",
+    "tiles_ptr": "*i32",
+    "scalars_ptr": "*fp32",
+    "step_ptr": "*i64",
+} | dict.fromkeys(("lr", "decay", "eps", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2"), "fp32")
 
 
 def _case(bits: int, weight: str, gradient: str, copied: bool = False) -> AotCase:

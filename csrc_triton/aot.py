@@ -65,7 +65,7 @@ def measure(case: AotCase, arch: int) -> dict[str, int]:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", str(binary))
-        text = _tool("nvdisasm", "-c", str(binary))
+        text = _tool("nvdisasm", "-c", "-ndf", str(binary))  # no data flow: no opcode is counted by it
     figures = {"shared_bytes": compiled.metadata.shared}
     for key, label in (("registers", "REG"), ("stack_bytes", "STACK"), ("local_bytes", "LOCAL")):
         match = re.search(rf"\b{label}:(\d+)", usage)

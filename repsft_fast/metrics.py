@@ -1,7 +1,8 @@
 """The ledger: exact counts of every update, kept on the device until somebody reads them.
 
-`add` once per row, `close` once per update: neither asks the device for a number. `read` is the one place
-where the host waits (when logging, and before a snapshot, checkpoint or decision).
+`add` (and sums into `open_table`) once per row, `close` once per update: neither asks the device for a
+number. `read` is the one place where the host waits (when logging, and before a snapshot, checkpoint or
+decision).
 """
 
 from __future__ import annotations
@@ -55,37 +56,36 @@ class Ledger:
         self.world = world
         self.capacity = capacity
         self._tables = torch.zeros(capacity, num_tasks, K, dtype=torch.int64, device=device)
-        # loss, grad norm, veto, kept, …
+        # loss, kept, grad norm, veto, …
         self._scalars = torch.zeros(capacity, 4 + JUDGED, dtype=torch.float64, device=device)
         self._epoch = torch.zeros(num_tasks, K, dtype=torch.int64, device=device)
         self._pending: list[tuple[int, float]] = []  # (update, lr) of every closed slot
         self._spilled: list[UpdateRecord] = []
 
-    def add(self, loss: Tensor, stats: TokenStats, kept: Tensor | None = None) -> None:
-        """One row of the open update. loss: [] weighted sum; stats: by task; kept: [] fp64 share that
-        skip_below kept."""
+    def open_table(self) -> Tensor:
+        """[tasks, K] int64, the open update's sums; a view, to which the sums of its rows are added."""
+        return self._tables[len(self._pending)]
+
+    def add(self, loss: Tensor, kept: Tensor | None = None) -> None:
+        """One row of the open update, whose sums are in `open_table`. loss: [] weighted sum; kept: [] fp64
+        share that skip_below kept."""
         slot = len(self._pending)
-        self._tables[slot] += stats.table
-        self._scalars[slot, 0] += loss.detach()
+        self._scalars[slot, 0].add_(loss.detach())
         if kept is not None:
-            self._scalars[slot, 3].clamp_(min=kept)
+            self._scalars[slot, 1].clamp_(min=kept)
 
     def open_loss(self) -> Tensor:
         """[] fp64, this rank's loss of the open update so far; a view that stays on the device."""
         return self._scalars[len(self._pending), 0]
 
-    def judged(self, numbers: Tensor) -> None:
-        """[JUDGED] fp64, the same on every rank: whether the open update is a spike, and what that was judged
-        by."""
-        self._scalars[len(self._pending), 4:] = numbers
-
-    def close(self, update: int, lr: float, grad_norm: Tensor, veto: Tensor) -> None:
-        """End the open update. grad_norm: [] before clipping; veto: [] 1.0 when the step was refused."""
+    def close(self, update: int, lr: float, numbers: Tensor, applied: Tensor) -> None:
+        """End the open update. numbers: [2 + JUDGED] fp64, norm before clipping, veto, and whether it is a
+        spike and what that was judged by, the same on every rank; applied: [] int64, 0 when the step was
+        refused. Both are copied."""
         slot = len(self._pending)
-        self._scalars[slot, 1] = grad_norm
-        self._scalars[slot, 2] = veto
+        self._scalars[slot, 2:].copy_(numbers)
         # A vetoed update trained nothing: its tokens do not count towards the epoch's accuracy.
-        self._epoch += self._tables[slot] * (1 - veto).to(torch.int64)
+        self._epoch.addcmul_(self._tables[slot], applied)
         self._pending.append((update, lr))
         if len(self._pending) == self.capacity:
             self._spilled += self._drain()
@@ -128,9 +128,9 @@ class Ledger:
             finite = all_sum((~torch.isfinite(scalars[:, 0])).to(torch.int64)) == 0
             summed = all_sum(fixed).double() / 2.0**32
             scalars[:, 0] = torch.where(finite, summed, float("nan"))
-            scalars[:, 3] = all_max(scalars[:, 3].contiguous())
+            scalars[:, 1] = all_max(scalars[:, 1].contiguous())
         records = [
-            UpdateRecord(update, row[0], row[1], lr, row[2] > 0, TokenStats(table), row[3], tuple(row[4:]))
+            UpdateRecord(update, row[0], row[2], lr, row[3] > 0, TokenStats(table), row[1], tuple(row[4:]))
             for (update, lr), row, table in zip(self._pending, scalars.tolist(), tables.clone(), strict=True)
         ]
         self._tables[:count].zero_()
@@ -149,10 +149,12 @@ class SampleStats:
     def add(self, row: Row, stats: PositionStats) -> None:
         """One row's statistics, by sample. No host sync."""
         if row.num_segments:
-            ids = torch.tensor(row.samples, dtype=torch.int64)
-            if self._table.device.type == "cuda":
-                ids = ids.pin_memory().to(self._table.device, non_blocking=True)
-            self._table.index_add_(0, ids, stats.sum_by(row.position_segments, row.num_segments).table)
+            ids = row.sample_ids
+            if ids is None:
+                ids = torch.tensor(row.samples, dtype=torch.int64)
+                if self._table.device.type == "cuda":
+                    ids = ids.pin_memory().to(self._table.device, non_blocking=True)
+            stats.add_to(self._table, row.position_segments, ids)
 
     def read(self) -> TokenStats:
         """[samples, K] on the host, all ranks, and begin anew. Waits for the device."""

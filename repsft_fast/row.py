@@ -30,6 +30,7 @@ class Row:
     real_tokens: int  # tokens that are not padding, host
     # guessed share of the trained positions that loss.skip_below keeps, host; any guess is exact
     kept_share: float = 1.0
+    sample_ids: Tensor | None = None  # [S] int64, `samples` on the device; None where nobody put them there
     # targets and weights have one place more, [T+1], which stands for a hidden state of zeros and weighs
     # nothing: entries of trained_positions that are padding point there (training.static_row)
     spare: bool = False

@@ -6,6 +6,8 @@ sums in any order, on any number of ranks (law 11), and atomics cannot disturb t
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -61,6 +63,23 @@ class PositionStats:
     def sum_by(self, segments: Tensor, num_segments: int) -> TokenStats:
         """Sum per segment. segments: [N'] int64 in 0 … num_segments-1. No host sync; order-independent, bit
         for bit."""
+        sums = TokenStats.zeros(num_segments, self.loss.device)
+        self.add_to(sums.table, segments)
+        return sums
+
+    def add_to(self, table: Tensor, segments: Tensor, owners: Tensor | None = None) -> None:
+        """`sum_by`, added to a table [n, K] int64 that is there: on a GPU with Triton one launch, and nothing
+        is allocated. owners: [S] int64, the table's line of each segment; None: segments are lines."""
+        if kernel_sums(self.loss.device.type):
+            from csrc_triton.token_sums import add_sums, takes
+
+            values = (self.loss, self.entropy, self.top1_probability, self.margin, self.log10_miss)
+            if takes(values):
+                add_sums(table, values, self.correct, segments, owners)
+                return
+        self._add_plain(table, segments if owners is None else owners.index_select(0, segments))
+
+    def _add_plain(self, table: Tensor, segments: Tensor) -> None:
         device, n = self.loss.device, self.loss.numel()
         finite = self.loss.abs() < math.inf
         # All columns at once, in the order of FRACTION_BITS: this runs for every row, and on a GPU of a small
@@ -80,9 +99,13 @@ class PositionStats:
         columns[:, 1] = self.correct
         columns[:, 2] = ~finite
         columns[:, 3:] = sums.T
-        table = torch.zeros(num_segments, K, dtype=torch.int64, device=device)
         table.index_add_(0, segments, columns)
-        return TokenStats(table)
+
+
+@functools.cache
+def kernel_sums(device_type: str) -> bool:
+    """Whether sums on such a device are the kernel's (`csrc_triton/token_sums.py`)."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

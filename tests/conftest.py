@@ -9,15 +9,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
-    """A warm process that forks whole runs, which a test may kill: the functions of run_jobs."""
-    from tests.helpers import run_jobs
+    """A warm process that forks whole runs, which a test may kill: the functions of run_jobs, rank_jobs and
+    spike_jobs. One for all files: it only forks, and what it imports first takes six seconds."""
+    from tests.helpers import rank_jobs
     from tests.helpers.forkserver import ForkServer
 
-    started = ForkServer(run_jobs.PRELOAD)
+    started = ForkServer([*rank_jobs.PRELOAD, "tests.helpers.spike_jobs"])
     yield started
     started.close()
+
+
+@pytest.fixture
+def real_pictures():
+    """run.png in pixels: everywhere else it is a sketch."""
+    from tests.helpers import sketches
+
+    sketches.install(real=True)
+    yield
+    sketches.install()
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +49,9 @@ def pytest_configure(config):
     """Tests marked `slow` take minutes: they run where a -m says so."""
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+    from tests.helpers import sketches
+
+    sketches.install()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -61,8 +75,23 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """Every run begins with a full collection: what stands by now, some 400,000 objects, is not walked in each."""
+    _freeze()
+
+
+def pytest_runtest_setup(item):
+    """Nor what tests imported since: torch's compiler alone is another 200,000."""
+    if len(sys.modules) > _frozen_modules + 200:
+        _freeze()
+
+
+_frozen_modules = 0
+
+
+def _freeze() -> None:
+    global _frozen_modules
     gc.collect()
     gc.freeze()
+    _frozen_modules = len(sys.modules)
 
 
 def pytest_sessionfinish(session):

@@ -13,7 +13,7 @@ FLOORS = {
     "files": {"errors"},
     "seeded": set(),
     "row": set(),
-    "stats": set(),
+    "stats": {"csrc_triton"},
     "csrc_triton": set(),
     "hub": {"errors"},
     "data": STORAGE | {"data"},

@@ -1,11 +1,11 @@
 """How many kernels a compiled decoder layer launches on an H100, counted without one.
 
-torch's compiler is asked for a layer, forward and backward, as `models.compiled` asks it. The graphs it makes
-are lowered for `cuda` with an H100's properties in the place of a card's, and what would be launched is read
-from the programs that come out: generated kernels, products, attention, and what the programs call beside
-them. Nothing is launched and no kernel is compiled, so a torch without CUDA counts too. Tensors are fakes:
-they are traced as a CPU's and become a GPU's before they are lowered, for C++ asks a device for streams where
-gradients are made.
+torch's compiler is asked for a layer, forward and backward, as `models.compiled` asks it, a row's length left
+open. The graphs it makes are lowered for `cuda` with an H100's properties in the place of a card's, and what
+would be launched is read from the programs that come out: generated kernels, products, attention, and what
+the programs call beside them. Nothing is launched and no kernel is compiled, so a torch without CUDA counts
+too. Tensors are fakes: they are traced as a CPU's and become a GPU's before they are lowered, for C++ asks a
+device for streams where gradients are made.
 
 Not counted: what a product or the attention launches inside (one each), and copies between devices. What the
 compiler decides by timing on a card, it decides here by its own rules.
@@ -35,6 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from repsft_fast.models.compiler_options import TOGETHER, known
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -85,16 +87,19 @@ def counted(models: Mapping[str, dict[str, Any]] = LAYERS) -> dict[str, dict[str
     return found
 
 
-def compiled(config: Mapping[str, Any], tokens: int = TOKENS) -> tuple[Launched, Launched]:
-    """(forward, backward) of one layer in bf16, compiled."""
+def compiled(
+    config: Mapping[str, Any], tokens: int = TOKENS, *, deterministic: bool = False
+) -> tuple[Launched, Launched]:
+    """(forward, backward) of one layer in bf16, compiled with the options of such a run."""
     programs: list[tuple[bool, Launched]] = []
+    options: dict[str, Any] = {} if deterministic else known(TOGETHER) or {}
 
     def backend(graph: Any, inputs: Any) -> Any:
         return inductor.compile_fx(graph, inputs, inner_compile=_lowering_into(programs))
 
     torch._dynamo.reset()
     # one thread: a pool of processes would be waited for at the end
-    with settings.patch(compile_threads=1, fx_graph_cache=False):
+    with settings.patch({"compile_threads": 1, "fx_graph_cache": False, **options}):
         _pass(
             config,
             tokens,
@@ -120,6 +125,7 @@ def _pass(
     """One forward and backward pass of a layer whose tensors are fakes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from repsft_fast.models.compiled import opened
     from repsft_fast.ops.attention import NAME, Packed, no_mask, register
 
     register()
@@ -129,16 +135,19 @@ def _pass(
         layer = model.model.layers[0].train()
         width = getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
         hidden = torch.empty(1, tokens, made.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        angles = torch.empty(2, 1, tokens, width, dtype=torch.bfloat16)
+        angles = tuple(torch.empty(1, tokens, width, dtype=torch.bfloat16) for _ in range(2))
         longest = tokens // DOCUMENTS
         borders = torch.empty(DOCUMENTS + 2, dtype=torch.int32)
         packed = Packed(borders, (longest,) * DOCUMENTS, longest, "varlen")
+        given = {
+            "attention_mask": no_mask(torch.device("cpu")), "past_key_values": None, "use_cache": False,
+            "position_ids": torch.empty(1, tokens, dtype=torch.int64), "packed": packed,
+            "position_embeddings": angles,
+        }  # fmt: skip
+        if between is None:
+            given = opened(hidden, (), given)
         with between or contextlib.nullcontext():
-            output = through(type(layer).forward)(
-                layer, hidden, attention_mask=no_mask(torch.device("cpu")),
-                position_ids=torch.empty(1, tokens, dtype=torch.int64), past_key_values=None, use_cache=False,
-                position_embeddings=(angles[0], angles[1]), packed=packed,
-            )  # fmt: skip
+            output = through(type(layer).forward)(layer, hidden, **given)
             output = output[0] if isinstance(output, tuple) else output
             up = torch.empty_like(output)
             if between is not None:
@@ -252,7 +261,9 @@ def _moved(graph: Any, inputs: Any) -> tuple[Any, list[Any]]:
 def _bytes_of_attention(graph: Any) -> int:
     """The compiler counts none for an operator that it knows nothing of."""
     nodes = [n for n in graph.graph.nodes if "varlen" in str(n.target)]
-    return sum(_bytes([n.meta.get("val"), [a.meta.get("val") for a in n.all_input_nodes]]) for n in nodes)
+    found = sum(_bytes([n.meta.get("val"), [a.meta.get("val") for a in n.all_input_nodes]]) for n in nodes)
+    # A row's length is open in the graph: what it is here.
+    return found if isinstance(found, int) else int(found.node.hint)
 
 
 def _read(program: str) -> Launched:
@@ -325,7 +336,12 @@ def table() -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, config in LAYERS.items():
-        for what, both in (("plain", plain(config)), ("compiled", compiled(config))):
+        ways = {
+            "plain": plain(config),
+            "compiled": compiled(config),
+            "deterministic": compiled(config, deterministic=True),
+        }
+        for what, both in ways.items():
             for direction, found in zip(("forward", "backward"), both, strict=True):
                 figures = (found.generated, found.products, found.attention, found.others, found.kernels)
                 cells = [name, f"{what}, {direction}", *map(str, figures), f"{found.bytes / 1e9:.2f}"]

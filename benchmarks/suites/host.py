@@ -4,12 +4,16 @@
 
 A Qwen3 of 28 layers and tiny tensors on a CPU, one sample an update unless told otherwise. What a GPU would
 do is left out or tiny: decoder layers are really compiled (guards, autograd and all that torch does around a
-graph), but by a backend whose graphs hand out tensors made before; the head's pass, the norms of gradients
-and the optimizer's kernel are answers made before. What stays is what a GPU would wait for. An operation of
+graph), but by a backend whose graphs hand out tensors made before; the head's pass and the
+optimizer's step are answers made before, and launches of the other Triton kernels (one a row, two an update)
+do nothing, though all that leads to them is done: what Triton itself takes for a launch is left out. What
+stays is what a GPU would wait for. An operation of
 torch on a tiny tensor stands for a launch: 1–3 µs here, 3–5 µs with CUDA's own.
 
-Times are least ones of many updates: a loaded machine adds to the others. `layers` is what one costs alone,
-times 28.
+Times are the calling thread's on a core, the least of many updates: what else runs adds to the others.
+`layers` are all 28 alone, forward and backward, under one autograd function (`models.compiled_stack`); `one
+by one` as torch calls them by itself. What the empty graphs take to hand out tensors, `of layers`, is in all
+these figures; no GPU would wait for it.
 """
 
 from __future__ import annotations
@@ -29,13 +33,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
+from repsft_fast import stats
 from repsft_fast.config import Config
 from repsft_fast.data.plan import EpochPlan, Update
 from repsft_fast.distributed import decoder_layers
+from repsft_fast.models import compiled
+from repsft_fast.models.compiled_stack import running
 from repsft_fast.models.loss import hidden_states
 from repsft_fast.ops import linear_cross_entropy
-from repsft_fast.training import garbage, step
+from repsft_fast.training import garbage, spikes, step
 from repsft_fast.training.build import build
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.parts import Parts
@@ -43,6 +51,7 @@ from repsft_fast.training.policy import build_policy, weights_are_enough
 from repsft_fast.training.reporter import Reporter
 from repsft_fast.training.snapshots import Snapshots, closed_list
 from repsft_fast.training.step import train_step
+from repsft_fast.training.warm_up import warm_up
 
 LAYERS, SAMPLES, REPEATS = 28, 400, 400
 MODEL = {
@@ -66,7 +75,7 @@ def made(folder: str, per_update: int = 1) -> Parts:
         "run": {"folder": f"{folder}/run"},
         "model": {"config": MODEL},
         "data": {"train": str(data), "cache_folder": f"{folder}/cache"},
-        "batch": {"samples": per_update, "row_tokens": 1024, "bucket_tokens": 64},
+        "batch": {"samples": per_update, "row_tokens": 64 * per_update, "row_lengths": [64 * per_update]},
         "budget": {"updates": 1_000_000},
         "stop": {"token_accuracy": None},
     }
@@ -93,12 +102,16 @@ def loop_of(parts: Parts) -> tuple[EpochPlan, Callable[[Update], None]]:
     return epoch, turn
 
 
+EMPTY: list[Callable[[], Any]] = []  # the graphs of this process, forward and backward, as they are called
+
+
 def hand_out(graph: Any, inputs: Any) -> Callable[[list], list]:
     """A compiler's answer: a graph that computes nothing and hands out tensors of the right shapes."""
     (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
     values = [getattr(output, "meta", {}).get("val") for output in outputs]
     shapes = [(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else None for v in values]
     ready: list[Tensor | None] = []
+    EMPTY.append(lambda: run([]))
 
     def run(given: list) -> list:
         given.clear()
@@ -117,24 +130,45 @@ def _some(dtype: torch.dtype) -> float | int:
     return 1e-3 if dtype.is_floating_point else 1
 
 
-def compile_emptily(model: Any) -> None:
-    """Each decoder layer through torch.compile as `models.layers` does it, computing nothing."""
+def compile_emptily(parts: Parts) -> None:
+    """Each decoder layer through `models.compiled` and warmed as a run warms it, computing nothing."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
     backend = aot_autograd(
         fw_compiler=hand_out, bw_compiler=hand_out, partition_fn=min_cut_rematerialization_partition
     )
-    limits: Any = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 1024)
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=False, backend=backend)
+    make, compare, opened = torch.compile, compiled._compare, compiled.opened
+    torch.compile = lambda function, **_: make(function, backend=backend, dynamic=False)
+    compiled.opened = lambda hidden, args, kwargs: kwargs  # one length: what is handed out has a size
+    compiled._compare = lambda *_: None  # what is handed out is no layer's output
+    try:
+        compiled.compile_layers(parts.model, enabled=True)
+        compiled.compiled_layers(parts.model).warm = set()
+        warm_up(parts, lambda _: None)
+    finally:
+        torch.compile, compiled._compare, compiled.opened = make, compare, opened
+    layers = compiled.compiled_layers(parts.model)
+    assert layers.on
+    assert not layers.stack.why, layers.stack.why
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: Any) -> Iterator[None]:
+    """Inside, every layer is called through torch's own way around its graph."""
+    stack = compiled.compiled_layers(model).stack
+    plans, stack._plans = stack._plans, {}
+    try:
+        yield
+    finally:
+        stack._plans = plans
 
 
 @contextlib.contextmanager
 def without_a_gpu(parts: Parts) -> Iterator[None]:
-    """Inside, the head's pass, the norms of gradients and the optimizer's kernel are answers made before."""
-    passes, norms, known = linear_cross_entropy.head_pass, torch._foreach_norm, {}
+    """Inside, the head's pass and the optimizer's step are answers made before, statistics and judgements
+    take the GPU's way, and no Triton kernel is launched."""
+    passes, known = linear_cross_entropy.head_pass, {}
 
     def head(*arguments: Any, **more: Any) -> Any:
         shape = arguments[0].shape, arguments[4].shape
@@ -143,27 +177,28 @@ def without_a_gpu(parts: Parts) -> Iterator[None]:
         loss, of_hidden, of_head, stats = known[shape]
         return loss.detach(), of_hidden.detach(), of_head.detach(), stats
 
-    def norm(tensors: Any, *more: Any) -> Any:
-        if len(tensors) not in known:
-            known[len(tensors)] = norms(tensors, *more)
-        return known[len(tensors)]
-
     inner: Any = parts.optimizer.inner
     plain = inner.step
-    linear_cross_entropy.head_pass, torch._foreach_norm = head, norm  # type: ignore[assignment]
+    linear_cross_entropy.head_pass = head  # type: ignore[assignment]
     inner.step = lambda *_: None
+    launch, kernel, sums = JITFunction.run, parts.spikes._kernel, stats.kernel_sums
+    parts.spikes._kernel = spikes._Kernel(parts.world.device)
+    stats.kernel_sums = lambda _: True  # type: ignore[assignment]
+    JITFunction.run = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        linear_cross_entropy.head_pass, torch._foreach_norm, inner.step = passes, norms, plain
+        linear_cross_entropy.head_pass, inner.step = passes, plain
+        JITFunction.run = launch  # type: ignore[method-assign]
+        parts.spikes._kernel, stats.kernel_sums = kernel, sums
 
 
 def least_ms(call: Callable[[], Any]) -> float:
     best = float("inf")
     for _ in range(REPEATS):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         call()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.thread_time() - begun)
     return best * 1e3
 
 
@@ -173,47 +208,50 @@ def parts_of_an_update(parts: Parts, update: Update) -> dict[str, float]:
     (row, *_) = parts.rows(update)
     found = {"rows": least_ms(lambda: list(parts.rows(update)))}
 
-    # a layer's arguments, as the model hands them over
-    layer, given = decoder_layers(model)[1], []
-    hook = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
-    )
+    # what layers are given, as the model hands it over
+    layers, given = decoder_layers(model), []
+    plain = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = lambda x, *args, **kwargs: given.append((args, kwargs)) or x
     hidden_states(model, row, "mask")
-    hook.remove()
-    (hidden, *others), kwargs = given[0]
-    hidden = hidden.detach().requires_grad_()
-
-    def layer_pass() -> None:
-        output = layer(hidden, *others, **kwargs)
-        output.backward(output.detach())
-
-    found["layers"] = least_ms(layer_pass) * LAYERS
-    calls = [layer._compiled_call_impl for layer in decoder_layers(model)]
-    for one in decoder_layers(model):
-        one._compiled_call_impl = lambda x, *_, **__: x
     found["model around the layers"] = least_ms(lambda: model.loss(row)[0].backward())
-    for one, call in zip(decoder_layers(model), calls, strict=True):
-        one._compiled_call_impl = call
+    for layer, forward in zip(layers, plain, strict=True):
+        layer.forward = forward
+    hidden = torch.zeros(1, row.tokens.shape[1], model.config.hidden_size, requires_grad=True)
 
-    loss, stats = model.loss(row)
-    table = stats.sum_by(row.position_tasks, parts.num_tasks)
-    found["statistics"] = least_ms(lambda: stats.sum_by(row.position_tasks, parts.num_tasks))
-    found["ledger"] = least_ms(lambda: parts.ledger.add(loss, table, None))
+    def layers_pass() -> None:
+        with running(model):
+            output = hidden
+            for layer, (args, kwargs) in zip(layers, given, strict=False):
+                output = layer(output, *args, **kwargs)
+        output.backward(output.detach())
+        parts.optimizer.zero_grad()
+
+    found["gradients dropped"] = least_ms(parts.optimizer.zero_grad)
+    found["layers"] = least_ms(layers_pass) - found["gradients dropped"]
+    found["of layers, the empty graphs"] = LAYERS * sum(map(least_ms, EMPTY))
+    with layer_by_layer(model):
+        found["layers one by one"] = least_ms(layers_pass) - found["gradients dropped"]
+
+    loss, found_of = model.loss(row)
+    table = parts.ledger.open_table()
+    found["statistics"] = least_ms(lambda: found_of.add_to(table, row.position_tasks))
+    found["ledger"] = least_ms(lambda: parts.ledger.add(loss))
     for parameter in names.values():
         parameter.grad = torch.zeros_like(parameter)
     found["norm, clip, veto"] = least_ms(lambda: step.clip_and_veto(parts))
-    _, clip, veto = step.clip_and_veto(parts)
+    _, clip, veto, *_ = step.clip_and_veto(parts)
     found["optimizer"] = least_ms(lambda: parts.optimizer.step(0.0, found_inf=veto, clip=clip))
-    found["gradients dropped"] = least_ms(parts.optimizer.zero_grad)
+    parts.optimizer.zero_grad()
     parts.ledger.drop_open()
     return found
 
 
 def measure(per_update: int = 1) -> dict[str, float]:
-    """Least ms of an update (`all`) and of what it is made of."""
+    """Least ms of an update (`all`; and with layers called one by one) and of what it is made of."""
     with tempfile.TemporaryDirectory() as folder, garbage.kept_out():
         parts = made(folder, per_update)
-        compile_emptily(parts.model)
+        compile_emptily(parts)
         with without_a_gpu(parts), contextlib.redirect_stderr(io.StringIO()):
             epoch, turn = loop_of(parts)
             updates = list(epoch)
@@ -221,6 +259,8 @@ def measure(per_update: int = 1) -> dict[str, float]:
                 turn(update)
             turns = itertools.cycle(updates)
             found = {"all": least_ms(lambda: turn(next(turns)))}
+            with layer_by_layer(parts.model):
+                found["all, layers one by one"] = least_ms(lambda: turn(next(turns)))
             return found | parts_of_an_update(parts, updates[0])
 
 

@@ -64,7 +64,7 @@ class Model(Section):
     """Recompute activations in the backward pass to save memory."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the backbone's layers with torch.compile; auto: on CUDA, unless liger is asked for. Where it
-    fails, the layers stay plain and the run says so."""
+    fails, the layers stay plain, which the run says and its resumptions keep."""
     cuda_graphs: Literal["off", "auto"] = "off"
     """Capture the passes of a row once and replay them, for small models on one GPU; auto: where a trial
     finds the same bits and less time. Unmeasured."""

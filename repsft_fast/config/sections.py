@@ -106,9 +106,8 @@ class Batch(Section):
     """Rows are padded to a multiple of this, whatever batch.row_lengths would be; auto: the row lengths where
     there are some, else 128 on a GPU or with model.compile, else 1."""
     row_lengths: Literal["auto", "off"] | list[Count] = "auto"
-    """Rows are padded to one of these few lengths, ascending; auto: at most six, from the plan, on a GPU or
-    with model.compile, whose kernels and graphs are made for a length each; off: as batch.bucket_tokens
-    says."""
+    """Rows are padded to one of these few lengths, ascending; auto: at most 16, from the plan, on a GPU or
+    with model.compile, which runs each once before the first update; off: as batch.bucket_tokens says."""
 
     @model_validator(mode="before")
     @classmethod
@@ -259,7 +258,7 @@ class Distributed(Section):
     copies. null: all."""
     keep_gathered: Literal["auto"] | bool = "auto"
     """Weights that were gathered for a row stay for the next rows of its update; auto: where a GPU's memory
-    holds them, decided when the run begins."""
+    holds them, decided at every start."""
 
 
 class Mixture(Section):

@@ -43,7 +43,7 @@ def choose_lengths(
     """The shapes of the rows of `plan`, which has none yet.
 
     most: lengths. longest: positions of the longest sample of any split, None = of the plan. lengths: these
-    and no others, ascending, the last as long as any row. A fraction of a second.
+    and no others, ascending, the last as long as any row. About a second.
     """
     longest = max(int(plan.index.lengths.max()), longest or 1)
     top = longest_row(plan, longest)
@@ -84,7 +84,7 @@ def longest_row(plan: Plan, longest: int) -> int:
 def quantised(real: np.ndarray, top: int, most: int = MOST_LENGTHS) -> tuple[int, ...]:
     """At most `most` lengths, `top` the last, so that rows of `real` positions padded to the next are fewest
     slots. real: [n] int64, at most `top`."""
-    edges = _edges(top)
+    edges = _edges(top, int(real.max()))
     counts = np.bincount(np.searchsorted(edges, real), minlength=len(edges)).astype(np.int64)
     below = np.concatenate([[0], np.cumsum(counts)])  # rows that end before place n
     # cost[n]: slots of the rows below place n, the last length at place n − 1
@@ -114,7 +114,7 @@ def summed(
     its best place until none moves.
     """
     free = len(start) - 1
-    edges = _edges(top)
+    edges = _edges(top, top)
     places = edges[np.linspace(0, len(edges) - 1, PLACES).round().astype(int)[:-1]]
     # More than three rows: all but the last few are full.
     totals = totals - top * np.maximum(-(-totals // top) - (COUNTED_ROWS - 1), 0)
@@ -155,11 +155,12 @@ def _unit(longest: int) -> int:
     return min(TILE, max(FINEST, 1 << max(longest // 64, 1).bit_length() - 1))
 
 
-def _edges(top: int) -> np.ndarray:
-    """Places for a length, ascending, `top` the last. [n] int64."""
-    unit = _unit(top)
-    step = max(unit, -(-top // (STEPS * unit)) * unit)
-    return np.append(np.arange(step, top, step), top).astype(np.int64)
+def _edges(top: int, longest: int) -> np.ndarray:
+    """Places for a length, ascending, `top` the last, none but it past what rows of at most `longest`
+    positions need. [n] int64."""
+    unit = _unit(longest)
+    step = max(unit, -(-longest // (STEPS * unit)) * unit)
+    return np.append(np.arange(step, min(longest + step, top), step), top).astype(np.int64)
 
 
 def _looked_at(

@@ -1,9 +1,10 @@
 """The few lengths that rows take, as values: what a row is padded to, and the shapes beside it that stay the
 same for a whole run.
 
-Compiled layers and CUDA graphs are made for one shape each. So a run knows its shapes before its first
-update: at most `MOST_LENGTHS` lengths of a row, one number of borders between documents, and for every length
-one bound on its longest document. Which they are is `choose_lengths`' business.
+CUDA graphs are made for one shape each, compiled layers for a few, and new sizes break up the GPU's memory.
+So a run knows its shapes before its first update: at most `MOST_LENGTHS` lengths of a row, one number of
+borders between documents, and for every length one bound on its longest document. Which they are is
+`choose_lengths`' business.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from typing import Any
 
 from repsft_fast.errors import ConfigError, describe
 
-MOST_LENGTHS = 6
+# One graph serves them all (`models.compiled`), so they cost what is done once before the first update: a
+# pass of each through all layers, and a second of search. Sixteen are the fewest that pad one sample an
+# update by less than 12 % of slots on every distribution looked at (a lognormal of spread 0.8: with 6 lengths
+# 27 %, with 12 14, with 16 11, with 24 7 %) and packed rows by less than 3 %.
+MOST_LENGTHS = 16
 
-# What a row more is worth, in slots. On paper up to 330: it adds its gradients to those of the rows before,
+# What a row more is worth, in slots: on paper 250 to 330. It adds its gradients to those of the rows before,
 # 10 bytes a parameter at 3 TB/s, the time of so many tokens' products (6 operations a parameter and token at
-# 600 TFLOP/s); less where the product itself adds. At 256, updates of 16 short chats were 4.6 % padding, at
-# 64 they are 1.4 %. Its time is unmeasured.
-ROW_SLOTS = 64
+# 450 to 600 TFLOP/s); less where the product itself adds. Host time comes on top where the GPU waits for it:
+# 2 ms are 140 tokens of a 0.6B model at 70,000 tokens/s. With six lengths this price padded updates of 16
+# short chats by 4.6 % and was set to 64; with sixteen it pads 2.5 %, in 1.09 rows an update (at 64: 1.2 %,
+# 1.59 rows). Its time is unmeasured.
+ROW_SLOTS = 256
 
 COUNTED_ROWS = 3  # of so many rows at once every choice of lengths is weighed
 TRIES = 3  # choices near the least that are offered for a number of rows

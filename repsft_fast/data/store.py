@@ -182,10 +182,11 @@ class TokenStore:
         num_borders = 1 + segments
 
         # One buffer, so that the whole row travels in one copy.
-        section = _Sections(slots, num_trained, num_borders, gather=self._resident is not None)
+        section = _Sections(slots, num_trained, num_borders, len(ids), gather=self._resident is not None)
         staged = self._staging.take(section.nbytes) if self._staging is not None else None
         buffer = torch.empty(section.nbytes, dtype=torch.uint8) if staged is None else staged.memory
         host = section.arrays(buffer.numpy())
+        host["sample_ids"][:] = ids
         self._write_tokens(host, planned)
         weights = self.token_weights(ids, denominator=denominator, average=average, scale=scale)
         self._write_trained(host, planned, weights)
@@ -213,6 +214,7 @@ class TokenStore:
             max_seqlen=max_seqlen,
             samples=tuple(ids.tolist()),
             real_tokens=real,
+            sample_ids=parts["sample_ids"],
         )
 
     def _write_tokens(self, host: dict[str, np.ndarray], planned: PlannedRow) -> None:
@@ -284,10 +286,10 @@ class TokenStore:
 class _Sections:
     """Layout of the staging buffer of one row: the row's arrays one after the other, each aligned."""
 
-    def __init__(self, slots: int, num_trained: int, num_borders: int, *, gather: bool):
-        sizes: dict[str, tuple[int, torch.dtype]] = {
-            name: (slots, torch.int64) for name in TOKEN_SECTIONS[gather]
-        }
+    def __init__(self, slots: int, num_trained: int, num_borders: int, samples: int, *, gather: bool):
+        sizes: dict[str, tuple[int, torch.dtype]] = dict.fromkeys(
+            TOKEN_SECTIONS[gather], (slots, torch.int64)
+        )
         sizes |= {
             "positions": (slots, torch.int64),
             "weights": (slots, torch.float32),
@@ -295,6 +297,7 @@ class _Sections:
             "position_tasks": (num_trained, torch.int64),
             "position_segments": (num_trained, torch.int64),
             "cu_seqlens": (num_borders, torch.int32),
+            "sample_ids": (samples, torch.int64),
         }
         self.nbytes = 0
         self._spans: list[tuple[str, int, int, torch.dtype]] = []

@@ -39,6 +39,7 @@ from repsft_fast.distributed.sharding import (
     keep_gathered,
     local,
     mesh_of,
+    present_gradients,
     reshard,
     shard,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "min_over_hosts",
     "of_the_wire",
     "on_rank_death",
+    "present_gradients",
     "raise_together",
     "rank_from_environment",
     "reshard",

@@ -318,11 +318,16 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:  # [] fp64, on the 
     is not.
     """
     parameters = list(parameters)
-    # plain tensors are passed on unasked: there are hundreds, in every update
-    found = [p.grad for p in parameters]
-    gradients = [g if type(g) is Tensor else local(g) for g in found if g is not None]
+    gradients = present_gradients(parameters)
     if gradients:
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     else:
         squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
     return (all_sum(squares) / copies(parameters)).sqrt()
+
+
+def present_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that are there, this rank's part of each."""
+    # plain tensors are passed on unasked: there are hundreds, in every update
+    found = [p.grad for p in parameters]
+    return [g if type(g) is Tensor else local(g) for g in found if g is not None]

@@ -76,7 +76,11 @@ class TeacherForced:
         apart: Apart = TOGETHER,
         to: RowLengths | None = None,
     ):
-        """apart: samples that share no row, as in training. to: the few lengths of the training's rows."""
+        """apart: samples that share no row, as in training. to: the few lengths of the training's rows.
+
+        Leaves `shapes`, the same on every rank: (slots, segments, bound on the longest) of the rows of all
+        ranks, where they take few.
+        """
         self.store = store
         self.world = world
         self.samples = np.asarray(samples, dtype=np.int64)
@@ -85,6 +89,9 @@ class TeacherForced:
         to = to and replace(to, documents=max(to.documents, DOCUMENTS))
         dealt = pack(lengths, row_tokens, bucket=bucket_tokens, ranks=world.size, apart=apart, to=to)
         bins = dealt[world.rank]
+        lines_of_all = [line for rows in dealt for line in rows]
+        slots = {to.slots(int(lengths[line].sum())) for line in lines_of_all} if to is not None else set()
+        self.shapes = {(n, to.segments, to.max_seqlen(n)) for n in slots} if to is not None else set()
         # Per row the indices into self.samples, on the device once and for all: in every pass they would be a
         # wait a row.
         lines = torch.from_numpy(np.concatenate([*bins, []]).astype(np.int64)).to(store.device)

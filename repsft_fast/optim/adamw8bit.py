@@ -8,6 +8,7 @@ they are: `adamw8bit_reference.py`. The kernel: `csrc_triton/adamw8bit.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -110,12 +111,14 @@ class AdamW8bit(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self.clip: Tensor | None = None
         self._launcher: Any = None
+        self._counter: tuple[list[tuple[float, float]], Any] | None = None
         self._parts: dict[int, tuple[list[nn.Parameter], list[Any]]] = {}  # of each group
         for parameter, shard in shards.items():
             _check(parameter, shard)
             self.state[parameter] = _zeros(parameter, shard)
         device = next(iter(shards)).device
         self.step_count = torch.zeros((), dtype=torch.int64, device=device)
+        self._by_kernel = device.type == "cuda"
 
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
@@ -124,11 +127,14 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError(describe("AdamW8bit.step", "takes no closure"))
         device = self.step_count.device
+        if self._by_kernel:
+            self._step_by_kernel()
+            return
         veto = torch.zeros((), device=device) if self.found_inf is None else (self.found_inf != 0).float()
         clip = torch.ones((), device=device) if self.clip is None else self.clip.float()
         self.step_count += (1 - veto).to(torch.int64)
         corrections: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}  # groups share them
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
             beta1, beta2 = group["betas"]
             if (beta1, beta2) not in corrections:
@@ -137,10 +143,20 @@ class AdamW8bit(torch.optim.Optimizer):
             scalars = reference.Scalars(
                 group["lr"], beta1, beta2, group["eps"], group["weight_decay"], first, second, clip, veto
             )
-            if device.type == "cuda":
-                self._launch(number, parameters, scalars)
-            else:
-                self._update_plain(parameters, scalars)
+            self._update_plain(parameters, scalars)
+
+    def _step_by_kernel(self) -> None:
+        """One launch that counts, and one for every kind of tensor; nothing is allocated but where gradients
+        have moved."""
+        from csrc_triton.adamw8bit_count import Counter
+
+        pairs = list(dict.fromkeys(tuple(group["betas"]) for group in self.param_groups))
+        if self._counter is None or self._counter[0] != pairs:
+            self._counter = pairs, Counter(pairs, self.step_count.device)
+        lines = self._counter[1](self.step_count, self.found_inf, self.clip)
+        for number, group in enumerate(self.param_groups):
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            self._launch(number, parameters, group, lines[pairs.index(tuple(group["betas"]))])
 
     def __setstate__(self, state):  # of `load_state_dict`: moments are other tensors now
         super().__setstate__(state)
@@ -156,7 +172,9 @@ class AdamW8bit(torch.optim.Optimizer):
             flat = None if copy is None else copy.view(-1)
             reference.update_(p.view(-1), gradient, moments, scalars, key, first, flat)
 
-    def _launch(self, number: int, parameters: list[nn.Parameter], scalars: reference.Scalars) -> None:
+    def _launch(
+        self, number: int, parameters: list[nn.Parameter], group: dict[str, Any], shared: Sequence[Tensor]
+    ) -> None:
         from csrc_triton.adamw8bit import Launcher, Part
 
         if self._launcher is None:
@@ -168,7 +186,11 @@ class AdamW8bit(torch.optim.Optimizer):
             parts = [Part(p, self.state[p], self.keys[p], first[p], self.copies.get(p)) for p in parameters]
             known = self._parts[number] = (parameters, parts)
         gradients = [p.grad for p in parameters]
-        self._launcher(known[1], gradients, scalars, self.step_count, group=number)
+        (beta1, beta2), (line, one, two, clip, veto) = group["betas"], shared
+        scalars = reference.Scalars(
+            group["lr"], beta1, beta2, group["eps"], group["weight_decay"], one, two, clip, veto
+        )
+        self._launcher(known[1], gradients, scalars, self.step_count, group=number, shared=line)
 
 
 def _zeros(parameter: Tensor, shard: Shard) -> dict[str, Tensor]:

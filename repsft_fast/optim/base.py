@@ -80,6 +80,7 @@ class Optimizer:
         self.inner, self.vetoes_on_device = self._build(groups, hyperparameters)
         self.step_counts: Tensor | None = None
         self._materialised = False
+        self._grad_scale: Tensor | None = None
 
     def _build(self, groups: Groups, hyperparameters: Hyperparameters) -> Rule:
         """The torch optimizer over `groups` of `held`, and whether it reads a veto on the device.
@@ -150,7 +151,9 @@ class Optimizer:
         # them. They divide by grad_scale, hence the reciprocal. Our own 8-bit AdamW multiplies by clip.
         inner = cast("Any", self.inner)
         inner.found_inf, inner.clip = found_inf, clip
-        inner.grad_scale = None if clip is None else clip.reciprocal()
+        if clip is not None and (self._grad_scale is None or self._grad_scale.device != clip.device):
+            self._grad_scale = torch.empty_like(clip)
+        inner.grad_scale = None if clip is None else torch.reciprocal(clip, out=self._grad_scale)
         cast("Any", inner.step)()
 
     def _step_with_host_read(self, found_inf: Tensor | None, clip: Tensor | None) -> None:
@@ -166,10 +169,10 @@ class Optimizer:
         cast("Any", self.inner).step()
 
     def _lend_gradients(self) -> None:
+        if self.masters is not None:
+            self.masters.lend_gradients(self._lent)
+            return
         for parameter, held in self._lent:
-            if self.masters is not None:
-                held.grad = self.masters.gradient(parameter)
-                continue
             shard = local(parameter)
             # the owner moved its storage (a load, a change of device)
             if shard.data_ptr() != held.data_ptr():

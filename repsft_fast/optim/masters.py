@@ -18,6 +18,7 @@ forgot (`check_published`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Masters:
         self._sums = {weight.dtype: sums_in(weight.dtype) for weight in trained}
         for weight in trained:
             weight.grad_dtype = self._sums[weight.dtype]
+        # whether every gradient is added up in its master's type
+        self._fit = all(sums_in(weight.dtype) is held[name].dtype for name, weight in weights.items())
         self._added_to = [weight for weight in trained if weight is not head]
         self._adds = False
         self._published = self._written()
@@ -100,6 +103,15 @@ class Masters:
             wrong, got = "a gradient was not added up in its type", str(gradient.dtype)
             raise TrainingError(describe("training", wrong, expected=str(expected), got=got))
         return gradient.to(self._of[id(weight)].dtype)
+
+    def lend_gradients(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Each of these masters has its weight's `gradient`, as its own. There are hundreds, in every update:
+        what is right as it is is only handed on."""
+        for weight, master in pairs:
+            gradient = weight.grad
+            if gradient is not None and not (self._fit and gradient.dtype is master.dtype):
+                gradient = self.gradient(weight)
+            master.grad = gradient
 
     def _written(self) -> int:
         return sum(master._version for master in self.held.values())

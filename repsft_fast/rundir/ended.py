@@ -81,6 +81,8 @@ def _compared(result: RunResult, config: Config) -> Ended:
     except (ConfigError, OSError):
         return Ended(result, lacks, (f"{SETTINGS} cannot be read",), look=True)
     now = dict(flat(config))
+    if now["batch.row_tokens"] == "auto":  # run.yaml has what its rows hold
+        now["data.max_tokens"] = before["data.max_tokens"]
     names = [
         n
         for n in sorted(before.keys() | now.keys())

@@ -288,11 +288,22 @@ def write_settings(config: Config, decided: Mapping[str, Any]) -> None:
             section, _, setting = name.rpartition(".")
             inner = getattr(config, section).model_copy(update={setting: value})
             config = config.model_copy(update={section: inner})
+    config = _that_can_be_read(config)
     path = Path(config.run.folder) / SETTINGS
     try:
         replace_file(path, config.to_yaml().encode(), SETTINGS)
     except OSError as error:
         raise TrainingError(describe(str(path), "cannot be written", got=error.strerror)) from error
+
+
+def _that_can_be_read(config: Config) -> Config:
+    """Rows that were decided hold every sample there is, and may be shorter than samples could have been:
+    then data.max_tokens is what they hold, which is the same data, or these settings would refuse each
+    other."""
+    rows, longest = config.batch.row_tokens, config.data.max_tokens
+    if not isinstance(rows, int) or longest is None or longest <= rows + 1:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"max_tokens": rows + 1})})
 
 
 def settings_before(config: Config, names: Iterable[str]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def build(
 
 def _tell_sizes(parts: Parts) -> None:
     """What a GPU will hold, and what several keep, before it is spent. All ranks call it."""
-    kept = gathered.decide(parts, gathered.room_bytes(parts.world.device))
+    kept = gathered.decide(parts)
     if kept is not None:
         parts.data.warnings.append(kept)
     if parts.sizes is not None:

@@ -2,7 +2,8 @@
 round otherwise.
 
 A run's first process decides: what model.compile says; auto compiles on a GPU (`models.layers.compiles`).
-Where compiling fails before the first update, the run keeps plain layers (`training.warm_up`).
+Where compiling fails before the first update, the run keeps plain layers (`training.warm_up`), whatever the
+setting says, and so does its resumption: compiled anew it would not equal the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from repsft_fast.training.parts import Parts
 
 NAME = "compiled"
 SETTING = "model.compile"
+FAILED = "failed"  # asked for or decided, tried, and not to be had
 
 
-def now(parts: Parts) -> bool:
+def now(parts: Parts) -> bool | str:
     """Whether this run compiles its layers, as asked, as decided or as it turned out."""
     layers = compiled_layers(parts.model)
+    if layers is not None and layers.failed:
+        return FAILED
     return layers is not None and layers.on
 
 
-def use(parts: Parts, value: bool) -> None:
+def use(parts: Parts, value: bool | str) -> None:
     """Take what the run before did. ConfigError where its layers were compiled and cannot be here."""
     layers = compiled_layers(parts.model)
     if layers is not None:
-        layers.on = value
+        layers.on, layers.failed = value is True, value == FAILED
         return
-    if not value:
+    if value is not True:
         return
     wrong, todo = "", "set model.compile to false, which rounds otherwise from here on"
     if has_liger(parts.model):
@@ -53,7 +57,9 @@ def hold(model: Any) -> None:
         layers.warm = set()
 
 
-def words(value: bool) -> str:
+def words(value: bool | str) -> str:
+    if value == FAILED:
+        return "plain layers (compiling them failed; a run in another folder tries again)"
     return "compiled layers" if value else "plain layers"
 
 
@@ -62,5 +68,5 @@ def before(parts: Parts) -> bool:
     return parts.config.model.compile is True
 
 
-def written(value: bool) -> bool:
-    return value
+def written(value: bool | str) -> bool:
+    return value is True

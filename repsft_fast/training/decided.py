@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from repsft_fast.distributed import raise_together
 from repsft_fast.rundir.folder import is_open
 from repsft_fast.training import attention, chunks, compiled, graph_choice, row_lengths, row_tokens
@@ -30,7 +32,7 @@ class Item(Protocol):
     now      what this run uses, as asked or as it was decided
     use      take a value of the run before. ConfigError with the way out where it cannot be had here, on any
              rank alone; sends no message between ranks. Nothing in the run's folder has been changed yet
-    words    a value as people read it
+    words    a value as people read it; "": nothing is decided yet, and nothing is said of it
     before   what versions without this item did under these settings, for their checkpoints; None: that
              cannot be known, and what is decided now holds
     written  a value as SETTING says it, in run.yaml; None: the setting is left open
@@ -98,7 +100,25 @@ def resume(parts: Parts, saved: Mapping[str, Any]) -> list[str]:
             elif (now := item.now(parts)) is not None:
                 wrong = f"an older version wrote the checkpoint, which names no {_name(item)}"
                 said.append(f"{wrong}: {item.words(now)} from here on")
+    if _LATER not in saved and (rounded := _rounded_before(parts)) is not None:
+        said.append(rounded)
     return said
+
+
+def _rounded_before(parts: Parts) -> str | None:
+    """What versions without this table rounded to the type that is computed in, and this one does not: where
+    they computed through FSDP2, on one rank too; None: nothing."""
+    computed: torch.dtype = parts.model.compute_dtype
+    if computed.itemsize >= 4 or (parts.world.size == 1 and getattr(parts.model, "masters", None) is None):
+        return None
+    what = "the weights of a row's tokens"
+    if parts.world.size == 1:
+        what += " and the gradient of the head (and of an embedding tied to it)"
+    what += f" to {str(computed).removeprefix('torch.')}"
+    return (
+        f"an older version wrote the checkpoint, which rounded {what}; this one does not, so the run will not"
+        " equal one that was not interrupted bit for bit"
+    )
 
 
 def begin_anew(parts: Parts, settings: Mapping[str, Any]) -> list[str]:
@@ -120,12 +140,16 @@ def _take(item: Item, parts: Parts, saved: Any) -> Sequence[str]:
     if now == saved:
         return ()
     name = _name(item)
-    if item.SETTING is not None and not is_open(parts.config, item.SETTING):
+    # A setting that was asked for, tried and not to be had has its answer, which it keeps.
+    asked = item.SETTING is not None and not is_open(parts.config, item.SETTING)
+    if asked and not (item is compiled and saved == compiled.FAILED and now is True):
         return (
             f"{name} is {item.words(now)} as asked, and was {item.words(saved)} before: sums are rounded"
             " otherwise from here on, so the run will not equal one that was not interrupted bit for bit",
         )
     item.use(parts, saved)
+    if not item.words(now):
+        return ()
     return (f"{name} stays {item.words(saved)}, as the run began; begun now it would be {item.words(now)}",)
 
 

@@ -14,13 +14,15 @@ from repsft_fast.distributed import World, broadcast_from_main, keep_gathered, m
 from repsft_fast.memory.model_size import RESERVED
 from repsft_fast.report.format import size
 from repsft_fast.training.parts import Parts
-from repsft_fast.training.sizes import fullest
+from repsft_fast.training.policy import device_snapshot_bytes
+from repsft_fast.training.sizes import fullest, shards_of
 
 
-def decide(parts: Parts, room: int | None) -> str | None:
+def decide(parts: Parts, room: int | None = None) -> str | None:
     """Decide and do it; what to say about it. All ranks call it, once everything else is there. room: bytes
-    of this rank's GPU that are free or hold the run already; None: no GPU."""
+    of this rank's GPU that are free or hold the run already; None: what it has, if there is one."""
     config, world = parts.config, parts.world
+    room = room_bytes(world.device) if room is None else room
     if world.size == 1:
         return None
     asked = config.distributed.keep_gathered
@@ -43,7 +45,11 @@ def _decided(parts: Parts, config: Config, world: World, room: int) -> tuple[boo
         if sizes is not None
         else None
     )
-    usable = int(room * (1 - RESERVED))
+    snapshots = 0
+    if sizes is not None:
+        shards, tasks = shards_of(config, world.size), parts.num_tasks
+        snapshots = device_snapshot_bytes(config, sizes.model, tasks=tasks, shards=shards, room=room)
+    usable = int((room - snapshots) * (1 - RESERVED))
     if peak is None:
         why = sizes.why if sizes is not None else "no table of sizes"
         return False, f"gathered weights are dropped after every row: {why}"

@@ -63,7 +63,7 @@ def use(parts: Parts, value: Any) -> None:
 
 def words(value: Any) -> str:
     if value is None:
-        return "decided by a trial"
+        return ""  # what is not tried yet is not compared with
     return OFF if value == OFF else f"captured in {len(value['shapes'])} shapes"
 
 

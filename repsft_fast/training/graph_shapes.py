@@ -1,7 +1,8 @@
 """Which rows can be captured: what stands against it, and the few shapes that the plan's rows have.
 
-A function of settings, model and plan alone, so that a resumed run would capture the same. Rows that come
-later and fit none (another mixture, a longer sample) take the plain pass.
+A function of settings, model and plan alone, so that a resumed run would capture the same. Of the lengths of
+rows the most used are captured; rows of another one, and those that come later and fit none (another mixture,
+a longer sample), take the plain pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from repsft_fast.training.graphs import Shapes
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.static_row import Shape
 
-MOST_LENGTHS = 6
+MOST_LENGTHS = 6  # of rows that are captured; others take the plain pass
+SERVED = 0.5  # least share of the rows that these have to be
 LEVELS = 3  # capacities for N' a length
 STEP = 64  # they are multiples of
 LOOKED_AT = 512  # updates of the plan
@@ -75,12 +77,12 @@ def shapes_of(parts: Parts) -> Shapes | str:
         longest = row if longest is None or _longest(parts, row) > _longest(parts, longest) else longest
     if most is None or longest is None:
         return "no row is planned"
-    if len(found) > MOST_LENGTHS:
-        wrong = f"rows have {len(found)} lengths, and at most {MOST_LENGTHS} are captured"
+    used = sorted(found, key=lambda length: (-len(found[length]), -length))[:MOST_LENGTHS]
+    every = sum(map(len, found.values()))
+    if sum(len(found[length]) for length in used) < SERVED * every:
+        wrong = f"rows have {len(found)} lengths, and the {MOST_LENGTHS} that are captured hold few of them"
         return f"{wrong}: set batch.bucket_tokens to a larger part of batch.row_tokens"
-    shapes = [
-        Shape(length, trained) for length, counts in found.items() for trained in capacities(length, counts)
-    ]
+    shapes = [Shape(length, trained) for length in used for trained in capacities(length, found[length])]
     # Of the store's own rows, so that how it pads borders and bounds is known in one place.
     borders, bound = _row(parts, most).cu_seqlens.numel(), _row(parts, longest).max_seqlen
     return Shapes(tuple(sorted(shapes)), borders, bound)

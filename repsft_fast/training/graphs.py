@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repsft_fast.models.compiled_stack import running
 from repsft_fast.row import Row
 from repsft_fast.stats import PositionStats, TokenStats
 from repsft_fast.training.capture import Capture, Captured
@@ -147,7 +148,8 @@ class RowGraphs:
 
     def _pass(self, static: StaticRow) -> tuple[PositionStats, Tensor]:
         """[capacity] statistics, and [tasks + 1, K] sums whose last line is of what was padded."""
-        loss, stats = self.model.loss(static.row)
+        with running(self.model):
+            loss, stats = self.model.loss(static.row)
         loss.backward()
         return stats, stats.sum_by(static.row.position_tasks, self.num_tasks + 1).table
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from repsft_fast.config import Config
 from repsft_fast.data.ends import Ends
@@ -100,11 +101,24 @@ class Parts:
     cuda_graphs: Any = None  # as training.graph_choice decided; None: not yet
     graphs: RowGraphs | None = None  # passes of rows, captured
 
+    _one: Tensor | None = field(init=False, default=None)  # `one_like`
+
     def __post_init__(self) -> None:
         self.row_tokens = self.plan.row_tokens
         self.ledger = Ledger(self.num_tasks, self.world.device, self.world)
-        self.spikes = Spikes(self.world.device, self.world, self.config.optim.max_norm)
+        self.spikes = Spikes(
+            self.world.device,
+            self.world,
+            self.config.optim.max_norm,
+            veto_spikes=self.config.numbers.on_spike != "log",
+        )
         self.row_lengths = self.plan.row_lengths
+
+    def one_like(self, loss: Tensor) -> Tensor:
+        """The gradient of a loss by itself, which a backward pass would make anew."""
+        if self._one is None or (self._one.dtype, self._one.device) != (loss.dtype, loss.device):
+            self._one = torch.ones_like(loss, requires_grad=False)
+        return self._one
 
     @property
     def num_tasks(self) -> int:

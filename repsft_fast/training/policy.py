@@ -14,6 +14,7 @@ import numpy as np
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, describe
+from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.policies import History, Policy, Saturation, SaturationSettings, policy_class
 from repsft_fast.training.parts import Parts
 
@@ -61,6 +62,28 @@ def weights_are_enough(config: Config) -> bool:
     """Whether a snapshot is only weights: roll-backs reset the optimizer, and nobody looks one update
     ahead."""
     return config.mixture.optimizer == "reset" and not policy_class(config.mixture.policy).looks_ahead
+
+
+def device_snapshot_bytes(config: Config, model: ModelSize, *, tasks: int, shards: int, room: int) -> int:
+    """Bytes of a GPU that snapshots take and keep, as `training.snapshots` makes their pools: each what it
+    wants, up to its budget, in whole snapshots.
+
+    shards: ranks that share a copy of the weights. room: bytes that are free before there is a state.
+    """
+    held = model.held(config.optim.name, shards, tasks=tasks, momentum=config.optim.betas[0] > 0)
+    whole, weights, given = held.snapshot, held.gradients, config.snapshot.device_bytes
+    kind, policy = policy_class(config.mixture.policy), policy_of(config)
+    kept = policy.most_kept(tasks) + (1 if kind.looks_ahead else 0)
+    pools = [(weights if weights_are_enough(config) else whole, kept)]
+    if config.evaluate.keep == "best" and not kind.names_result:
+        pools.append((weights, 1))
+    if given is not None:  # else copies of the whole state lie in pinned memory
+        pools.append((whole, 2 if "revert" in (config.numbers.on_nonfinite, config.numbers.on_spike) else 1))
+    free, taken = max(0, room - held.weights - held.masters - held.moments), 0
+    for each, count in pools:
+        budget = (free - taken) // 2 if given is None else min(int(given), free - taken)
+        taken += min(count, budget // max(each, 1)) * each
+    return taken
 
 
 def sampling_rates(config: Config, names: tuple[str, ...], tasks: np.ndarray) -> dict[str, float]:

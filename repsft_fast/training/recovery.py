@@ -10,12 +10,14 @@ numbers.on_out_of_memory: retry   rows are halved (law 2: the same gradients) an
 from __future__ import annotations
 
 import gc
+import time
 from functools import partial
 from typing import Any
 
 import torch
 
 from repsft_fast.data.plan import Cursor
+from repsft_fast.distributed import gathered_stay
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.training.conductor import Conductor
 from repsft_fast.training.parts import Parts
@@ -91,8 +93,43 @@ class Recovery:
         called back. All end with this rank's words (`distributed.lost_rank`), and a resumed run takes the
         rows they name.
         """
-        parts, before = self.parts, row_tokens(self.parts)
-        smaller = smaller_rows(parts)
+        before = row_tokens(self.parts)
+        if not self._halved(problem):
+            return False
+        smaller = row_tokens(self.parts)
+        self.reporter.note(
+            f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}"
+        )
+        self._say_shapes()
+        self.reporter.exclude_seconds(self.compile_layers())
+        return True
+
+    def compile_layers(self) -> float:
+        """Make the graphs that today's rows need (`training.warm_up`), of shorter rows where memory runs out
+        in it, as in an update. Seconds. TrainingError (out_of_memory) where no shorter ones are to be had."""
+        began = time.perf_counter()
+        while True:
+            before, in_vain = row_tokens(self.parts), time.perf_counter() - began
+            try:
+                return in_vain + warm_up(self.parts, self.reporter.note)
+            except OutOfMemory as problem:
+                if not self._halved(problem):
+                    raise self.out_of_memory(problem) from None
+            except torch.OutOfMemoryError as error:  # of an evaluation's row, which is not halved
+                raise self.out_of_memory(OutOfMemory(error, torn=False)) from None
+            smaller = row_tokens(self.parts)
+            self.reporter.note(
+                f"out of memory in rows of {before} tokens, for which layers were compiled: rows take"
+                f" {smaller} from here on"
+            )
+            self._say_shapes()
+
+    def _say_shapes(self) -> None:
+        if (shapes := said(self.parts.plan)) is not None:
+            self.reporter.note(shapes)
+
+    def _halved(self, problem: OutOfMemory) -> bool:
+        parts, smaller = self.parts, smaller_rows(self.parts)
         if (
             parts.config.numbers.on_out_of_memory == "stop"
             or smaller is None
@@ -105,12 +142,6 @@ class Recovery:
             torch.cuda.empty_cache()
         parts.lasting.row_tokens = smaller
         use_row_tokens(parts)
-        self.reporter.note(
-            f"out of memory in rows of {before} tokens: the update is made again in rows of {smaller}"
-        )
-        if (shapes := said(parts.plan)) is not None:
-            self.reporter.note(shapes)
-        self.reporter.exclude_seconds(warm_up(parts, self.reporter.note))
         return True
 
     def out_of_memory(self, problem: OutOfMemory) -> TrainingError:
@@ -127,6 +158,8 @@ class Recovery:
                 f"{needs}: set model.activation_checkpointing: full and --resume; or, in another folder,"
                 f" {less}"
             )
+        if gathered_stay(self.parts.model):
+            todo += "; or set distributed.keep_gathered: false, which gathers weights anew for every row"
         state = "nothing was changed"
         if problem.stuck:
             state = (
@@ -144,7 +177,9 @@ class Recovery:
 
 
 def row_tokens(parts: Parts) -> int:
-    return parts.lasting.row_tokens or parts.row_tokens
+    """Of the rows that are packed now. Where a resumption asks for shorter ones than the run had come to,
+    those."""
+    return min(parts.lasting.row_tokens or parts.row_tokens, parts.row_tokens)
 
 
 def smaller_rows(parts: Parts) -> int | None:
@@ -161,7 +196,7 @@ def smaller_rows(parts: Parts) -> int | None:
 
 def use_row_tokens(parts: Parts) -> None:
     """Pack rows as the progress says, after a retry or a resumption."""
-    if parts.lasting.row_tokens is None:
+    if row_tokens(parts) == parts.row_tokens:  # the plan is of these
         return
     index, longest = parts.data.train.index, longest_of(parts.data)
     # Shorter rows take other lengths, where they take few: chosen as the first were.

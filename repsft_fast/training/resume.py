@@ -31,7 +31,7 @@ from repsft_fast.rundir.ended import Ended
 from repsft_fast.rundir.folder import RunFolder, settings_before
 from repsft_fast.rundir.made import METRICS
 from repsft_fast.schedule import NEEDS_TOTAL
-from repsft_fast.training import budget, decided
+from repsft_fast.training import budget, decided, gathered
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.run import Run
 from repsft_fast.training.saver import is_partial_sum
@@ -85,6 +85,8 @@ def resume(run: Run, folder: RunFolder | None = None, ended: Ended | None = None
         run.saver.continue_from(found.path)
         return replace(found, is_done=True)
     kept = decided.resume(run.parts, saved)
+    if kept and (weights := gathered.decide(run.parts)) is not None:  # of other rows, or other chunks
+        kept.append(weights)
     _accepted(run, folder)
     _cut_metrics(run, values["metrics_bytes"])
     _say(run, said if found.raised else None)

@@ -1,8 +1,9 @@
 """How long a row may get where batch.row_tokens is auto: decided once for a run, from the table of sizes and
 what a GPU has free.
 
-Longer rows are fewer passes of the same update (law 2), so the longest that fits is taken, up to what an
-update needs and to LONGEST; and never less than the longest sample needs. The setting's default stays a
+Longer rows are fewer passes of the same update (law 2), so the longest that fits beside the state and the
+snapshots is taken, up to what an update needs and to LONGEST; and never less than the longest sample of any
+split needs. The setting's default stays a
 number: what is free differs from machine to machine, and rows decide how sums are rounded.
 """
 
@@ -22,6 +23,7 @@ from repsft_fast.distributed import World, broadcast_from_main, min_over_hosts
 from repsft_fast.errors import ConfigError, describe
 from repsft_fast.models.loss import row_limit
 from repsft_fast.training.parts import Data, Parts
+from repsft_fast.training.policy import device_snapshot_bytes
 from repsft_fast.training.row_lengths import longest_of, plan_of
 from repsft_fast.training.samples import apart_of
 from repsft_fast.training.sizes import Sizes, shards_of, sizes_of
@@ -55,9 +57,9 @@ def _decided(config: Config, world: World, data: Data, shape: Callable[[], Any],
     step = STEP
     if isinstance(config.batch.bucket_tokens, int):
         step = math.lcm(STEP, config.batch.bucket_tokens)
-    longest = int(data.train.index.lengths.max())
+    longest = longest_of(data)
     least = max(longest, step)
-    default = max(ROW_TOKENS, _up(longest, step))
+    default = _up(max(ROW_TOKENS, longest), step)
     if apart_of(config).alone_above == 0:
         return Choice(default, "every sample has a row of its own, as long as it is")
     if room < 0:
@@ -66,16 +68,19 @@ def _decided(config: Config, world: World, data: Data, shape: Callable[[], Any],
     sizes = sizes_of(config, model)
     if sizes.saved is None:
         return Choice(default, f"what a row of this model takes cannot be counted ({sizes.why})")
-    fits = _longest_that_fits(config, world, sizes, room)
+    shards = shards_of(config, world.size)
+    apart = device_snapshot_bytes(config, sizes.model, tasks=len(data.task_names), shards=shards, room=room)
+    fits = _longest_that_fits(config, shards, sizes, room - apart)
     needed = _up(_most_of_an_update(config, world, data), step)
     limit = row_limit(model.config)
+    beside = f" beside {apart / 1e9:.1f} GB of snapshots" if apart else ""
     bounds = {
-        f"what {room / 1e9:.1f} GB of free memory hold": fits // step * step,
+        f"what {room / 1e9:.1f} GB of free memory hold{beside}": fits // step * step,
         "all that a rank has of an update": needed,
         "the longest that is proposed": LONGEST // step * step or step,
     }
     if limit is not None:
-        bounds["the longest this architecture takes"] = limit
+        bounds["the longest this architecture takes"] = _down(limit, config.batch.bucket_tokens)
     why, tokens = min(bounds.items(), key=lambda bound: bound[1])
     if tokens >= least:
         return Choice(tokens, why)
@@ -94,12 +99,12 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
-def _longest_that_fits(config: Config, world: World, sizes: Sizes, room: int) -> int:
+def _longest_that_fits(config: Config, shards: int, sizes: Sizes, room: int) -> int:
     assert sizes.saved is not None
     return sizes.model.longest_row(
         room,
         config.optim.name,
-        shards_of(config, world.size),
+        shards,
         sizes.saved,
         config.model.activation_checkpointing,
     )
@@ -120,6 +125,11 @@ def _up(tokens: int, step: int) -> int:
     return -(-tokens // step) * step
 
 
+def _down(tokens: int, bucket: int | str) -> int:
+    """In whole buckets where they are a number: run.yaml is held to that when it is read again."""
+    return tokens // bucket * bucket if isinstance(bucket, int) else tokens
+
+
 # As an item of `training.decided` -------------------------------------------------------------------------
 
 
@@ -129,12 +139,11 @@ def now(parts: Parts) -> int:
 
 
 def use(parts: Parts, value: int) -> None:
-    longest = int(parts.data.train.index.lengths.max())
+    longest = longest_of(parts.data)
     if value < longest:
         wrong = f"the run began with rows of {value}, and a sample is longer"
         raise ConfigError(describe(SETTING, wrong, got=longest, todo=f"set it to {_up(longest, STEP)}"))
-    parts.row_tokens = value
-    index, longest = parts.data.train.index, longest_of(parts.data)
+    parts.row_tokens, index = value, parts.data.train.index
     parts.plan = plan_of(parts.config, index, parts.world, longest=longest, row_tokens=value)
     parts.row_lengths = parts.plan.row_lengths
     parts.make_scorers()

@@ -3,7 +3,8 @@
     for row in rows(update):  loss, stats = model.loss(row);  loss.backward();  ledger.add
     norm, veto = check(gradients);  optimizer.step(lr, clip, veto)
 
-Nothing here asks the device for a number.
+Nothing here asks the device for a number, and nothing is allocated there but what autograd makes: gradients
+and what layers and head leave for them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from repsft_fast.data.plan import Update
-from repsft_fast.distributed import abort_pass, begin_row, grad_norm
+from repsft_fast.distributed import abort_pass, begin_row
+from repsft_fast.models.compiled_stack import running
 from repsft_fast.ops.products import needed_share
 from repsft_fast.row import Row
-from repsft_fast.stats import PositionStats, TokenStats
+from repsft_fast.stats import PositionStats
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.refusals import check_gradients
+from repsft_fast.training.spikes import Judgement
 
 
 class OutOfMemory(Exception):
@@ -35,24 +38,27 @@ class OutOfMemory(Exception):
 def train_step(parts: Parts, update: Update) -> None:
     """Forward, backward and optimizer step over the samples of one update. OutOfMemory that is not torn
     leaves the state as it was. TrainingError when gradients are missing."""
-    streams = _rng_states(parts)
+    streams, problem = _rng_states(parts), None
     try:
         forward_backward(parts, update)
         check_gradients(parts, update)
-        norm, clip, veto = clip_and_veto(parts)  # device scalars, the same on every rank
+        judged = clip_and_veto(parts)  # device scalars, the same on every rank
     except torch.OutOfMemoryError as error:
         whole = abandon_update(parts, streams)
         if parts.graphs is not None:
             parts.graphs.drop("memory ran out, and their share of it is given back")
-        raise OutOfMemory(error, torn=False, stuck=not whole) from None  # its traceback holds the activations
+        problem = OutOfMemory(error, torn=False, stuck=not whole)
+    # Not above, `from None` neither: it would keep the error as its context, whose frames hold activations.
+    if problem is not None:
+        raise problem
     lr = parts.schedule.lr(parts.progress.updates)
     try:
-        parts.optimizer.step(lr, found_inf=veto, clip=clip)
+        parts.optimizer.step(lr, found_inf=judged.veto, clip=judged.clip)
     except torch.OutOfMemoryError as error:
         abandon_update(parts, streams)
         raise OutOfMemory(error, torn=True) from None
     parts.optimizer.zero_grad()
-    parts.ledger.close(parts.progress.updates, lr, norm, veto)
+    parts.ledger.close(parts.progress.updates, lr, judged.numbers, judged.applied)
     parts.spikes.enter()
 
 
@@ -67,9 +73,9 @@ def forward_backward(parts: Parts, update: Update) -> None:
     for number, row in enumerate(parts.rows(update), 1):
         if number in (1, 2, last):
             begin_row(parts.model, first=number == 1, last=number == last)
-        loss, stats, sums = row_pass(parts, row)
+        loss, stats = row_pass(parts, row)
         kept = needed_share(stats.log10_miss, skip_below) if skip_below > 0.0 else None
-        parts.ledger.add(loss, sums, kept)  # stays on the device
+        parts.ledger.add(loss, kept)  # stays on the device
         if parts.sample_stats is not None:
             seen.append((row, stats))
     if parts.sample_stats is not None:
@@ -77,15 +83,20 @@ def forward_backward(parts: Parts, update: Update) -> None:
             parts.sample_stats.add(row, stats)
 
 
-def row_pass(parts: Parts, row: Row) -> tuple[Tensor, PositionStats, TokenStats]:
-    """Gradients of one row, added; its [] loss, [N'] statistics and [tasks, K] sums."""
+def row_pass(parts: Parts, row: Row) -> tuple[Tensor, PositionStats]:
+    """Gradients and sums of one row, added; its [] loss and [N'] statistics."""
+    table = parts.ledger.open_table()
     if parts.graphs is not None:
         replayed = parts.graphs(row, keep=parts.sample_stats is not None)
         if replayed is not None:
-            return replayed
-    loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
-    loss.backward()
-    return loss, stats, stats.sum_by(row.position_tasks, parts.num_tasks)
+            loss, stats, sums = replayed
+            table.add_(sums.table)
+            return loss, stats
+    with running(parts.model):
+        loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
+    loss.backward(parts.one_like(loss))
+    stats.add_to(table, row.position_tasks)
+    return loss, stats
 
 
 def abandon_update(parts: Parts, streams: tuple[Tensor, Tensor | None]) -> bool:
@@ -106,19 +117,10 @@ def _rng_states(parts: Parts) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def clip_and_veto(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor]:
-    """([] norm before clipping, [] factor for every gradient or None, [] fp32 1.0 where the step must not be
-    taken).
+def clip_and_veto(parts: Parts) -> Judgement:
+    """Norm, clip factor and veto of the gradients that are there; the next call overwrites them.
 
     The veto rises when the joint norm or any rank's loss is not finite, and on a spike unless spikes are only
     logged; the factor goes to the optimizer, so that clipping costs no pass over the gradients of its own.
     """
-    finite, judged, norm = parts.spikes.judge(
-        parts.ledger.open_loss(), grad_norm(parts.optimizer.names.values())
-    )
-    parts.ledger.judged(judged)
-    refused = ~finite if parts.config.numbers.on_spike == "log" else ~finite | (judged[0] > 0.0)
-    veto = refused.float()
-    limit = parts.config.optim.max_norm
-    clip = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0).float()
-    return norm, clip, veto
+    return parts.spikes.judge_gradients(parts.ledger.open_loss(), parts.optimizer.names.values())

@@ -29,7 +29,7 @@ from repsft_fast.training.resume import resume as resume_run
 from repsft_fast.training.row_lengths import said
 from repsft_fast.training.run import Run
 from repsft_fast.training.step import OutOfMemory, train_step
-from repsft_fast.training.warm_up import warm_up
+from repsft_fast.training.warm_up import compiler_failed
 
 
 def train(
@@ -145,7 +145,7 @@ def begin(run: Run, folder: RunFolder | None) -> None:
         reporter.note(text)
     use_row_tokens(parts)
     # What cannot be compiled is decided by it, too: not before may anything be written down.
-    if seconds := warm_up(parts, reporter.note):
+    if seconds := run.recovery.compile_layers():
         run.conductor.spans.add("compiling", seconds)
         reporter.exclude_seconds(seconds)
     for text in graph_choice.begin(parts, reporter.note):
@@ -176,6 +176,10 @@ def loop(run: Run) -> None:
                 raise recovery.out_of_memory(problem) from problem
         except torch.OutOfMemoryError as error:  # in an evaluation, which changes nothing
             raise recovery.out_of_memory(OutOfMemory(error, torn=False)) from None
+        except RuntimeError as error:  # the compiler's, of rows that it meets as they come
+            if (told := compiler_failed(run.parts, error)) is None:
+                raise
+            raise told from error
 
 
 def run_epoch(run: Run) -> None:

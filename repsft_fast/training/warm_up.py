@@ -3,15 +3,17 @@ backward, and those of evaluations. What is compiled then is not compiled in the
 
 Nothing of the run moves: random streams, gradients, counts, weights and moments are what they were. A layer
 that cannot be compiled, or computes something else compiled, leaves all layers of all ranks plain, once and
-for the run (`training.compiled`).
+for the run (`training.compiled`), also where `model.compile: true` asked for it. Rows of many lengths, which
+only `true` compiles for, are compiled for as they come; one of them is tried here.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +21,14 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from repsft_fast.config import Config
+from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.distributed import decoder_layers, raise_together
-from repsft_fast.errors import ModelError
+from repsft_fast.errors import ModelError, TrainingError, describe
 from repsft_fast.models.compiled import CompiledLayers, Shape, compiled_layers
 from repsft_fast.row import Row
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.samples import cache_folder
+from repsft_fast.training.step import OutOfMemory
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 TRAINED = 8  # positions of a row here that reach the head; it is not what is warmed
@@ -36,62 +40,98 @@ _MANY = (
 
 def warm_up(parts: Parts, say: Callable[[str], None]) -> float:
     """Make the graphs that are missing for the rows of today's plan. All ranks call it; where layers are
-    plain it does nothing. Returns seconds, and says what came of it."""
+    plain it does nothing. Returns seconds, and says what came of it.
+
+    OutOfMemory where there is no room for a row of training, torch.OutOfMemoryError for one of an evaluation;
+    nothing has changed then.
+    """
     layers = compiled_layers(parts.model)
-    if layers is None or not layers.on:
+    if layers is None or not layers.on or layers.warm is None:
         return 0.0
-    wanted = shapes_of(parts)
-    if wanted is None:  # by what comes, as asked
-        layers.warm = None if parts.config.model.compile is True else set()
-        layers.on = layers.warm is None
-        if not layers.on:
-            say(_MANY)
+    wanted, many = shapes_of(parts), False
+    if wanted is None and parts.config.model.compile is True:
+        wanted, many = [_one_of_many(parts)], True
+    if wanted is None:
+        layers.on = False
+        say(_MANY)
         return 0.0
-    missing = [shape for shape in wanted if shape not in (layers.warm or ())]
+    missing = [shape for shape in wanted if shape not in layers.warm]
     if not missing:
         return 0.0
     began = time.perf_counter()
     keep_graphs(parts.config)
-    lengths = sorted({shape[0] for shape in missing})
-    say(f"compiling the layers for rows of {', '.join(f'{n:,}' for n in lengths)} tokens")
+    layers.stack.allowed = parts.world.size == 1 and parts.config.model.activation_checkpointing == "none"
+    lengths = ", ".join(f"{n:,}" for n in sorted({shape[0] for shape in missing}))
+    say(f"compiling the layers for rows of {lengths} tokens" + (", and others as they come" if many else ""))
     with _undisturbed(parts):
         reason = _make(parts, layers, missing)
     seconds = time.perf_counter() - began
     if reason:
-        layers.on, layers.warm = False, set()
+        layers.on, layers.failed, layers.warm = False, True, set()
         say(f"compiling the layers failed after {seconds:.1f} s, so they stay plain for this run: {reason}")
     else:
-        layers.warm = {*(layers.warm or ()), *missing}
-        say(f"layers compiled in {seconds:.1f} s, {len(missing)} shape(s); graphs are kept in {kept_in()}")
+        layers.warm = None if many else {*layers.warm, *missing}
+        apart = sorted({layers.stack.why[shape] for shape in missing if shape in layers.stack.why})
+        one_by_one = f"; rows pass them one by one ({'; '.join(apart)})" if apart else ""
+        say(
+            f"layers compiled in {seconds:.1f} s, {len(missing)} shape(s); graphs are kept in"
+            f" {kept_in()}{one_by_one}"
+        )
     return seconds
 
 
+def _one_of_many(parts: Parts) -> Shape:
+    """The shape of this rank's first row, of the many that come; by it one sees whether layers can be
+    compiled at all."""
+    update = parts.plan.epoch(0, 0).update(0)
+    row = parts.row(update, update.ranks[parts.world.rank][0])
+    return row.targets.numel(), len(row.cu_seqlens), row.max_seqlen, True, True
+
+
 def shapes_of(parts: Parts) -> list[Shape] | None:
-    """What rows of training and evaluation come as, the longest first; None: many lengths."""
-    shapes = parts.plan.row_lengths
-    if shapes is None:
+    """What rows of training and evaluation come as, the longest first; None: many lengths.
+
+    A graph that serves all lengths is made for the first that comes, and rounds by what was chosen for it: a
+    resumption must begin with the same one. So the shapes the run began with are here, whatever rows are now.
+    """
+    if parts.plan.row_lengths is None:
         return None
-    found: set[Shape] = {
-        (length, shapes.segments + 1, shapes.max_seqlen(length), True, True) for length in shapes.lengths
-    }
+    found = _trained(parts.row_lengths) | _trained(parts.plan.row_lengths)
     for scorer in (parts.validation, parts.probe):
-        for row in scorer.planned if scorer is not None else ():
-            if row.segments is not None and row.max_seqlen is not None:
-                found.add((row.padded_tokens, row.segments + 1, row.max_seqlen, False, False))
+        # of every rank's rows: they pass together, as many times
+        for slots, segments, longest in scorer.shapes if scorer is not None else ():
+            found.add((slots, segments + 1, longest, False, False))
     return sorted(found, reverse=True)
 
 
-def _make(parts: Parts, layers: CompiledLayers, shapes: Iterable[Shape]) -> str:
-    """Compile for these; why that failed on the first rank it failed on, or nothing."""
+def _trained(shapes: RowLengths | None) -> set[Shape]:
+    if shapes is None:
+        return set()
+    return {(n, shapes.segments + 1, shapes.max_seqlen(n), True, True) for n in shapes.lengths}
+
+
+def _make(parts: Parts, layers: CompiledLayers, shapes: list[Shape]) -> str:
+    """Compile for these; why that failed on the first rank it failed on, or nothing. Takes out of `shapes`
+    those of longer rows, of before they were halved, that there is no room for."""
     model, device = parts.model, parts.world.device
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     vocabulary = min(end.weight.shape[0] for end in ends)
     reached = any(p.requires_grad for p in model.get_input_embeddings().parameters())
-    for shape in shapes:
+    past = _trained(parts.row_lengths) - _trained(parts.plan.row_lengths)
+    if parts.world.size > 1:  # the others do not know what has room here
+        past = set()
+    for shape in [*shapes]:
         length, borders, longest, training, _ = shape
         model.train(training)
         with layers.warming(reached=reached) as warming, torch.no_grad():
-            model.loss(row_of(length, borders, longest, vocabulary, device))
+            full = _no_room(model, partial(row_of, length, borders, longest, vocabulary, device))
+        if full is None and warming.out_of_memory:
+            full = torch.OutOfMemoryError("no room for the compiled layers beside plain ones")
+        if full is not None and shape in past:
+            shapes.remove(shape)
+            continue
+        if full is not None:
+            raise OutOfMemory(full, torn=False) if training else full
         # Every rank is told, and goes on or stops here alike.
         try:
             with raise_together(parts.world):
@@ -99,7 +139,21 @@ def _make(parts: Parts, layers: CompiledLayers, shapes: Iterable[Shape]) -> str:
                     raise ModelError(_first_words(warming.error))
         except ModelError as told:
             return str(told)
+        if training:
+            with torch.no_grad():
+                row = row_of(length, borders, longest, vocabulary, device)
+                layers.stack.rehearse(shape, model, partial(model.loss, row))
     return ""
+
+
+def _no_room(model: Any, row: Callable[[], Row]) -> torch.OutOfMemoryError | None:
+    """What a forward pass ran out of memory with, if it did, without the frames that hold what it had
+    made."""
+    try:
+        model.loss(row())
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def row_of(length: int, borders: int, longest: int, vocabulary: int, device: torch.device) -> Row:
@@ -165,6 +219,17 @@ def keep_graphs(config: Config) -> None:
 
 def kept_in() -> str:
     return os.environ.get(_FOLDER) or default_cache_dir()
+
+
+def compiler_failed(parts: Parts, error: Exception) -> TrainingError | None:
+    """What an error of the loop is where the compiler met a row that it cannot compile for, which only rows
+    of many lengths can be; None: it is another."""
+    layers, by = compiled_layers(parts.model), type(error).__module__
+    if layers is None or layers.warm is not None or not by.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    wrong = f"a row of another length could not be compiled for ({_first_words(error)}); nothing was changed"
+    todo = "set model.compile: false and --resume, or begin in another folder with batch.row_lengths: auto"
+    return TrainingError(describe("model.compile", wrong, todo=todo))
 
 
 def _first_words(error: BaseException) -> str:

@@ -97,7 +97,7 @@ def kill_at_random(server, folder, kills, seed):
     return last
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13, 14])
+@pytest.mark.parametrize("seed", [11, 12])
 def test_kills_at_random_moments(server, tmp_path, seed):
     assert kill_at_random(server, tmp_path / "run", kills=45, seed=seed) > 0
 

@@ -13,20 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import rank_jobs, run_jobs, runs
-from tests.helpers.forkserver import ForkServer
+from tests.helpers import run_jobs, runs
 from tests.helpers.ranks import _free_port
 
 MEETING_S = 15.0  # they are started together: a rank that has not come by then was killed before it could
 ENDS_S = 30.0  # the survivor of a kill at any moment
 CHANGES = {"budget__epochs": 4, "checkpoint__every_updates": 2, "stop__token_accuracy": None}
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(rank_jobs.PRELOAD)
-    yield started
-    started.close()
 
 
 def start(server, settings, resume):

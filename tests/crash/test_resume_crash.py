@@ -134,7 +134,7 @@ def live(server, whole, tmp_path, kills, first):
 
 @pytest.mark.timeout(300)
 def test_killed_over_every_kind_of_resume(server, whole, tmp_path):
-    live(server, whole, tmp_path, 8, first=0)
+    live(server, whole, tmp_path, 6, first=0)
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def killed_at_random(kind, seed, server, expected, seconds, tmp_path):
 def test_killed_at_random_moments(kind, server, whole, tmp_path):
     expected, seconds = whole[kind]
     landed = seed = 0
-    while landed < 12:
+    while landed < 8:
         landed += killed_at_random(kind, seed, server, expected, seconds, tmp_path / str(seed))
         seed += 1
         assert seed < 60, f"{landed} kills landed in {seed} tries"

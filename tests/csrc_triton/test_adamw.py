@@ -51,7 +51,8 @@ def test_a_veto_writes_nothing(dtype, copies):
     both.update([torch.full(shape, math.nan) for shape in shapes], veto=1.0)  # of the very first update too
     both.update(gradients(shapes, dtype, 1), veto=0.0)
     kept = [tensor.clone() for _, tensor in both.kernel.tensors()]
-    both.update([torch.full(shape, math.nan) for shape in shapes], veto=1.0)
+    for veto in (1.0, -1.0, math.nan):  # whatever is not 0
+        both.update([torch.full(shape, math.nan) for shape in shapes], veto=veto)
     assert all(torch.equal(a, b) for a, (_, b) in zip(kept, both.kernel.tensors()))
     assert both.kernel.counts.tolist() == [1, 1]
     both.update(gradients(shapes, dtype, 2), veto=0.0)

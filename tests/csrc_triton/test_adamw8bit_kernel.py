@@ -9,7 +9,7 @@ import triton
 import triton.experimental.gluon.nvidia
 from triton.runtime.interpreter import InterpretedFunction
 
-from csrc_triton import adamw8bit
+from csrc_triton import adamw8bit, adamw8bit_count, tensor_table
 from repsft_fast.optim import adamw8bit_reference as reference
 from repsft_fast.optim import build_optimizer, state_tensors
 from repsft_fast.selftest.syncs import SyncCounter
@@ -22,7 +22,7 @@ BLOCK = reference.BLOCK
 def interpreted(monkeypatch):
     """What TRITON_INTERPRET=1 does at import, for these tests only: every jitted function of ours and of the
     language."""
-    for module in (adamw8bit, triton.language, triton.language.standard):
+    for module in (adamw8bit, adamw8bit_count, tensor_table, triton.language, triton.language.standard):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
@@ -250,16 +250,6 @@ def test_the_moments_of_tiny_and_huge_gradients():
         both.check()
 
 
-def through_the_kernel(inner):
-    """A CPU's optimizer that launches, in the interpreter."""
-
-    def step(parameters, scalars):
-        group = next(g for g, each in enumerate(inner.param_groups) if parameters[0] in set(each["params"]))
-        inner._launch(group, parameters, scalars)
-
-    inner._update_plain = step
-
-
 def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
     """`AdamW8bit` through the kernel: one launch per group and kind, with clip, veto and step left on the
     device."""
@@ -274,11 +264,11 @@ def test_the_optimizer_launches_what_it_computes_on_a_cpu(monkeypatch):
     launches = []
 
     class Counting(adamw8bit.Launcher):
-        def __call__(self, parts, gradients, scalars, step, *, group):
-            launches.append((len(parts), super().__call__(parts, gradients, scalars, step, group=group)))
+        def __call__(self, parts, gradients, scalars, step, **more):
+            launches.append((len(parts), super().__call__(parts, gradients, scalars, step, **more)))
 
     monkeypatch.setattr(adamw8bit, "Launcher", Counting)
-    through_the_kernel(ours.inner)
+    ours.inner._by_kernel = True  # in the interpreter
     for update in range(4):
         for (_, p), (_, q) in zip(named[:-1], other):
             gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(update)).to(p.dtype)

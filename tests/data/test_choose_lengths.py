@@ -61,8 +61,8 @@ def test_no_length_that_no_row_needs():
 
 def test_sums_of_two_meet_what_one_length_cannot():
     totals = np.arange(4_000, 6_000, 7)
-    alone = quantised(totals, 8_192)
-    together = summed(totals, alone, 8_192)
+    alone = quantised(totals, 8_192, 6)
+    together = summed(totals, alone, 8_192, 64)
     sums = sorted(
         sum(some) for n in (1, 2, 3) for some in itertools.combinations_with_replacement(together, n)
     )
@@ -88,6 +88,9 @@ USUAL = {
     "long thoughts, one": (drawn(400, 9500, 0.45, 16384), 16384, 1, 0.12),
     "long thoughts, one, rows twice as long": (drawn(400, 9500, 0.45, 16384), 32768, 1, 0.12),
     "one task, one": (drawn(1000, 180, 0.25, 600), 4096, 1, 0.12),
+    "short chats, one": (drawn(3000, 256, 0.8, 8192), 8192, 1, 0.12),
+    "long chats, one": (drawn(3000, 1024, 0.8, 8192), 8192, 1, 0.12),
+    "very short, 16": (drawn(2000, 24, 0.5, 300), 4096, 16, 0.03),
 }
 
 
@@ -97,6 +100,20 @@ def test_padding_is_little_on_usual_data(name):
     plan = with_lengths(lengths, row_tokens, batch_samples=samples)
     assert len(plan.row_lengths.lengths) <= MOST_LENGTHS
     assert padding(plan) <= most
+
+
+@pytest.mark.parametrize(
+    ("lengths", "row_tokens"), [(drawn(800, 180, 0.25, 600), 4096), (USUAL["short chats, 16"][0], 8192)]
+)
+def test_padding_is_little_on_four_ranks(lengths, row_tokens):
+    """Rows of four samples, far shorter than the longest there can be: lengths lie where rows are."""
+    assert padding(with_lengths(lengths, row_tokens, batch_samples=16, ranks=4)) <= 0.03
+
+
+def test_sixteen_short_chats_are_about_one_row():
+    plan = with_lengths(*USUAL["short chats, 16"][:1], 8192, batch_samples=16)
+    updates = list(plan.epoch(0, 3))
+    assert sum(len(update.ranks[0]) for update in updates) <= 1.2 * len(updates)
 
 
 @pytest.mark.parametrize("name", ["short chats, 64", "long chats, 16", "very short, 64"])

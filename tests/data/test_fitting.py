@@ -101,7 +101,7 @@ def test_what_stands_apart_stays_apart():
 
 
 def test_rows_that_are_as_cheap_as_can_be_stay():
-    to = RowLengths((50, 60, 200), 8, 60)
+    to = RowLengths((50, 60, 110 + ROW_SLOTS), 8, 60)
     assert fit([[0], [1]], [60, 50], to) == [[0], [1]]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from repsft_fast.data import staging
 from repsft_fast.data.sample import Sample
-from repsft_fast.data.staging import LEAST_BYTES, MOST, Staging
+from repsft_fast.data.staging import LEAST_BYTES, MOST, Staged, Staging
 from repsft_fast.data.store import TokenStore
 from tests.data.test_store import SAMPLES, planned
 
@@ -153,3 +153,19 @@ def test_a_row_gives_its_buffer_back_behind_its_copy(gpu, monkeypatch):
     assert seen == ["the stream of the copy"]
     assert len(store._staging._given_back) == 1
     assert np.array_equal(store.index.lengths, [2])
+
+
+def test_nobody_gets_a_buffer_whose_event_is_not_there_yet(gpu):
+    """Threads share the buffers: another one may take while this one gives back."""
+    ring = Staging()
+    staged, met = ring.take(100), []
+
+    class Recording:
+        def record(self, stream):
+            met.append(ring.take(100))
+
+        def query(self):
+            return True
+
+    ring.give_back(Staged(staged.memory, Recording()), None)
+    assert met[0].memory is not staged.memory

@@ -11,18 +11,10 @@ import pytest
 from repsft_fast.checkpoint import newest
 from repsft_fast.distributed import watch
 from repsft_fast.distributed.hub import Hub
-from tests.helpers import rank_jobs, run_jobs, runs
-from tests.helpers.forkserver import ForkServer
+from tests.helpers import run_jobs, runs
 from tests.helpers.ranks import _free_port
 
 LONG = {"budget__epochs": 200, "stop__token_accuracy": None, "checkpoint__every_updates": 2}
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(rank_jobs.PRELOAD)
-    yield started
-    started.close()
 
 
 class Job:

@@ -22,9 +22,13 @@ OPERATIONS = (
 DTYPES = ("bfloat16", "float16", "float32", "any")
 INTERPRETED = (
     "csrc_triton.cross_entropy",
+    "csrc_triton.judge",
     "csrc_triton.kept_rows",
+    "csrc_triton.token_sums",
     "csrc_triton.adamw",
     "csrc_triton.adamw8bit",
+    "csrc_triton.adamw8bit_count",
+    "csrc_triton.tensor_table",
     "csrc_triton.state_hash",
 )
 

@@ -1,8 +1,9 @@
 """Compiled layers are plain ones, and the compiler captures no CUDA graph.
 
 Graphs kept by `mode="reduce-overhead"` (cudagraph trees) give silently wrong gradients when gradients
-accumulate over rows (pytorch #96693), so no mode and no options may reach torch.compile. What is captured is
-captured by hand, in one place (tests/gpu/test_gpu_graphs.py).
+accumulate over rows (pytorch #96693), so no mode may reach torch.compile, and no option that captures
+(tests/models/test_compiler_options.py). What is captured is captured by hand, in one place
+(tests/gpu/test_gpu_graphs.py).
 """
 
 import ast
@@ -15,6 +16,7 @@ import repsft_fast
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError
 from repsft_fast.models import load_model
+from repsft_fast.models.compiler_options import compiler_options
 from tests.gpu import small_runs
 from tests.gpu.places import anywhere
 
@@ -43,7 +45,7 @@ def compiling_calls():
 
 
 def test_layers_are_compiled_in_one_place_without_a_mode():
-    assert compiling_calls() == [("repsft_fast/models/compiled.py: torch", ["dynamic"])]
+    assert compiling_calls() == [("repsft_fast/models/compiled.py: torch", ["dynamic", "options"])]
 
 
 def test_one_place_captures_a_graph():
@@ -63,7 +65,7 @@ def test_compile_layers_hands_no_mode_on(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
     load_model(small_runs.MODEL, compile=True)
-    assert seen == [{"dynamic": False}], "one function for all layers"
+    assert seen == [{"dynamic": False, "options": compiler_options()}], "one function for all layers"
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,10 @@ def test_gradients_are_whole_when_their_addresses_are_read(place, optimizer, tmp
             forward_backward(parts, update)
             if waits:
                 place.wait()
-            norm, clip, veto = clip_and_veto(parts)
-            parts.optimizer.step(1e-3, found_inf=veto, clip=clip)
+            judged = clip_and_veto(parts)
+            parts.optimizer.step(1e-3, found_inf=judged.veto, clip=judged.clip)
             parts.optimizer.zero_grad()
-            parts.ledger.close(parts.progress.updates, 1e-3, norm, veto)
+            parts.ledger.close(parts.progress.updates, 1e-3, judged.numbers, judged.applied)
             if waits:
                 place.wait()
         ends.append((small_runs.losses(parts), small_runs.state_of(parts)))

@@ -97,7 +97,9 @@ def fake_run(
         return built
 
     gc.collect()
-    gc.freeze()  # else every collection in here walks all of torch
+    standing = gc.get_freeze_count() > 0  # tests/conftest.py has, and its freeze is to outlive this run
+    if not standing:
+        gc.freeze()  # else every collection in here walks all of torch
     try:
         with fake_cuda(monkeypatch, every=every) as gpu:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
@@ -120,7 +122,8 @@ def fake_run(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        gc.unfreeze()
+        if not standing:
+            gc.unfreeze()
 
 
 def _write_samples(path: Path, tokens: int, count: int = 16) -> None:

@@ -120,6 +120,7 @@ class ForkServer:
 def _serve(lines, preload: list[str]) -> None:
     for name in preload:
         importlib.import_module(name)
+    importlib.import_module("tests.helpers.forked")
     lines.write('"ready"\n')
     lines.flush()
     while line := lines.readline():

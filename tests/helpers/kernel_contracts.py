@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csrc_triton import adamw, adamw8bit, cross_entropy, kept_rows, state_hash
+from csrc_triton import (
+    adamw,
+    adamw8bit,
+    adamw8bit_count,
+    cross_entropy,
+    judge,
+    kept_rows,
+    state_hash,
+    token_sums,
+)
 from csrc_triton.launch import AotCase
 
 aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _TYPES = {
+    "*fp64": torch.float64,
     "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32,
     "*i64": torch.int64, "*i32": torch.int32, "*u8": torch.uint8,
 }  # fmt: skip
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _CASES: dict[str, list[AotCase]] = {}
-for _module in (adamw, adamw8bit, cross_entropy, kept_rows, state_hash):
+for _module in (adamw, adamw8bit, adamw8bit_count, cross_entropy, judge, kept_rows, state_hash, token_sums):
     for _case in _module.AOT_CASES:
         _CASES.setdefault(_case.kernel.fn.__name__, []).append(_case)
 
@@ -74,8 +84,37 @@ def _counts(a: Named, grid: tuple[int, ...]) -> Touched:
     return {"table_ptr": 16 * a["tensors"], "corrections_ptr": 2 * a["tensors"], "veto_ptr": 1}
 
 
+def _counted(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(grid == (1,), "one program", grid)
+    ones = dict.fromkeys(("step_ptr", "veto_ptr", "clip_ptr"), 1)
+    return {**ones, "betas_ptr": 2 * a["pairs"], "scalars_ptr": 4 * a["pairs"]}
+
+
 def _words(a: Named, grid: tuple[int, ...]) -> Touched:
     return {"words_ptr": a["blocks"] * a["BLOCK"], "partial_ptr": grid[0]}
+
+
+def _squares(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(a["tiles_ptr"].numel() == a["tiles"], "as many tiles as there are", a["tiles"])
+    return {"table_ptr": 16, "tiles_ptr": a["tiles"], "partial_ptr": grid[0]}
+
+
+def _judge(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(grid == (1,), "one program", grid)
+    window = {
+        "ring_ptr": 2 * a["WINDOW"],
+        "next_ring_ptr": 2 * a["WINDOW"],
+        "bounds_ptr": 8,
+        "numbers_ptr": 7,
+    }
+    ones = ("loss_ptr", "count_ptr", "next_count_ptr", "clip_ptr", "veto_ptr", "applied_ptr")
+    return {**window, **dict.fromkeys(ones, 1), "partial_ptr": a["partials"], "told_ptr": 3}
+
+
+def _token_sums(a: Named, grid: tuple[int, ...]) -> Touched:
+    _must(grid == (-(-a["positions"] // a["BLOCK"]),), "a program for every block of positions", grid)
+    names = ("loss_ptr", "correct_ptr", "entropy_ptr", "top1_ptr", "margin_ptr", "miss_ptr", "segments_ptr")
+    return {**dict.fromkeys(names, a["positions"]), "table_ptr": 9, "owners_ptr": 1}
 
 
 _TOUCHED: dict[str, Callable[[Named, tuple[int, ...]], Touched]] = {
@@ -85,8 +124,12 @@ _TOUCHED: dict[str, Callable[[Named, tuple[int, ...]], Touched]] = {
     "adamw_kernel": _adamw,
     "adamw_count_kernel": _counts,
     "adamw_8bit_kernel": _tiles,
+    "adamw_8bit_count_kernel": _counted,
     "adamw_32bit_kernel": _tiles,
     "_sum_kernel": _words,
+    "squares_kernel": _squares,
+    "judge_kernel": _judge,
+    "token_sums_kernel": _token_sums,
 }
 
 

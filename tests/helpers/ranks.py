@@ -15,8 +15,11 @@ import torch
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "transformers", "peft", "peft.tuners.lora", "repsft_fast.models"]
-)
+    [
+        "pytest", "torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "peft",
+        "peft.tuners.lora", "repsft_fast.training.trainer", "tests.helpers.forked",
+    ]
+)  # fmt: skip
 
 
 def run_ranks(

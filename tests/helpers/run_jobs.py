@@ -25,9 +25,14 @@ from repsft_fast.training import build as building
 from repsft_fast.training import saver, trainer
 from repsft_fast.training.snapshots import closed_list
 from repsft_fast.training.step import OutOfMemory
-from tests.helpers import run_points, runs
+from tests.helpers import run_points, runs, sketches
 
-PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "peft.tuners.lora", "tests.helpers.run_jobs"]
+PRELOAD = [
+    "torch", "transformers.models.llama.modeling_llama", "peft.tuners.lora",
+    "matplotlib.backends.backend_agg", "safetensors.numpy", "torch.profiler",  # what a run imports on its way
+    "tests.helpers.run_jobs",
+]  # fmt: skip
+sketches.install()  # of the server, and so of what it forks
 # Lines of metrics.jsonl and what in them does not depend on the clock.
 _KINDS = ("update", "epoch", "evaluation", "roll_back", "revert", "stage", "decision", "decay")
 _OF_THE_CLOCK = (

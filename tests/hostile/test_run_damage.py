@@ -132,7 +132,7 @@ def ends(seeds, folders, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_some_damages(folders, tmp_path):
-    ends(range(24), folders, tmp_path)
+    ends(range(16), folders, tmp_path)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 
 from repsft_fast.evaluate.generate import generate
 from repsft_fast.models import load_model
-from repsft_fast.models.compiled import CompiledLayers, compile_layers, compiled_layers, draws
+from repsft_fast.models.compiled import CompiledLayers, compile_layers, compiled_layers, draws, opened
+from repsft_fast.ops.attention import Packed
 from tests.helpers import tiny
 
 DOCUMENTS = tiny.documents((7, 12, 5))
@@ -37,7 +38,9 @@ def counted(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     counter, compiled = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counter, **o))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **o: compiled(function, backend=counter, **o)
+    )
     yield counter
     torch._dynamo.reset()
 
@@ -79,7 +82,9 @@ def test_the_compiler_keeps_the_numbers():
     torch._dynamo.reset()
     compiled = torch.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function, **o: compiled(function, backend="aot_eager", **o))
+        patch.setattr(
+            torch, "compile", lambda function, options=None, **o: compiled(function, backend="aot_eager", **o)
+        )
         model = built("qwen3", compile=True, attention="mask")
     row = tiny.row(DOCUMENTS, length=32)
     for a, b in zip(gradients(model, row), gradients(built("qwen3", attention="mask"), row), strict=True):
@@ -223,6 +228,91 @@ class TestWarming:
             assert warming.error is None
         else:
             assert f"the compiled layer's {what} are off by 0.02" in str(warming.error)
+
+
+class TestOneGraphForAllLengths:
+    """The row's length and the bound on a segment are open; what a graph is made for first is no constant."""
+
+    LENGTHS = (96, 24, 2, 40, 32, 61)
+
+    def row(self, length, more=0):
+        few = tiny.row(tiny.documents((min(length, 7),)), length=length)
+        borders = torch.cat([few.cu_seqlens[:2], few.cu_seqlens.new_full((2,), length)])
+        return replace(few, cu_seqlens=borders, max_seqlen=length + more)
+
+    @pytest.mark.parametrize("lora", [None, {"rank": 2}])
+    @pytest.mark.parametrize("first", [96, 2])
+    def test_whatever_comes_first(self, lora, first, counted):
+        options = {"attention": "mask", "lora": lora}
+        model, plain = built("qwen3", compile=True, **options), built("qwen3", **options)
+        plain.load_state_dict(model.state_dict())
+        for training in (True, False):
+            model.train(training), plain.train(training)
+            with compiled_layers(model).warming(reached=lora is None) as warming, torch.no_grad():
+                model.loss(self.row(first))
+            assert warming.error is None
+        made = counted.frame_count
+        compiled_layers(model).warm = {
+            (length, 4, length + more, mode, mode)
+            for length in self.LENGTHS
+            for more in (0, 5)
+            for mode in (True, False)
+        }
+        for length in self.LENGTHS:
+            for more in (0, 5):
+                row = self.row(length, more)
+                model.train(), plain.train()
+                for a, b in zip(gradients(model, row), gradients(plain, row), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+                model.eval()
+                with torch.no_grad():
+                    model.loss(row)
+                assert counted.frame_count == made, (
+                    f"a graph of its own for {length} tokens, bound {length + more}"
+                )
+
+    def test_a_length_that_comes_as_it_comes(self, counted):
+        model = built(compile=True, attention="mask")
+        for length in self.LENGTHS:
+            gradients(model, self.row(length))
+        assert counted.frame_count == 1
+
+    def test_equal_numbers_are_not_taken_for_one(self):
+        packed = Packed.of(self.row(32), "mask")
+        given = opened(torch.zeros(1, 32, 8), (), {"packed": packed})
+        assert int(given["packed"].max_seqlen) == 33
+        assert packed.max_seqlen == 32
+
+    def test_the_longest_segment_is_open_for_kernels_that_take_it(self, counted):
+        """As a kernel's number of borders and rows is: a length and a bound change, and no graph with them."""
+
+        def multiplied(hidden, packed):
+            return hidden * packed.max_seqlen + hidden.shape[1]
+
+        attend = torch.compile(multiplied, dynamic=False)
+
+        for length, bound in ((32, 32), (64, 7), (16, 16), (32, 500)):
+            packed = replace(Packed.of(self.row(length), "mask"), max_seqlen=bound)
+            hidden = torch.ones(1, length, 3)
+            given = opened(hidden, (), {"packed": packed})["packed"] if length == bound == 32 else packed
+            expected = (33 if given is not packed else bound) + length
+            assert torch.equal(attend(hidden, given), torch.full_like(hidden, expected))
+        assert counted.frame_count == 1
+
+    def test_what_lies_along_the_row_is_marked_and_nothing_else(self):
+        given = {
+            n: torch.zeros(*shape)
+            for n, shape in (
+                ("cos", (1, 32, 8)),
+                ("ids", (1, 32)),
+                ("flat", (32,)),
+                ("wide", (2, 32)),
+                ("mask", (1, 1, 0, 0)),
+            )
+        }
+        opened(torch.zeros(1, 32, 32), (), given)
+        marked = {n: getattr(t, "_dynamo_weak_dynamic_indices", set()) for n, t in given.items()}
+        assert marked == {"cos": {1}, "ids": {1}, "flat": {0}, "wide": set(), "mask": set()}
 
 
 def layers_of(model):

@@ -316,7 +316,9 @@ class TestCompile:
 
         counter = CompileCounter()
         compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counter, **o))
+        monkeypatch.setattr(
+            torch, "compile", lambda function, options=None, **o: compiled(function, backend=counter, **o)
+        )
         torch._dynamo.reset()
         model = build(compile=True, attention=backend)
         plain = build(attention=backend)
@@ -337,7 +339,9 @@ class TestCompile:
 
         counter, frames = CompileCounter(), []
         compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counter, **o))
+        monkeypatch.setattr(
+            torch, "compile", lambda function, options=None, **o: compiled(function, backend=counter, **o)
+        )
         torch._dynamo.reset()
         model = build(tiny.config("llama", num_hidden_layers=1), compile=True, attention="mask")
         with torch.no_grad():

@@ -413,11 +413,6 @@ def test_half_precision_weights_and_other_layouts_are_refused():
         build_optimizer(module, "adamw8bit", lr=1e-3)
 
 
-def launching(inner):
-    numbers = {id(p): n for n, group in enumerate(inner.param_groups) for p in group["params"]}
-    return lambda parameters, scalars: inner._launch(numbers[id(parameters[0])], parameters, scalars)
-
-
 @pytest.mark.parametrize("kernel", [False, True])
 def test_weights_are_written_with_their_masters(kernel, monkeypatch):
     """Masters move as fp32 weights do; their bf16 weights are torch's rounding of them."""
@@ -432,8 +427,13 @@ def test_weights_are_written_with_their_masters(kernel, monkeypatch):
         masters = Masters(weights, held, None) if with_masters else None
         optimizer = build_optimizer(weights.items(), "adamw8bit", lr=1e-2, weight_decay=0.1, masters=masters)
         if kernel and with_masters:
-            interpret(monkeypatch, "csrc_triton.adamw8bit")
-            optimizer.inner._update_plain = launching(optimizer.inner)
+            interpret(
+                monkeypatch,
+                "csrc_triton.adamw8bit",
+                "csrc_triton.adamw8bit_count",
+                "csrc_triton.tensor_table",
+            )
+            optimizer.inner._by_kernel = True
         for update in range(3):
             for weight in weights.values():
                 weight.grad = torch.randn(weight.shape, generator=generator)

@@ -118,10 +118,11 @@ def check(world: World, compute_budget: int, max_stages: int) -> Driver:
     return run
 
 
-def test_two_thousand_random_mixtures_are_decided_identically():
+def decided_identically(count):
+    """So many random mixtures; how often each branch of the rule was taken."""
     rng = random.Random(20260321)
     excluded = continued = ties = 0
-    for seed in range(2000):
+    for seed in range(count):
         tasks = {f"task{i}": rng.randint(1, 90) for i in range(rng.randint(1, 6))}
         world = hashed(
             tasks,
@@ -135,9 +136,14 @@ def test_two_thousand_random_mixtures_are_decided_identically():
         excluded += len(dropped)
         continued += sum(s.follows for s in run.history.stages[1:])
         ties += any(d.to == run.history.evaluations[0].snapshot_id for d in dropped)
-    assert excluded > 3000  # the test would be empty if few of the branches were taken
-    assert continued > 100
-    assert ties > 100
+    return excluded, continued, ties
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_mixtures_are_decided_identically(count):
+    excluded, continued, ties = decided_identically(count)
+    assert excluded > 1.5 * count  # the test would be empty if few of the branches were taken
+    assert min(continued, ties) > count / 20
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.15, -0.15])

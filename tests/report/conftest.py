@@ -1,6 +1,11 @@
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def in_pixels(real_pictures):
+    """What is drawn is looked at here."""
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Every figure that gets saved, to look at its axes and words."""

@@ -2,9 +2,12 @@
 that names one wins over both, and what cannot be had is refused before anything is changed."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from repsft_fast.config import Config
@@ -59,7 +62,8 @@ class Parts:
     def __init__(self, tmp_path, world=None, **changes):
         self.config = Config.of(runs.settings(tmp_path, **changes))
         self.world = world if world is not None else alone("cpu")
-        self.model = type("M", (), {"loss_settings": type("S", (), {"chunk_bytes": None})()})()
+        settings = type("S", (), {"chunk_bytes": None})()
+        self.model = type("M", (), {"loss_settings": settings, "compute_dtype": torch.float32})()
 
 
 def test_every_item_is_whole():
@@ -119,6 +123,36 @@ def test_a_version_that_did_not_keep_it(old, used, said, lot, tmp_path):
 def test_what_cannot_be_had_is_refused(lot, tmp_path):
     with pytest.raises(ConfigError, match="7 cannot be had here"):
         decided.resume(Parts(tmp_path), {"chunk_bytes": None, "choices": {"lot": 7}})
+
+
+def test_what_is_not_decided_yet_is_not_compared_with(lot, tmp_path, monkeypatch):
+    """A trial that comes later would have to be made to say what it would come to."""
+    parts = Parts(tmp_path)
+    monkeypatch.setattr(lot, "words", lambda value: "" if value == 1 else f"No. {value}", raising=False)
+    assert decided.resume(parts, {"chunk_bytes": None, "choices": {"lot": 2}}) == []
+    assert lot.now(parts) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masters", "size", "words"),
+    [
+        (torch.bfloat16, True, 1, "weights of a row's tokens and the gradient of the head"),
+        (torch.bfloat16, False, 1, None),  # held in bf16: no FSDP2 was asked then either
+        (torch.bfloat16, False, 2, "weights of a row's tokens to bfloat16"),
+        (torch.float32, False, 2, None),
+        (torch.float32, True, 1, None),  # fp16 weights
+    ],
+)
+def test_what_older_versions_rounded_is_said(dtype, masters, size, words, lot, tmp_path, monkeypatch):
+    parts = Parts(tmp_path)
+    parts.model.compute_dtype, parts.model.masters = dtype, object() if masters else None
+    parts.world = replace(parts.world, size=size)
+    monkeypatch.setattr(decided, "raise_together", lambda world: nullcontext())
+    lot.old = 1
+    said = decided.resume(parts, {"chunk_bytes": None})
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+    assert decided.resume(parts, decided.record(parts)) == [], "of this version's own nothing is said"
 
 
 def test_a_name_that_nobody_knows_is_left_alone(lot, tmp_path):

@@ -14,9 +14,11 @@ from tests.helpers import runs
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    was, threshold = gc.isenabled(), gc.get_threshold()
+    was, threshold, frozen = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() > 0
     yield
     gc.unfreeze()
+    if frozen:  # as tests/conftest.py left it: every later run of this process would walk all there is
+        gc.freeze()
     (gc.enable if was else gc.disable)()
     gc.set_threshold(*threshold)
 

@@ -1,6 +1,7 @@
 """Whether gathered weights stay: by what fits, on the rank with least room, for all ranks alike."""
 
 import pytest
+import torch
 
 from repsft_fast.config import Config
 from repsft_fast.distributed import gathered_stay
@@ -59,3 +60,10 @@ def test_one_rank_has_nothing_to_gather(room, tmp_path):
     parts = build(Config.of(settings(tmp_path, distributed__keep_gathered=True)))
     assert gathered.decide(parts, room) is None
     assert not gathered_stay(parts.model)
+
+
+def test_what_the_process_holds_already_is_room(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (5, 80))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda *_: 7)
+    assert gathered.room_bytes(torch.device("cuda")) == 12
+    assert gathered.room_bytes(torch.device("cpu")) is None

@@ -220,9 +220,7 @@ def test_a_resumption_captures_what_the_run_captured(tmp_path):
     said = decided.resume(
         parts, {"chunk_bytes": None, "choices": {"cuda_graphs": saved, "attention": "mask"}}
     )
-    assert said == [
-        "model.cuda_graphs stays captured in 2 shapes, as the run began; begun now it would be decided by a trial"
-    ]
+    assert said == [], "what a trial would say now is not known"
     begin(parts, SLOWER)
     assert graph_choice.now(parts) == saved
     assert parts.graphs.counts.captured == 2
@@ -250,6 +248,16 @@ def test_a_resumption_of_a_plain_run_stays_plain(tmp_path, saved):
     assert begin(parts) == []
     assert parts.graphs is None
     assert graph_choice.now(parts) == "off"
+    assert decided.as_settings(parts)["model.cuda_graphs"] == "off"
+
+
+def test_captures_that_were_dropped_are_off_for_the_next_checkpoint(tmp_path):
+    parts = parts_of(tmp_path)
+    begin(parts)
+    assert decided.record(parts)["choices"]["cuda_graphs"] == parts.cuda_graphs != "off"
+    parts.graphs.drop("memory ran out")
+    assert graph_choice.now(parts) == "off"
+    assert decided.record(parts)["choices"]["cuda_graphs"] == "off"
     assert decided.as_settings(parts)["model.cuda_graphs"] == "off"
 
 

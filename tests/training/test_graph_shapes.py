@@ -1,8 +1,9 @@
 """What is captured for a plan's rows, and what stands against capturing."""
 
 import json
+from collections import Counter
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,17 @@ import pytest
 import torch
 
 from repsft_fast.config import Config
-from repsft_fast.training import capture
+from repsft_fast.training import capture, graph_shapes
 from repsft_fast.training.build import build
-from repsft_fast.training.graph_shapes import LEVELS, STEP, capacities, dropout_of, shapes_of, why_not
+from repsft_fast.training.graph_shapes import (
+    LEVELS,
+    MOST_LENGTHS,
+    STEP,
+    capacities,
+    dropout_of,
+    shapes_of,
+    why_not,
+)
 from repsft_fast.training.static_row import StaticRow
 from tests.helpers import runs
 
@@ -71,8 +80,38 @@ def test_every_row_of_the_plan_has_a_shape(tmp_path):
     assert all(any(one.fits(row) for one in static) for row in rows)
 
 
-def test_too_many_lengths(tmp_path):
-    assert "batch.bucket_tokens" in shapes_of(parts_of(tmp_path, batch__bucket_tokens=1, batch__samples=1))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_borders_of_the_fullest_row_and_the_bound_of_the_longest_sample(monkeypatch, order):
+    """They may be two rows, in any order."""
+    index = SimpleNamespace(lengths=np.array([20, 4, 5, 6, 9, 9]), trained=np.full(6, 3))
+    parts = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(index=index)))
+    rows = [
+        SimpleNamespace(samples=np.array(samples), padded_tokens=32)
+        for samples in ([0], [1, 2, 3], [4, 5])  # the longest, the most, neither
+    ]
+
+    def row_of(parts, row):
+        return SimpleNamespace(
+            cu_seqlens=torch.zeros(len(row.samples) + 1), max_seqlen=int(index.lengths[row.samples].max())
+        )
+
+    monkeypatch.setattr(graph_shapes, "_rows", lambda parts: iter([rows[n] for n in order]))
+    monkeypatch.setattr(graph_shapes, "_row", row_of)
+    shapes = shapes_of(parts)
+    assert (shapes.borders, shapes.longest) == (4, 20)
+
+
+def test_the_most_used_of_many_lengths(tmp_path, monkeypatch):
+    parts = parts_of(tmp_path, batch__bucket_tokens=1, batch__samples=1)
+    rows = [row for update in parts.plan.epoch(0, 0) for row in update.ranks[0]]
+    times = Counter(row.padded_tokens for row in rows)
+    assert len(times) > MOST_LENGTHS
+    captured = {shape.length for shape in shapes_of(parts).shapes}
+    assert len(captured) == MOST_LENGTHS
+    assert min(times[n] for n in captured) >= max(times[n] for n in times.keys() - captured)
+    served = sum(times[n] for n in captured) / len(rows)
+    monkeypatch.setattr("repsft_fast.training.graph_shapes.SERVED", served + 0.01)
+    assert "batch.bucket_tokens" in shapes_of(parts), "few rows would be replayed"
 
 
 @pytest.mark.parametrize(

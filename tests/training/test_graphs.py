@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repsft_fast.config import Config
 from repsft_fast.distributed import held_parameters
 from repsft_fast.metrics import SampleStats
+from repsft_fast.models.compiled import compiled_layers
 from repsft_fast.ops import row_pass
 from repsft_fast.optim import reset as reset_optimizer
 from repsft_fast.selftest.syncs import SyncCounter
@@ -28,6 +29,7 @@ from repsft_fast.training.refusals import check_gradients
 from repsft_fast.training.snapshots import Snapshots, closed_list
 from repsft_fast.training.static_row import Shape
 from repsft_fast.training.step import OutOfMemory, forward_backward, train_step
+from repsft_fast.training.warm_up import warm_up
 from tests.helpers import runs
 from tests.helpers.fake_capture import Again, FakeCapture
 
@@ -106,6 +108,30 @@ def test_twenty_updates_of_two_rows_are_the_plain_ones(tmp_path, changes):
     assert all(len(update.ranks[0]) == 2 for update in updates)
     assert made(ours, updates) == made(plain, updates)
     assert vars(ours.graphs.counts) == {"captured": 1, "replayed": 40, "fell_back": 0}
+
+
+def test_captured_rows_pass_compiled_layers_together(tmp_path, monkeypatch):
+    """Where a capture begins with compiled layers it holds their graphs and nothing around them."""
+    make = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **o: make(function, backend="aot_eager", **o))
+    changes = {"model__compile": True, "batch__row_lengths": [T], "batch__bucket_tokens": "auto"}
+    changes |= {"model__compute_dtype": "bfloat16"}
+    plain, ours = (parts_of(tmp_path, even=True, **changes) for _ in range(2))
+    for parts in (plain, ours):
+        warm_up(parts, lambda text: None)
+    stack = compiled_layers(ours.model).stack
+    compiled_layers(plain.model).stack._plans.clear()
+    lengths = ours.plan.row_lengths
+    shapes = Shapes(EXACT.shapes, borders=lengths.segments + 1, longest=lengths.max_seqlen(T))
+    ours.graphs = graphs_of(ours, shapes)
+    assert vars(stack.counts) == {
+        "stacked": 5,
+        "apart": 0,
+    }  # one says what is reached, four are the capture's
+    updates = updates_of(plain, 6)
+    assert made(ours, updates) == made(plain, updates)
+    assert ours.graphs.counts.replayed == 12
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -344,6 +370,21 @@ def test_a_loss_that_reaches_nothing_is_an_error(tmp_path):
     ]
     with pytest.raises(CaptureFailed, match="reaches no parameter"):
         graphs_of(parts)
+
+
+def test_a_gradient_that_is_another_tensor_after_the_capture_is_an_error(tmp_path):
+    """What is replayed would add into the one that nobody reads."""
+    parts = parts_of(tmp_path)
+    weight = parts.model.lm_head.weight
+
+    class Replaces(FakeCapture):
+        def __call__(self, function):
+            made = super().__call__(function)
+            weight.grad = weight.grad.clone()
+            return made
+
+    with pytest.raises(CaptureFailed, match="replaces gradients"):
+        graphs_of(parts, capture=Replaces())
 
 
 def test_gradients_of_an_update_are_not_thrown_away(tmp_path):

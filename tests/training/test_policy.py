@@ -8,6 +8,7 @@ import pytest
 
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError
+from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.policies import (
     POLICIES,
     BaselineSettings,
@@ -20,16 +21,21 @@ from repsft_fast.policies import (
     Score,
     Stop,
 )
+from repsft_fast.signals import Signals
 from repsft_fast.training.budget import mixture_epochs
+from repsft_fast.training.build import build, model_on_meta
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.policy import (
     accuracy_target,
     build_policy,
+    device_snapshot_bytes,
     named_result,
     policy_of,
     snapshots_needed,
     weights_are_enough,
 )
+from repsft_fast.training.run import Run
+from tests.helpers import runs
 
 # A value of each that is no default
 MSFT: dict[str, Any] = {
@@ -145,3 +151,50 @@ class TestBeforeTheRun:
         policy = policy_of(config_of("msft", **MSFT, weights={"a": 3.0, "b": 1.0}))
         assert type(policy) is Msft
         assert policy.settings == MsftSettings(**MSFT)
+
+
+MIXED = {"mixture__policy": "msft", "data__validation_fraction": 0.2}
+SNAPSHOTS = {
+    "none": {},
+    "of the whole state": {**MIXED, "mixture__optimizer": "restore"},
+    "of weights": {**MIXED, "mixture__optimizer": "reset"},
+    "the best": {"evaluate__keep": "best", "evaluate__every_epochs": 1, "data__validation_fraction": 0.2},
+    "to go back to, on the device": {"numbers__on_spike": "revert", "snapshot__device_bytes": 10**9},
+    "for checkpoints, on the device": {"checkpoint__every_updates": 5, "snapshot__device_bytes": 10**9},
+    "what few bytes hold": {**MIXED, "mixture__optimizer": "restore", "snapshot__device_bytes": 500_000},
+}
+
+
+@pytest.mark.parametrize("changes", SNAPSHOTS.values(), ids=SNAPSHOTS)
+def test_bytes_of_snapshots_are_those_their_pools_take(changes, tmp_path):
+    """On a CPU its memory is the device's, so the run's own pools say what is right."""
+    disk = {"snapshot__disk_bytes": 10**9}  # for what the device has no room
+    config = Config.of(runs.settings(tmp_path, tasks=3, samples=40, **{**disk, **changes}))
+    run = Run.of(build(config), Signals())
+    try:
+        if config.snapshot.device_bytes is not None:
+            run.snapshots.freeze().release()
+        pools = [run.snapshots._policy, run.snapshots._best]
+        if config.snapshot.device_bytes is not None:  # else in pinned memory, where there is a GPU
+            pools.append(run.snapshots._whole)
+        taken = sum(pool.plan.device * pool.bytes_each for pool in pools if pool is not None)
+    finally:
+        run.close()
+    model = ModelSize.of(model_on_meta(config, None))
+    found = device_snapshot_bytes(config, model, tasks=3, shards=1, room=10**12)
+    assert found == pytest.approx(taken, rel=0.02), "but for what small tensors are rounded up to"
+    assert (found == 0) == (not changes)
+
+
+def test_snapshots_take_half_of_what_the_state_leaves(tmp_path):
+    changes = SNAPSHOTS["of the whole state"]
+    config = Config.of(runs.settings(tmp_path, tasks=3, samples=40, **changes))
+    model = ModelSize.of(model_on_meta(config, None))
+    held = model.held("adamw", tasks=3)
+    state = held.weights + held.masters + held.moments
+
+    def taken(room):
+        return device_snapshot_bytes(config, model, tasks=3, shards=1, room=room)
+
+    assert taken(state + 3 * held.snapshot) == held.snapshot
+    assert taken(state + held.snapshot) == taken(0) == 0

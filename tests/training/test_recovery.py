@@ -1,13 +1,16 @@
 """Non-finite numbers that are reverted, memory that runs out: what changes, what does not, and what is
 said."""
 
+import weakref
+
 import pytest
 import torch
 
 from repsft_fast import train
+from repsft_fast.config import Config
 from repsft_fast.errors import TrainingError
 from repsft_fast.training import build as building
-from repsft_fast.training import trainer
+from repsft_fast.training import recovery, trainer
 from repsft_fast.training.snapshots import closed_list
 from tests.helpers import run_jobs, runs
 
@@ -204,3 +207,48 @@ def test_after_out_of_memory_the_run_is_resumed_with_the_rows_that_were_named(tm
     result = train(settings, resume=True)
     assert result.updates == 9
     assert runs.metrics(tmp_path, "resume")[0]["update"] == 4
+
+
+def test_a_retry_finds_the_memory_of_the_pass_that_failed_free(tmp_path, monkeypatch):
+    """Whatever is made before the update is made again: the error's frames would hold every activation."""
+    held, found, plain = [], [], recovery.warm_up
+
+    def happening(parts, update, step):
+        loss = parts.model.loss
+
+        def failing(row):
+            activation = loss(row)[0]
+            held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        parts.model.loss = failing
+        try:
+            step(parts, update)
+        finally:
+            parts.model.loss = loss
+
+    def warmed(parts, say):
+        found.extend(reference() for reference in held)
+        return plain(parts, say)
+
+    monkeypatch.setattr(recovery, "warm_up", warmed)
+    at_call(monkeypatch, {1}, happening)
+    settings = {"batch__samples": 8, "numbers__on_out_of_memory": "retry", **NEVER_STOPS}
+    train(runs.settings(tmp_path, **settings))
+    assert found == [None]
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(64, 32), (48, 32), (16, 16)])
+def test_shorter_rows_that_are_asked_for_win_over_those_the_run_had_come_to(asked, rows, tmp_path):
+    """What an error has named as the way out must be one."""
+    parts = building.build(Config.of(runs.settings(tmp_path, batch__row_tokens=asked, samples=8)))
+    parts.lasting.row_tokens = 32
+    recovery.use_row_tokens(parts)
+    assert parts.plan.row_tokens == recovery.row_tokens(parts) == rows
+
+
+def test_out_of_memory_beside_gathered_weights_names_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "gathered_stay", lambda model: True)
+    at_call(monkeypatch, {1}, out_of_memory_in("forward", rows=1))
+    with pytest.raises(TrainingError, match=r"or set distributed.keep_gathered: false"):
+        train(runs.settings(tmp_path, **NEVER_STOPS))

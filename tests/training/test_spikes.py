@@ -20,7 +20,6 @@ from repsft_fast.training.refusals import Refusals
 from repsft_fast.training.spikes import KNOWN, WINDOW, Reference, Spikes, verdict
 from repsft_fast.training.step import train_step
 from tests.helpers import run_jobs, runs, spike_jobs
-from tests.helpers.forkserver import ForkServer
 from tests.helpers.ranks import _free_port, run_ranks
 
 CPU = torch.device("cpu")
@@ -37,14 +36,15 @@ LONG = {
 
 def judged(pairs, max_norm=1.0, world=ALONE):
     """What the device decides about every (loss, norm), one after the other."""
-    spikes = Spikes(CPU, world, max_norm)
+    spikes = Spikes(CPU, world, max_norm, veto_spikes=False)
     found = []
     for loss, norm in pairs:
-        finite, numbers, _ = spikes.judge(
+        outcome = spikes.judge(
             torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64)
         )
         spikes.enter()
-        found.append((bool(finite), verdict(numbers.tolist()) is not None))
+        finite = not bool(outcome.veto)  # of a judge that lets spikes pass
+        found.append((finite, verdict(outcome.numbers[2:].tolist()) is not None))
     return found
 
 
@@ -278,13 +278,6 @@ def test_a_resumed_run_judges_as_the_whole_one(policy, ended, tmp_path):
         spike_jobs.planted(settings, spikes, stay=True, end_after=ended)
     assert spike_jobs.planted(settings, spikes, stay=True, resume=True) == whole
     assert runs.metrics(tmp_path / "resumed", "resume")[0]["update"] == (66 if policy == "skip" else 33)
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = ForkServer(["tests.helpers.spike_jobs", *run_jobs.PRELOAD])
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("policy", ["skip", pytest.param("revert", marks=pytest.mark.slow)])

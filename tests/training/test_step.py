@@ -14,7 +14,7 @@ from tests.helpers import runs
 def test_clipping_is_torchs(tmp_path, max_norm):
     parts = build(Config.of(runs.settings(tmp_path, optim__max_norm=max_norm)))
     forward_backward(parts, parts.plan.epoch(0, 0)[0])
-    norm, clip, veto = clip_and_veto(parts)
+    norm, clip, veto, *_ = clip_and_veto(parts)
     parameters = list(parts.optimizer.names.values())
     scaled = [p.grad * (1.0 if clip is None else clip) for p in parameters]
     assert (clip is None) == (max_norm is None)

@@ -4,9 +4,13 @@ import contextlib
 import gc
 import importlib
 import logging
+import sys
+from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from csrc_triton.state_hash import checksum
 from repsft_fast.metrics import SampleStats
@@ -15,7 +19,7 @@ from repsft_fast.snapshot import SnapshotPool
 from repsft_fast.state import local
 from repsft_fast.training import step
 from repsft_fast.training.snapshots import closed_list
-from tests.helpers.fake_cuda import GPU, fake_cuda
+from tests.helpers.fake_cuda import GPU, FakeCuda, fake_cuda
 from tests.helpers.fake_runs import (
     BACKWARD,
     FORWARD,
@@ -49,6 +53,8 @@ def test_an_update(name, optimizer, started):
     assert rows > 1
     assert found[0].launches[ROW_KERNEL] == rows
     assert found[0].operators[FORWARD] == found[0].operators[BACKWARD] == rows * SIZES["num_hidden_layers"]
+    assert found[0].launches["token_sums_kernel"] == rows
+    assert found[0].launches["squares_kernel"] == found[0].launches["judge_kernel"] == 1
     assert not found[0].operators["aten::_fused_adamw_"]
     assert found[0].launches["adamw_kernel"] == found[0].launches["adamw_count_kernel"]
     assert bool(found[0].launches["adamw_kernel"]) == (optimizer == "adamw")
@@ -158,7 +164,8 @@ POINTS = [
     *((FORWARD, time) for time in (1, 4)),
     (ROW_KERNEL, 2),
     *((BACKWARD, time) for time in (1, 4)),
-    ("aten::_foreach_norm.Scalar", 1),
+    ("squares_kernel", 1),
+    ("judge_kernel", 1),
 ]
 
 
@@ -211,3 +218,51 @@ def test_checksums_ask_the_gpu_for_nothing(started):
     assert gpu.launches["_sum_kernel"] == len(list(parts.model.parameters()))
     assert not gpu.waits
     assert not gpu.strangers
+
+
+def allocated(monkeypatch):
+    """Storages made on the GPU, by the innermost line of ours that made them, or "backward"."""
+    made, see = Counter(), FakeCuda._see
+
+    def watched(gpu, func, found):
+        for leaf in tree_leaves(found):
+            on_gpu = isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda"
+            if on_gpu and leaf.untyped_storage()._cdata not in gpu._storages:
+                made[_ours()] += 1
+        see(gpu, func, found)
+
+    monkeypatch.setattr(FakeCuda, "_see", watched)
+    return made
+
+
+def _ours():
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.endswith("torch/_tensor.py") and frame.f_code.co_name == "backward":
+            break
+        if ("/repsft_fast/" in path or "/csrc_triton/" in path) and not path.endswith("syncs.py"):
+            return "/".join(path.split("/")[-2:])
+        frame = frame.f_back
+    return "backward"
+
+
+# what the model's pass needs: rows, layers, head, and their backward
+OF_THE_PASS = {
+    "data/store.py", "models/loss.py", "models/compiled.py", "ops/attention.py", "ops/head_pass.py",
+    "ops/products.py", "ops/row_pass.py", "ops/linear_cross_entropy.py", "backward",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("samples", [False, True])
+def test_nothing_is_allocated_around_the_pass(samples, optimizer, started, monkeypatch):
+    """Statistics, ledger, norm, clip, judgement, optimizer, window: all in memory of the updates before."""
+    gpu, parts = started(MODELS["qwen3"], optim__name=optimizer)
+    if samples:
+        parts.sample_stats = SampleStats(len(parts.data.train.index), parts.world.device)
+    updates(gpu, parts, 2)
+    made = allocated(monkeypatch)
+    sound(*updates(gpu, parts, 2))
+    assert set(made) <= OF_THE_PASS, made
+    assert made["ops/head_pass.py"] > 0 < made["backward"], "the test sees what is made"

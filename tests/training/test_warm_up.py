@@ -3,6 +3,7 @@ cannot be compiled leaves plain layers, for the whole run and all ranks."""
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from repsft_fast import checkpoint
 from repsft_fast.config import Config
-from repsft_fast.models.compiled import compiled_layers
-from repsft_fast.training import compiled, trainer
+from repsft_fast.distributed import World, held_parameters
+from repsft_fast.errors import TrainingError
+from repsft_fast.evaluate.teacher_forced import TeacherForced
+from repsft_fast.models.compiled import CompiledLayers, Warming, compiled_layers
+from repsft_fast.state import state_hash
+from repsft_fast.training import compiled, recovery
 from repsft_fast.training.build import build
 from repsft_fast.training.snapshots import closed_list
 from repsft_fast.training.step import train_step
@@ -22,6 +27,7 @@ from tests.helpers import runs
 from tests.helpers.ranks import run_ranks
 
 SETTINGS = {"model__compile": True, "batch__row_tokens": 96, "data__validation_fraction": 0.25}
+FEW = {"data__validation_fraction": 0.0, "batch__row_lengths": [96]}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +44,9 @@ def clean(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     counter, make = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: make(function, backend=counter, **o))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **o: make(function, backend=counter, **o)
+    )
     return counter
 
 
@@ -50,7 +58,9 @@ def broken(monkeypatch):
         raise RuntimeError("no kernel for this\nsecond line")
 
     make = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: make(function, backend=backend, **o))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **o: make(function, backend=backend, **o)
+    )
 
 
 def made(tmp_path, **changes):
@@ -94,7 +104,83 @@ class TestARun:
         assert "no kernel for this" in said[0]
         assert "second line" not in said[0]
         newest = checkpoint.newest(tmp_path / "broken" / "run" / "checkpoints").path
-        assert checkpoint.values_of(newest)["decided"]["choices"]["compiled"] is False
+        assert checkpoint.values_of(newest)["decided"]["choices"]["compiled"] == compiled.FAILED
+
+    @pytest.mark.parametrize("lengths", ["auto", "off"])
+    def test_what_was_asked_for_and_failed_is_not_tried_again(self, tmp_path, broken, lengths, monkeypatch):
+        """Where it works by now, too: a resumption equals the run that was not interrupted (law 6)."""
+        changes = SETTINGS | {"batch__row_lengths": lengths, "stop__token_accuracy": None}
+
+        def killed(work):
+            if work.updates == 2:
+                raise RuntimeError("killed")
+
+        whole = runs.settings(tmp_path / "whole", **changes)
+        train(whole)
+        config = runs.settings(tmp_path / "run", **changes, checkpoint__every_updates=1)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, on_update=killed)
+        with monkeypatch.context() as mended:
+            mended.setattr(torch, "compile", lambda function, **_: pytest.fail("compiled"))
+            mended.setattr(CompiledLayers, "add", lambda self, layer: None)
+            train(config, resume=True)
+        said = [text for text in notes(tmp_path / "run") if text.startswith("--resume: model.compile")]
+        assert len(said) == 1
+        assert "stays plain layers (compiling them failed; a run in another folder tries again)" in said[0]
+        assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+    def test_one_length_of_many_that_cannot_be_compiled_says_what_can_be_done(self, tmp_path, monkeypatch):
+        """The one that is tried before the first update can; another is met in the loop."""
+        first, make = [], torch.compile
+
+        def backend(graph, inputs):
+            lengths = [x.shape[1] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 2]
+            first.append(lengths[0])
+            if lengths[0] != first[0]:
+                raise RuntimeError("no kernel for this length")
+            return graph.forward
+
+        monkeypatch.setattr(torch, "compile", lambda function, **o: make(function, backend=backend, **o))
+        changes = {"batch__row_lengths": "off", "data__validation_fraction": 0.0, "batch__bucket_tokens": 1}
+        words = r"could not be compiled for .*no kernel for this length.*model.compile: false and --resume"
+        with pytest.raises(TrainingError, match=words):
+            train(runs.settings(tmp_path, **SETTINGS | changes))
+
+    @pytest.mark.parametrize("where", ["plain", "compiled"])
+    def test_memory_that_runs_out_halves_rows_as_in_training(self, tmp_path, counted, monkeypatch, where):
+        rows = small_machine(monkeypatch, 150, where)
+        changes = {"batch__row_tokens": 512, "batch__samples": 18, "numbers__on_out_of_memory": "retry"}
+        result = train(runs.settings(tmp_path, **SETTINGS | changes | {"data__validation_fraction": 0.0}))
+        assert result.updates > 0
+        assert rows[0] > 150
+        assert max(rows[-3:]) <= 128
+        said = [text for text in notes(tmp_path) if text.startswith("out of memory in rows of ")]
+        assert said == [
+            f"out of memory in rows of {a} tokens, for which layers were compiled: rows take {b} from here on"
+            for a, b in ((512, 256), (256, 128))
+        ]
+        assert any("layers compiled in " in text for text in notes(tmp_path)), "they stayed plain"
+        # a resumption begins with the lengths that the run began with, so a graph rounds by the same one
+        compiling = [text for text in notes(tmp_path) if text.startswith("compiling the layers for rows of ")]
+        assert len(compiling) == 3
+        assert set(compiling[0].split()[6:]) - {"tokens"} <= {
+            each.strip(",") for each in compiling[-1].split()
+        } | set(compiling[-1].split())
+
+    @pytest.mark.parametrize("where", ["plain", "compiled"])
+    def test_memory_that_runs_out_says_what_to_lower(self, tmp_path, counted, monkeypatch, where):
+        small_machine(monkeypatch, 150, where)
+        changes = {"batch__row_tokens": 512, "batch__samples": 18, "data__validation_fraction": 0.0}
+        with pytest.raises(TrainingError, match=r"out of memory .*lower batch.row_tokens from 512 to 256"):
+            train(runs.settings(tmp_path, **SETTINGS | changes))
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["code"] == "out_of_memory"
+
+    def test_rows_of_an_evaluation_are_not_halved_by_halving(self, tmp_path, counted, monkeypatch):
+        small_machine(monkeypatch, 0, "evaluation")
+        changes = {"numbers__on_out_of_memory": "retry", "batch__samples": 18}
+        with pytest.raises(TrainingError, match="out of memory"):
+            train(runs.settings(tmp_path, **SETTINGS | changes))
+        assert not any("from here on" in text for text in notes(tmp_path))
 
     def test_auto_writes_down_what_it_came_to(self, tmp_path, monkeypatch, broken):
         monkeypatch.setattr("repsft_fast.training.build.compiles", lambda *a, **k: True)
@@ -117,6 +203,26 @@ class TestARun:
         train(plain)
         for a, b in zip(figures(tmp_path / "c"), figures(tmp_path / "p"), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
+
+
+def small_machine(monkeypatch, most, where):
+    """Memory runs out in a warm-up's rows of more than `most` tokens: in its plain pass, in what it compiles
+    beside it, or in a row of an evaluation. Returns the rows' lengths."""
+    seen, meet = [], Warming.meet
+
+    def full(self, layer, plain, compiled, args, kwargs):
+        def no_room(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        seen.append(args[0].shape[1])
+        if seen[-1] > most and (where != "evaluation" or not self.stack.layers[layer].training):
+            if where != "compiled":
+                no_room()
+            compiled = no_room
+        return meet(self, layer, plain, compiled, args, kwargs)
+
+    monkeypatch.setattr(Warming, "meet", full)
+    return seen
 
 
 def lengths_of(folder):
@@ -168,9 +274,15 @@ class TestWarmUp:
     def test_rows_of_many_lengths_are_compiled_for_only_as_asked(self, tmp_path, counted):
         parts, said = made(tmp_path, batch__row_lengths="off"), []
         assert shapes_of(parts) is None
-        assert warm_up(parts, said.append) == 0.0
+        assert warm_up(parts, said.append) > 0.0
         assert compiled_layers(parts.model).warm is None
-        assert compiled.now(parts)
+        assert compiled.now(parts) is True
+        assert "and others as they come" in said[0]
+        tried = counted.frame_count
+        assert tried > 0, "whether they can be compiled at all is seen before the first update"
+        train_step(parts, parts.plan.epoch(0, 0)[0])
+        assert warm_up(parts, said.append) == 0.0, "it is tried once"
+        parts = made(tmp_path, batch__row_lengths="off")
         settings = parts.config.model.model_copy(update={"compile": "auto"})
         parts.config = parts.config.model_copy(update={"model": settings})
         warm_up(parts, said.append)
@@ -208,6 +320,41 @@ class TestWarmUp:
         train(config, on_update=lambda work: seen.append(counted.frame_count))
         assert seen[0] > compiled_by[0], "the shorter rows have no graphs"
         assert seen == seen[:1] * len(seen)
+
+    def test_rows_pass_their_layers_together_and_the_updates_are_the_same(self, tmp_path, monkeypatch):
+        make = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **o: make(function, backend="aot_eager", **o))
+        found = []
+        for together in (True, False):
+            said: list[str] = []
+            parts = made(tmp_path, **FEW, model__compute_dtype="bfloat16")
+            parts.model.loss_settings = replace(parts.model.loss_settings, attention="mask")
+            warm_up(parts, said.append)
+            assert not any("one by one" in text for text in said), said
+            stack = compiled_layers(parts.model).stack
+            if not together:
+                stack._plans.clear()
+            updates = list(parts.plan.epoch(0, 0))
+            for update in updates:
+                train_step(parts, update)
+            passed = sum(len(update.ranks[0]) for update in updates)
+            assert vars(stack.counts) == {
+                "stacked": passed * together,
+                "apart": passed * (not together),
+            }
+            found.append(state_hash({n: p.detach() for n, p in held_parameters(parts.model)}, {}))
+        assert found[0] == found[1]
+
+    def test_that_they_cannot_is_said_once(self, tmp_path, counted):
+        parts, said = made(tmp_path, **FEW), []
+        warm_up(parts, said.append)
+        assert len([text for text in said if "one by one" in text and "one compiled function" in text]) == 1
+
+    def test_recomputed_layers_are_not_tried(self, tmp_path, counted):
+        parts, said = made(tmp_path, **FEW, model__activation_checkpointing="full"), []
+        warm_up(parts, said.append)
+        assert not compiled_layers(parts.model).stack.allowed
+        assert not any("one by one" in text for text in said)
 
     def test_shapes_are_those_of_rows_that_come(self, tmp_path):
         parts = made(tmp_path)
@@ -270,7 +417,7 @@ class TestWhereGraphsAreKept:
 
 
 def test_the_warm_up_is_no_training(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr(trainer, "warm_up", lambda parts, say: 1000.0)
+    monkeypatch.setattr(recovery, "warm_up", lambda parts, say: 1000.0)
     train(runs.settings(tmp_path, **SETTINGS))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["code"]
@@ -287,7 +434,7 @@ def one_rank(world, folder, broken, dtype):
         return counter(graph, inputs)
 
     counter, make = CompileCounterWithBackend("eager"), torch.compile
-    torch.compile = lambda function, **o: make(function, backend=backend, **o)
+    torch.compile = lambda function, options=None, **o: make(function, backend=backend, **o)
     # every rank's shards in one file are no matter here: nothing is written
     changes = SETTINGS | {"model__compute_dtype": dtype, "batch__samples": 8}
     parts, said = build(Config.of(runs.settings(folder, **changes)), world=world), []
@@ -310,10 +457,26 @@ def test_sharded_layers_are_warmed_as_they_are_trained(tmp_path, size, dtype):
         assert later == graphs, "an update or an evaluation was compiled for"
 
 
+def test_ranks_warm_the_same_shapes(tmp_path):
+    """They gather weights together in every pass: one more on one of them would wait for ever."""
+    runs.settings(tmp_path, samples=100)
+    parts, found, lengths = made(tmp_path, batch__samples=8), [], []
+    alone = parts.validation
+    for rank in range(2):
+        world = World(rank, 2, rank, torch.device("cpu"))
+        of: dict = {"row_tokens": 96, "bucket_tokens": 128, "world": world, "to": parts.row_lengths}
+        parts.validation = TeacherForced(alone.store, alone.samples, **of)
+        found.append(shapes_of(parts))
+        lengths.append({row.padded_tokens for row in parts.validation.planned})
+    assert lengths[0] != lengths[1], "the case is none: the ranks' rows have the same lengths"
+    assert found[0] == found[1]
+    assert {shape[0] for shape in found[0] if not shape[3]} == lengths[0] | lengths[1]
+
+
 def test_all_ranks_stay_plain_where_one_cannot_compile(tmp_path):
     runs.settings(tmp_path)
     found = run_ranks(one_rank, tmp_path, 1, "float32", size=2, timeout_s=180)
-    assert [on for on, *_ in found] == [False, False]
+    assert [on for on, *_ in found] == ["failed", "failed"]
     assert all("no kernel on this rank" in word for _, word, *_ in found)
     assert "rank 1" in found[0][1]
     assert found[0][4] == found[1][4]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.suites import host
-from repsft_fast.distributed import decoder_layers
+from repsft_fast.models.compiled import compiled_layers
 from repsft_fast.training.step import train_step
 
 
@@ -26,15 +26,16 @@ def few():
 def test_every_part_is_timed_and_the_sum_is_near_the_whole(few, capsys):
     found = host.measure()
     assert list(found) == [
-        "all", "rows", "layers", "model around the layers", "statistics", "ledger", "norm, clip, veto", "optimizer",
-        "gradients dropped",
+        "all", "all, layers one by one", "rows", "model around the layers", "gradients dropped", "layers",
+        "layers one by one", "statistics", "ledger", "norm, clip, veto", "optimizer",
     ]  # fmt: skip
     assert all(0.0 < ms < 1e3 for ms in found.values())
+    assert found["layers"] < found["layers one by one"]
 
 
 def test_layers_are_compiled_and_give_gradients_without_computing(few, tmp_path):
     parts = host.made(str(tmp_path))
-    host.compile_emptily(parts.model)
+    host.compile_emptily(parts)
     before = {name: p.clone() for name, p in parts.optimizer.names.items()}
     with host.without_a_gpu(parts), redirect_stderr(io.StringIO()):
         epoch, turn = host.loop_of(parts)
@@ -48,7 +49,12 @@ def test_layers_are_compiled_and_give_gradients_without_computing(few, tmp_path)
     assert of_layers
     assert all(g is not None and bool((g == host._some(g.dtype)).all()) for g in of_layers)
     assert all(torch.equal(p, before[name]) for name, p in parts.optimizer.names.items()), "no optimizer ran"
-    assert all(layer._compiled_call_impl is not None for layer in decoder_layers(parts.model))
+    stack = compiled_layers(parts.model).stack
+    assert vars(stack.counts) == {"stacked": len(epoch[0].ranks[0]), "apart": 0}
+    with host.layer_by_layer(parts.model), redirect_stderr(io.StringIO()):
+        parts.model.loss(next(iter(parts.rows(epoch[1]))))
+        assert not stack._plans
+    assert stack._plans
 
 
 def test_what_was_replaced_is_put_back(few, tmp_path):

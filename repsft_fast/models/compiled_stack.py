@@ -1,0 +1,187 @@
+"""All compiled layers of a row under one autograd function: of a layer the host calls its graph, and no more.
+
+A compiled layer costs the host some 170 µs an update, whatever it computes: guards, wrappers, an autograd
+function each. Where `record` has found the two functions behind every layer of a shape, a row goes through
+them one after another and nothing else (`layer_pass`).
+
+The bits are those of layers called one by one. So nothing is decided here for a run: a row that does not fit
+takes that path, by itself, as do rows of shapes without pairs. What has to hold, and is looked at:
+
+at warm-up   the pairs give their layers' bits (`layer_pair`); a pass through the whole model meets all layers
+             in their order, each with the arguments that were recorded, and nothing else reads what is
+             handed from one to the next (`rehearse`)
+every row    the weights are the same, trained as they were, and nobody has put a hook on one, on a layer or
+             on what autograd keeps; no layer is recomputed; torch's own settings are the same
+every layer  hidden state and arguments are those that follow; weights have not been written between forward
+             and backward
+
+Only inside `running()`, whose caller goes backward by `loss.backward()`, once: `torch.autograd.grad` would
+not find the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repsft_fast.errors import TrainingError
+from repsft_fast.models.layer_pair import NotRecorded, Pair, likeness_of, record
+from repsft_fast.models.layer_pass import Counts, Pass, Plan
+
+_NO_ROOM = "there is no memory to try"
+# what anybody may ask of a tensor without using its numbers
+_LOOKS = {"shape", "device", "dtype", "ndim", "is_cuda", "requires_grad", "layout", "is_cpu", "is_meta"}
+_LOOKS |= {"size", "dim", "stride", "numel", "is_contiguous", "is_floating_point", "__len__"}
+
+
+class Stack:
+    """The recorded layers of one model.
+
+    why      shape → why its rows go layer by layer
+    counts   of passes inside `running`
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[nn.Module] = []
+        self.allowed = True  # False: nothing is recorded (several ranks)
+        self.why: dict[Any, str] = {}
+        self.counts = Counts()
+        self.passing: Pass | None = None
+        self._recorded: dict[Any, dict[int, Pair]] = {}
+        self._plans: dict[Any, Plan] = {}
+
+    def record(
+        self, number: int, shape: Any, compiled: Callable[..., Any], call: Any, *, wanted: bool
+    ) -> None:
+        """Keep the functions of one layer for a shape, from a call (hidden, args, kwargs) that has its graph.
+        Raises nothing but want of memory."""
+        if not self.allowed or shape in self.why:
+            return
+        try:
+            pair = record(self.layers[number], compiled, *call, wanted=wanted)
+            self._recorded.setdefault(shape, {})[number] = pair
+        except NotRecorded as told:
+            self.why[shape] = str(told)
+        except torch.OutOfMemoryError:
+            self.why[shape] = _NO_ROOM
+            raise
+        except Exception as error:  # of torch's own insides, which another release may have otherwise
+            self.why[shape] = _words(error)
+
+    def rehearse(self, shape: Any, model: nn.Module, call: Callable[[], Any]) -> str:
+        """Take a shape whose layers are recorded into use, if a pass of the model, `call`, shows that it may
+        be. Returns why not, or nothing. Nothing is left of the pass."""
+        pairs = self._recorded.pop(shape, {})
+        if not self.allowed:
+            return ""
+        if shape not in self.why and len(pairs) != len(self.layers):
+            self.why[shape] = "a layer was not called"
+        if shape in self.why:
+            return self.why[shape]
+        try:
+            plan = Plan(model, self.layers, [pairs[number] for number in range(len(self.layers))])
+            self.passing = Rehearsal(plan)
+            with torch.no_grad(), _Watch(self.passing):
+                call()
+            self.passing.end()
+            with torch.enable_grad():
+                if not plan.holds():
+                    raise NotRecorded("layers or weights have hooks, or are recomputed")
+            self._plans[shape] = plan
+            return ""
+        except (NotRecorded, TrainingError) as told:
+            self.why[shape] = str(told)
+        except torch.OutOfMemoryError:
+            self.why[shape] = _NO_ROOM
+        except Exception as error:
+            self.why[shape] = _words(error)
+        finally:
+            self.passing = None
+        return self.why[shape]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A forward pass inside may go through here; its loss has to go backward by `.backward()`, once."""
+        self.passing = Pass(self._plans, self.counts)
+        try:
+            yield
+            self.passing.end()
+        finally:
+            self.passing = None
+
+
+class Rehearsal(Pass):
+    """A pass without gradients that shows whether a plan's rows may take it. `handed`: what layers gave to
+    one another."""
+
+    def __init__(self, plan: Plan):
+        super().__init__({}, Counts())
+        self.handed: list[Tensor] = []
+        self._plan, self.inside, self._done = plan, False, False
+
+    def begin(self, shape: Any, hidden: Tensor) -> Plan | None:
+        like = likeness_of(hidden)[:4] == self._plan.pairs[0].hidden[:4]  # without gradients here
+        return self._plan if like and not self._done else None
+
+    def layer(self, number: int, shape: Any, hidden: Tensor, args: Any, kwargs: Any) -> tuple[bool, Tensor]:
+        self.inside = True
+        try:
+            found = super().layer(number, shape, hidden, args, kwargs)
+        finally:
+            self.inside = False
+        if not found[0]:
+            raise NotRecorded("a layer is given other arguments than when it was recorded")
+        if self.plan is not None:
+            self.handed.append(found[1])
+        return found
+
+    def keep(self, kept: list[Any]) -> None:
+        pass
+
+    def join(self, plan: Plan, output: Tensor) -> Tensor:
+        self._done = True
+        return output
+
+    def end(self) -> None:
+        super().end()
+        if not self._done:
+            raise NotRecorded("no layer was called")
+
+
+class _Watch(TorchFunctionMode):
+    """Nobody but the next layer reads what a layer hands on: its gradient would be lost."""
+
+    def __init__(self, rehearsal: Rehearsal):
+        super().__init__()
+        self.rehearsal = rehearsal
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.rehearsal.inside and self.rehearsal.handed and _uses(func):
+            given = [*args, *(kwargs or {}).values()]
+            lists = [each for value in given if isinstance(value, tuple | list) for each in value]
+            if any(value is one for value in (*given, *lists) for one in self.rehearsal.handed):
+                raise NotRecorded("something else reads what a layer hands on")
+        return func(*args, **(kwargs or {}))
+
+
+def _uses(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", "")
+    return name not in _LOOKS
+
+
+def _words(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {line}"
+
+
+def running(model: Any) -> Any:
+    """`Stack.running` of a model's compiled layers; nothing for a model without."""
+    layers = getattr(model, "compiled_layers", None)
+    return nullcontext() if layers is None else layers.stack.running()
