@@ -19,7 +19,7 @@ import contextlib
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +91,18 @@ def compiled(
     config: Mapping[str, Any], tokens: int = TOKENS, *, deterministic: bool = False
 ) -> tuple[Launched, Launched]:
     """(forward, backward) of one layer in bf16, compiled with the options of such a run."""
+    programs = lowered(config, [tokens], deterministic=deterministic)
+    kinds = [is_backward for is_backward, _ in programs]
+    if kinds != [False, True]:
+        raise RuntimeError(f"lowering: expected one graph forward and one backward, got {kinds}")
+    return programs[0][1], programs[1][1]
+
+
+def lowered(
+    config: Mapping[str, Any], lengths: Sequence[int], *, deterministic: bool = False
+) -> list[tuple[bool, Launched]]:
+    """(is backward, what it launches) of every graph that the compiler makes for rows of these lengths, one
+    after another: two where one graph serves them all."""
     programs: list[tuple[bool, Launched]] = []
     options: dict[str, Any] = {} if deterministic else known(TOGETHER) or {}
 
@@ -102,57 +114,60 @@ def compiled(
     with settings.patch({"compile_threads": 1, "fx_graph_cache": False, **options}):
         _pass(
             config,
-            tokens,
+            lengths,
             lambda function: torch.compile(function, backend=backend, dynamic=False, fullgraph=True),
         )
     torch._dynamo.reset()
-    kinds = [is_backward for is_backward, _ in programs]
-    if kinds != [False, True]:
-        raise RuntimeError(f"lowering: expected one graph forward and one backward, got {kinds}")
-    return programs[0][1], programs[1][1]
+    return programs
 
 
 def plain(config: Mapping[str, Any], tokens: int = TOKENS) -> tuple[Launched, Launched]:
     """(forward, backward) of the same layer as it dispatches."""
     watched = _Dispatched()
-    _pass(config, tokens, lambda function: function, between=watched)
+    _pass(config, [tokens], lambda function: function, between=watched)
     return watched.forward, watched.backward
 
 
 def _pass(
-    config: Mapping[str, Any], tokens: int, through: Callable[[Any], Any], between: _Dispatched | None = None
+    config: Mapping[str, Any],
+    lengths: Sequence[int],
+    through: Callable[[Any], Any],
+    between: _Dispatched | None = None,
 ) -> None:
-    """One forward and backward pass of a layer whose tensors are fakes."""
+    """A forward and a backward pass of each length through a layer whose tensors are fakes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from repsft_fast.models.compiled import opened
     from repsft_fast.ops.attention import NAME, Packed, no_mask, register
 
     register()
-    made = AutoConfig.for_model(**config, num_hidden_layers=1, vocab_size=128, max_position_embeddings=tokens)
+    most = max(lengths)
+    made = AutoConfig.for_model(**config, num_hidden_layers=1, vocab_size=128, max_position_embeddings=most)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation=NAME)
         layer = model.model.layers[0].train()
+        function = through(type(layer).forward)
         width = getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
-        hidden = torch.empty(1, tokens, made.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        angles = tuple(torch.empty(1, tokens, width, dtype=torch.bfloat16) for _ in range(2))
-        longest = tokens // DOCUMENTS
-        borders = torch.empty(DOCUMENTS + 2, dtype=torch.int32)
-        packed = Packed(borders, (longest,) * DOCUMENTS, longest, "varlen")
-        given = {
-            "attention_mask": no_mask(torch.device("cpu")), "past_key_values": None, "use_cache": False,
-            "position_ids": torch.empty(1, tokens, dtype=torch.int64), "packed": packed,
-            "position_embeddings": angles,
-        }  # fmt: skip
-        if between is None:
-            given = opened(hidden, (), given)
-        with between or contextlib.nullcontext():
-            output = through(type(layer).forward)(layer, hidden, **given)
-            output = output[0] if isinstance(output, tuple) else output
-            up = torch.empty_like(output)
-            if between is not None:
-                between.turn()
-            output.backward(up)
+        for tokens in lengths:
+            hidden = torch.empty(1, tokens, made.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            angles = tuple(torch.empty(1, tokens, width, dtype=torch.bfloat16) for _ in range(2))
+            longest = tokens // DOCUMENTS
+            borders = torch.empty(DOCUMENTS + 2, dtype=torch.int32)
+            packed = Packed(borders, (longest,) * DOCUMENTS, longest, "varlen")
+            given = {
+                "attention_mask": no_mask(torch.device("cpu")), "past_key_values": None, "use_cache": False,
+                "position_ids": torch.empty(1, tokens, dtype=torch.int64), "packed": packed,
+                "position_embeddings": angles,
+            }  # fmt: skip
+            if between is None:
+                given = opened(hidden, (), given)
+            with between or contextlib.nullcontext():
+                output = function(layer, hidden, **given)
+                output = output[0] if isinstance(output, tuple) else output
+                up = torch.empty_like(output)
+                if between is not None:
+                    between.turn()
+                output.backward(up)
 
 
 # Plain layers ---------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ captured: no mode, and no option that captures; CUDA graphs of the compiler give
 accumulate over rows (pytorch #96693).
 
 Two things of a row are left open in a graph, its length and the bound on its longest segment (`opened`), so
-that one graph serves all lengths; every other size is a constant (`dynamic=False`). Where the compiler takes
-another kernel for short rows (a reduction over two axes at once pays from 5 million elements on), it makes a
-graph for each side of that border. No kernel and no byte is more than in a graph of one length.
+that one graph serves all lengths; every other size is a constant (`dynamic=False`). In deterministic runs the
+compiler takes another kernel for short rows (a reduction over two axes at once pays from 5 million elements
+on), and makes a graph for each side of that border. No kernel and no byte is more than in a graph of one
+length.
 
 A run makes its graphs before its first update (`training.warm_up`): from then on a row of a length that was
 not warmed, a generation or a probe runs the plain layers, so nothing is compiled in the loop (law 8).
@@ -51,12 +52,14 @@ class CompiledLayers:
     on      False: plain ones, whatever the shape
     warm    shapes that have graphs; None: any shape is compiled for as it comes
     failed  they are plain because they could not be compiled
+    shared  the compiler may put kernels side by side (`compiler_options`)
     stack   warm shapes whose layers a training row passes together
     """
 
     def __init__(self) -> None:
         self.on = True
         self.failed = False
+        self.shared = True
         self.warm: set[Shape] | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._warming: Warming | None = None
@@ -67,7 +70,11 @@ class CompiledLayers:
         function, recomputes = _without_checkpointing(type(layer).forward)
         if function not in self._compiled:
             self._compiled[function] = torch.compile(function, dynamic=False, options=compiler_options())
-        plain, compiled = (functools.partial(f, layer) for f in (function, self._compiled[function]))
+        plain = functools.partial(function, layer)
+
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            return self._compiled[function](layer, *args, **kwargs)
+
         number, stack = len(self.stack.layers), self.stack
         stack.layers.append(layer)
 
@@ -92,6 +99,16 @@ class CompiledLayers:
             return choose(*args, **kwargs)
 
         layer.forward = forward
+
+    def separate(self) -> bool:
+        """From here on the compiler gives every kernel a launch of its own; False where it did so already."""
+        if not self.shared or compiler_options() is None:
+            return False
+        self.shared = False
+        for function in self._compiled:
+            self._compiled[function] = torch.compile(function, dynamic=False)
+        self.stack.forget()
+        return True
 
     def _takes(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         if not self.on or self.warm is None:

@@ -55,6 +55,11 @@ class Stack:
         self._recorded: dict[Any, dict[int, Pair]] = {}
         self._plans: dict[Any, Plan] = {}
 
+    def forget(self) -> None:
+        """What is recorded: layers are compiled anew."""
+        for known in (self.why, self._recorded, self._plans):
+            known.clear()
+
     def record(
         self, number: int, shape: Any, compiled: Callable[..., Any], call: Any, *, wanted: bool
     ) -> None:

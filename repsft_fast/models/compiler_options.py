@@ -13,7 +13,8 @@ Deterministic runs keep the compiler's own choice. The warps of a shared launch 
 GPU, past the filter that leaves one choice to a reduction there (`_handle_combo_kernel_per_subkernel_blocks`
 in torch 2.11, `_combo_sequential_autotune` in 2.13), and warps decide in which order a sum is added.
 
-Options are part of what a cached graph is found by.
+Options are part of what a cached graph is found by. No GPU has run them: where they fail at the warm-up, the
+layers are compiled without (`CompiledLayers.separate`).
 """
 
 from __future__ import annotations

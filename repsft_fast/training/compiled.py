@@ -18,6 +18,7 @@ from repsft_fast.training.parts import Parts
 NAME = "compiled"
 SETTING = "model.compile"
 FAILED = "failed"  # asked for or decided, tried, and not to be had
+SEPARATE = "separate"  # had only with every kernel in a launch of its own (`models.compiler_options`)
 
 
 def now(parts: Parts) -> bool | str:
@@ -25,16 +26,20 @@ def now(parts: Parts) -> bool | str:
     layers = compiled_layers(parts.model)
     if layers is not None and layers.failed:
         return FAILED
+    if layers is not None and layers.on and not layers.shared:
+        return SEPARATE
     return layers is not None and layers.on
 
 
 def use(parts: Parts, value: bool | str) -> None:
     """Take what the run before did. ConfigError where its layers were compiled and cannot be here."""
-    layers = compiled_layers(parts.model)
+    wanted, layers = value in (True, SEPARATE), compiled_layers(parts.model)
     if layers is not None:
-        layers.on, layers.failed = value is True, value == FAILED
+        layers.on, layers.failed = wanted, value == FAILED
+        if value == SEPARATE:
+            layers.separate()
         return
-    if value is not True:
+    if not wanted:
         return
     wrong, todo = "", "set model.compile to false, which rounds otherwise from here on"
     if has_liger(parts.model):
@@ -44,6 +49,8 @@ def use(parts: Parts, value: bool | str) -> None:
         try:
             compile_layers(parts.model, enabled=True)
             hold(parts.model)
+            if value == SEPARATE:
+                compiled_layers(parts.model).separate()  # type: ignore[union-attr]
         except ModelError as error:
             wrong = f"were compiled when the run began and cannot be here ({error})"
     if wrong:
@@ -60,6 +67,8 @@ def hold(model: Any) -> None:
 def words(value: bool | str) -> str:
     if value == FAILED:
         return "plain layers (compiling them failed; a run in another folder tries again)"
+    if value == SEPARATE:
+        return "compiled layers, every kernel in a launch of its own (side by side they failed)"
     return "compiled layers" if value else "plain layers"
 
 
@@ -69,4 +78,4 @@ def before(parts: Parts) -> bool:
 
 
 def written(value: bool | str) -> bool:
-    return value is True
+    return value in (True, SEPARATE)

@@ -142,7 +142,8 @@ def _take(item: Item, parts: Parts, saved: Any) -> Sequence[str]:
     name = _name(item)
     # A setting that was asked for, tried and not to be had has its answer, which it keeps.
     asked = item.SETTING is not None and not is_open(parts.config, item.SETTING)
-    if asked and not (item is compiled and saved == compiled.FAILED and now is True):
+    tried = item is compiled and saved in (compiled.FAILED, compiled.SEPARATE) and now is True
+    if asked and not tried:
         return (
             f"{name} is {item.words(now)} as asked, and was {item.words(saved)} before: sums are rounded"
             " otherwise from here on, so the run will not equal one that was not interrupted bit for bit",

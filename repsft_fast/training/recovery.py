@@ -107,9 +107,9 @@ class Recovery:
     def compile_layers(self) -> float:
         """Make the graphs that today's rows need (`training.warm_up`), of shorter rows where memory runs out
         in it, as in an update. Seconds. TrainingError (out_of_memory) where no shorter ones are to be had."""
-        began = time.perf_counter()
+        in_vain = 0.0
         while True:
-            before, in_vain = row_tokens(self.parts), time.perf_counter() - began
+            before, began = row_tokens(self.parts), time.perf_counter()
             try:
                 return in_vain + warm_up(self.parts, self.reporter.note)
             except OutOfMemory as problem:
@@ -117,6 +117,7 @@ class Recovery:
                     raise self.out_of_memory(problem) from None
             except torch.OutOfMemoryError as error:  # of an evaluation's row, which is not halved
                 raise self.out_of_memory(OutOfMemory(error, torn=False)) from None
+            in_vain += time.perf_counter() - began
             smaller = row_tokens(self.parts)
             self.reporter.note(
                 f"out of memory in rows of {before} tokens, for which layers were compiled: rows take"

@@ -2,8 +2,9 @@
 backward, and those of evaluations. What is compiled then is not compiled in the loop (law 8).
 
 Nothing of the run moves: random streams, gradients, counts, weights and moments are what they were. A layer
-that cannot be compiled, or computes something else compiled, leaves all layers of all ranks plain, once and
-for the run (`training.compiled`), also where `model.compile: true` asked for it. Rows of many lengths, which
+that cannot be compiled, or computes something else compiled, is tried once more with every kernel in a launch
+of its own, where the compiler was told otherwise; then it leaves all layers of all ranks plain, once and for
+the run (`training.compiled`), also where `model.compile: true` asked for it. Rows of many lengths, which
 only `true` compiles for, are compiled for as they come; one of them is tried here.
 """
 
@@ -64,7 +65,11 @@ def warm_up(parts: Parts, say: Callable[[str], None]) -> float:
     lengths = ", ".join(f"{n:,}" for n in sorted({shape[0] for shape in missing}))
     say(f"compiling the layers for rows of {lengths} tokens" + (", and others as they come" if many else ""))
     with _undisturbed(parts):
-        reason = _make(parts, layers, missing)
+        reason, first = _make(parts, layers, missing), not layers.warm
+        # graphs of the run's own must stay what they are
+        if reason and first and layers.separate():
+            say(f"compiling the layers failed, so every kernel gets a launch of its own: {reason}")
+            reason = _make(parts, layers, missing)
     seconds = time.perf_counter() - began
     if reason:
         layers.on, layers.failed, layers.warm = False, True, set()

@@ -12,7 +12,7 @@ from repsft_fast.config import Config
 from repsft_fast.distributed import reset, shard
 from repsft_fast.models import load_model
 from repsft_fast.training import build as building
-from repsft_fast.training import step
+from repsft_fast.training import spikes, step
 from repsft_fast.training.build import build
 from repsft_fast.training.snapshots import closed_list
 from tests.helpers import ranks, runs, tiny
@@ -51,9 +51,9 @@ def made_again(parts, update, monkeypatch):
     """(gradients, weights and moments after it) of the update, in whatever state the model is."""
     found = []
     with monkeypatch.context() as patch:
-        norm = step.grad_norm
+        norm = spikes.grad_norm
         patch.setattr(
-            step, "grad_norm", lambda parameters: (found.append(gradients(parts)), norm(parameters))[1]
+            spikes, "grad_norm", lambda parameters: (found.append(gradients(parts)), norm(parameters))[1]
         )
         step.train_step(parts, update)
     return found[0], {name: t.clone() for name, t in closed_list(parts).tensors().items()}
@@ -111,7 +111,7 @@ def memory_runs_out(place, row, parts, update, monkeypatch):
         patch.setattr(parts.model, "loss", failing)
         patch.setattr(parts, "rows", failing_rows)
         if place == "norm":
-            patch.setattr(step, "grad_norm", full)
+            patch.setattr(spikes, "grad_norm", full)
         try:
             with pytest.raises(step.OutOfMemory) as raised:
                 step.train_step(parts, update)

@@ -13,6 +13,7 @@ from tests.helpers import tiny
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.use_deterministic_algorithms(False)  # a run that this process made before may have set it
 
 
 @pytest.fixture

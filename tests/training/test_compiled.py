@@ -51,6 +51,17 @@ def test_now(tmp_path):
     assert compiled.now(parts_of(tmp_path)) is False
 
 
+@pytest.mark.parametrize("now", [True, False])
+def test_kernels_launched_one_by_one_stay_so(tmp_path, monkeypatch, now):
+    monkeypatch.setattr("repsft_fast.models.compiled.compiler_options", lambda: {"combo_kernels": True})
+    parts = parts_of(tmp_path, now=now)
+    compiled.use(parts, compiled.SEPARATE)
+    assert compiled.now(parts) == compiled.SEPARATE
+    assert compiled_layers(parts.model).on
+    assert "a launch of its own" in compiled.words(compiled.SEPARATE)
+    assert compiled.written(compiled.SEPARATE) is True
+
+
 def test_nothing_is_compiled_before_the_warm_up(tmp_path):
     parts = parts_of(tmp_path, now=True)
     compiled.hold(parts.model)

@@ -4,6 +4,7 @@ cannot be compiled leaves plain layers, for the whole run and all ranks."""
 import json
 import os
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from repsft_fast.config import Config
 from repsft_fast.distributed import World, held_parameters
 from repsft_fast.errors import TrainingError
 from repsft_fast.evaluate.teacher_forced import TeacherForced
+from repsft_fast.models import compiled as models_compiled
 from repsft_fast.models.compiled import CompiledLayers, Warming, compiled_layers
 from repsft_fast.state import state_hash
 from repsft_fast.training import compiled, recovery
@@ -48,6 +50,23 @@ def counted(monkeypatch):
         torch, "compile", lambda function, options=None, **o: make(function, backend=counter, **o)
     )
     return counter
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """A compiler that can do what it is asked for without options alone; what it was asked for."""
+    counter, make, asked = CompileCounterWithBackend("eager"), torch.compile, []
+
+    def no_kernel(graph, inputs):
+        raise RuntimeError("no kernel for two")
+
+    def compiler(function, options=None, **o):
+        asked.append(options)
+        return make(function, backend=counter if options is None else no_kernel, **o)
+
+    monkeypatch.setattr(models_compiled, "compiler_options", lambda: {"combo_kernels": True})
+    monkeypatch.setattr(torch, "compile", compiler)
+    return asked
 
 
 @pytest.fixture
@@ -105,6 +124,42 @@ class TestARun:
         assert "second line" not in said[0]
         newest = checkpoint.newest(tmp_path / "broken" / "run" / "checkpoints").path
         assert checkpoint.values_of(newest)["decided"]["choices"]["compiled"] == compiled.FAILED
+
+    @pytest.mark.parametrize("asked", [True, "auto"])
+    def test_kernels_that_fail_side_by_side_are_launched_one_by_one(
+        self, tmp_path, apart, monkeypatch, asked
+    ):
+        """So does a resumption from the start, where they could be launched together, too."""
+        monkeypatch.setattr("repsft_fast.training.build.compiles", lambda *a, **k: True)
+        monkeypatch.setattr("repsft_fast.training.row_lengths.are_few", lambda *a: True)
+        changes = SETTINGS | {"model__compile": asked, "stop__token_accuracy": None}
+        config = runs.settings(tmp_path, **changes, checkpoint__every_updates=1)
+
+        def killed(work):
+            if work.updates == 2:
+                raise RuntimeError("killed")
+
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, on_update=killed)
+        said = [text for text in notes(tmp_path) if "compil" in text]
+        assert [text.split(" in ")[0] for text in said[1:]] == [
+            "compiling the layers failed, so every kernel gets a launch of its own: RuntimeError: no kernel for two",
+            "layers compiled",
+        ]
+        newest = checkpoint.newest(tmp_path / "run" / "checkpoints").path
+        assert checkpoint.values_of(newest)["decided"]["choices"]["compiled"] == compiled.SEPARATE
+        apart.clear()
+        monkeypatch.setattr(torch, "compile", works := Mock(side_effect=torch.compile))
+        train(config, resume=True)
+        assert [call.kwargs.get("options") for call in works.call_args_list] == [
+            {"combo_kernels": True},
+            None,
+        ]
+        again = [text for text in notes(tmp_path) if "compil" in text][len(said) :]
+        assert not any(text.startswith("compiling the layers failed") for text in again)
+        kept = "stays compiled layers, every kernel in a launch of its own (side by side they failed)"
+        assert any(kept in text for text in again)
+        assert any(text.startswith("layers compiled in ") for text in again)
 
     @pytest.mark.parametrize("lengths", ["auto", "off"])
     def test_what_was_asked_for_and_failed_is_not_tried_again(self, tmp_path, broken, lengths, monkeypatch):

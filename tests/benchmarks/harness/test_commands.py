@@ -42,9 +42,9 @@ def test_two_trees_are_compared_side_by_side(one_case, tmp_path):
             shutil.copytree(checkout.ROOT / package, tmp_path / name / package)
     planted = tmp_path / "b" / "repsft_fast" / "stats.py"
     text = planted.read_text()
-    assert "table = torch.zeros(num_segments, K" in text
-    slow = "[torch.stack(lines, dim=1) for _ in range(60)]\n        table = torch.zeros(num_segments, K"
-    planted.write_text(text.replace("table = torch.zeros(num_segments, K", slow))
+    assert "table.index_add_(0, segments, columns)" in text
+    slow = "[torch.stack(lines, dim=1) for _ in range(60)]\n        table.index_add_(0, segments, columns)"
+    planted.write_text(text.replace("table.index_add_(0, segments, columns)", slow))
     report = commands.compare_folders(tmp_path / "a", tmp_path / "b", rounds=10)
     assert "SLOWER" in str(report)
     assert not report.passed

@@ -44,6 +44,16 @@ def test_shared_launches_move_no_more_bytes(both, tokens):
     assert sum(x.bytes for x in together) < 1.016 * sum(x.bytes for x in alone)
 
 
+@pytest.mark.parametrize(("deterministic", "graphs"), [(False, 1), (True, 2)])
+def test_one_graph_serves_rows_of_every_length(both, deterministic, graphs):
+    """In deterministic runs one for each side of the border at which the compiler sums otherwise."""
+    name = "SmolLM2-135M"
+    found = lowering.lowered(lowering.LAYERS[name], [32768, 2048, 64], deterministic=deterministic)
+    assert [is_backward for is_backward, _ in found] == [False, True] * graphs
+    if not deterministic:
+        assert [program.kernels for _, program in found] == [program.kernels for program in both[name]]
+
+
 def test_the_committed_counts_hold(both):
     known = json.loads(commands.BASELINE.read_text())["counted"]
     version = ".".join(torch.__version__.split(".")[:2])

@@ -27,7 +27,7 @@ def test_every_part_is_timed_and_the_sum_is_near_the_whole(few, capsys):
     found = host.measure()
     assert list(found) == [
         "all", "all, layers one by one", "rows", "model around the layers", "gradients dropped", "layers",
-        "layers one by one", "statistics", "ledger", "norm, clip, veto", "optimizer",
+        "of layers, the empty graphs", "layers one by one", "statistics", "ledger", "norm, clip, veto", "optimizer",
     ]  # fmt: skip
     assert all(0.0 < ms < 1e3 for ms in found.values())
     assert found["layers"] < found["layers one by one"]
