@@ -189,3 +189,13 @@ def test_gradients_it_does_not_take_go_the_plain_way(monkeypatch):
         judge.Squares()([strided.grad])
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         judge.Squares()([wide.grad])
+
+
+@pytest.mark.parametrize("count", [KNOWN - 1, KNOWN])
+def test_a_spike_needs_as_many_known_as_in_plain_torch(count, monkeypatch):
+    ours, plain = by_kernel(monkeypatch), Spikes(CPU, ALONE, 1.0)
+    for state in (ours, plain):
+        fill(state, count)
+    loud = torch.tensor(1e4, dtype=torch.float64)
+    a, b = ours.judge_gradients(loud, [parameter_of(2.0)]), plain.judge(loud, torch.tensor(2.0).double())
+    assert a.numbers[2] == b.numbers[2] == float(count == KNOWN)

@@ -101,6 +101,26 @@ def test_nothing_is_judged_before_enough_is_known():
     assert judged([*quiet(KNOWN), (1e6, 1e6)])[-1][1]
 
 
+def test_a_judgement_that_failed_leaves_the_window_as_it_is(monkeypatch):
+    """It is computed in the room of the window's next state, which nothing then takes for that."""
+    state = Spikes(torch.device("cpu"), World(0, 1, 0, torch.device("cpu")), 1.0)
+    one = torch.ones((), dtype=torch.float64)
+    for _ in range(2):
+        state.judge(one, one)
+        state.enter()
+    state.judge(one * 3, one)
+    known = {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(state, "_after", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        state.judge(one * 5, one)
+    state.enter()
+    assert all(torch.equal(known[name], tensor) for name, tensor in state.tensors().items())
+
+
 def test_what_is_not_finite_and_what_has_no_gradient_teaches_nothing():
     between = [(float("nan"), 1.0), (1.0, float("inf")), (900.0, 0.0)] * WINDOW
     assert judged([*quiet(WINDOW), *between, (4.0, 1.0)])[-1] == (True, True)
