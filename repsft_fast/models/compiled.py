@@ -69,7 +69,7 @@ class CompiledLayers:
         """Let calls of this layer choose."""
         function, recomputes = _without_checkpointing(type(layer).forward)
         if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, dynamic=False, options=compiler_options())
+            self._compiled[function] = _through_compiler(function, compiler_options())
         plain = functools.partial(function, layer)
 
         def compiled(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class CompiledLayers:
             return False
         self.shared = False
         for function in self._compiled:
-            self._compiled[function] = torch.compile(function, dynamic=False)
+            self._compiled[function] = _through_compiler(function, None)
         self.stack.forget()
         return True
 
@@ -123,6 +123,11 @@ class CompiledLayers:
             yield self._warming
         finally:
             self._warming = None
+
+
+def _through_compiler(function: Any, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """The one place where anything is compiled."""
+    return torch.compile(function, dynamic=False, options=options)
 
 
 def shape_of(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Shape | None:
