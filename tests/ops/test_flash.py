@@ -32,9 +32,9 @@ def test_output_and_gradients(name, kv_heads, window, monkeypatch):
     tensors = inputs(kv_heads, dtype=torch.float32)
     output = call(tensors, packed(name.split()[0]), sliding_window=window)
     expected = by_hand(*tensors, DIM**-0.5, window)
-    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
     for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
     assert module.calls, "the package was not called"
 
 

@@ -174,7 +174,7 @@ def test_the_head_with_a_bias_has_a_spare_place_too():
     *_, gradients = passed(model, row, TASKS)
     *_, ours = passed(model, static.row, TASKS + 1)
     for a, b in zip(ours, gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1.2e-7, atol=1e-9)  # a unit in the last place
 
 
 def test_attention_that_needs_lengths_of_the_host_raises():
