@@ -99,6 +99,7 @@ class CompiledLayers:
             return choose(*args, **kwargs)
 
         layer.forward = forward
+        stack.forwards.append(forward)
 
     def separate(self) -> bool:
         """From here on the compiler gives every kernel a launch of its own; False where it did so already."""

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +32,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repsft_fast.errors import TrainingError
-from repsft_fast.models.layer_pair import NotRecorded, Pair, likeness_of, record
+from repsft_fast.models.all_layers import AtOnce, all_are
+from repsft_fast.models.layer_pair import NotRecorded, Pair, likeness_of, record, same
 from repsft_fast.models.layer_pass import Counts, Pass, Plan
+from repsft_fast.row import Row
 
 _NO_ROOM = "there is no memory to try"
 # what anybody may ask of a tensor without using its numbers
@@ -48,6 +52,7 @@ class Stack:
 
     def __init__(self) -> None:
         self.layers: list[nn.Module] = []
+        self.forwards: list[Callable[..., Any]] = []  # that the layers are called by
         self.allowed = True  # False: nothing is recorded (several ranks)
         self.why: dict[Any, str] = {}
         self.counts = Counts()
@@ -90,13 +95,15 @@ class Stack:
             return self.why[shape]
         try:
             plan = Plan(model, self.layers, [pairs[number] for number in range(len(self.layers))])
-            self.passing = Rehearsal(plan)
-            with torch.no_grad(), _Watch(self.passing):
-                call()
-            self.passing.end()
+            self.passing = rehearsal = Rehearsal(plan)
+            with torch.no_grad(), _Watch(rehearsal):
+                result = call()
+            rehearsal.end()
             with torch.enable_grad():
                 if not plan.holds():
                     raise NotRecorded("layers or weights have hooks, or are recomputed")
+            if rehearsal.alike:
+                self._rehearse_at_once(plan, model, call, result)
             self._plans[shape] = plan
             return ""
         except (NotRecorded, TrainingError) as told:
@@ -109,29 +116,67 @@ class Stack:
             self.passing = None
         return self.why[shape]
 
+    def _rehearse_at_once(self, plan: Plan, model: nn.Module, call: Callable[[], Any], expected: Any) -> None:
+        """Let one call of the model's stand for all layers, if its result is the same."""
+        try:
+            at_once = AtOnce(model, self.layers, self.forwards)
+        except LookupError:
+            return
+        self.passing = rehearsal = Rehearsal(plan)
+        at_once.begin(partial(rehearsal.all_layers, plan))
+        try:
+            with torch.no_grad():
+                result = call()
+            rehearsal.end()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return  # a model that does more than call its layers: each is called
+        finally:
+            at_once.end()
+        if rehearsal.counts.at_once == 1 and at_once.holds() and _same_bits(result, expected):
+            plan.at_once = at_once
+
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """A forward pass inside may go through here; its loss has to go backward by `.backward()`, once."""
-        self.passing = Pass(self._plans, self.counts)
+    def running(self, shape: Any = None) -> Iterator[None]:
+        """A forward pass inside may go through here; its loss has to go backward by `.backward()`, once.
+        shape: of the row that passes, if it is known."""
+        self.passing = passing = Pass(self._plans, self.counts)
+        plan = self._plans.get(shape)
+        at_once = plan.at_once if plan is not None else None
+        if plan is None or at_once is None or not (at_once.holds() and plan.holds()):
+            at_once = None
+        else:
+            at_once.begin(partial(passing.all_layers, plan))
         try:
             yield
-            self.passing.end()
+            passing.end()
         finally:
             self.passing = None
+            if at_once is not None:
+                at_once.end()
 
 
 class Rehearsal(Pass):
-    """A pass without gradients that shows whether a plan's rows may take it. `handed`: what layers gave to
-    one another."""
+    """A pass without gradients that shows whether a plan's rows may take it.
+
+    handed  what layers gave to one another
+    alike   every layer was given the very objects that the first was given
+    """
 
     def __init__(self, plan: Plan):
         super().__init__({}, Counts())
         self.handed: list[Tensor] = []
+        self.alike = True
         self._plan, self.inside, self._done = plan, False, False
+        self._given: Any = None
 
     def begin(self, shape: Any, hidden: Tensor) -> Plan | None:
-        like = likeness_of(hidden)[:4] == self._plan.pairs[0].hidden[:4]  # without gradients here
-        return self._plan if like and not self._done else None
+        return self._plan if self.fits(self._plan, hidden) else None
+
+    def fits(self, plan: Plan, hidden: Tensor) -> bool:
+        """Without gradients here."""
+        return not self._done and likeness_of(hidden)[:4] == plan.pairs[0].hidden[:4]
 
     def layer(self, number: int, shape: Any, hidden: Tensor, args: Any, kwargs: Any) -> tuple[bool, Tensor]:
         self.inside = True
@@ -141,6 +186,9 @@ class Rehearsal(Pass):
             self.inside = False
         if not found[0]:
             raise NotRecorded("a layer is given other arguments than when it was recorded")
+        names, values = tuple(kwargs), (*args, *kwargs.values())
+        self._given = self._given or (names, values)
+        self.alike &= names == self._given[0] and all_are(values, self._given[1])
         if self.plan is not None:
             self.handed.append(found[1])
         return found
@@ -186,7 +234,24 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def running(model: Any) -> Any:
-    """`Stack.running` of a model's compiled layers; nothing for a model without."""
+def running(model: Any, row: Row | None = None) -> Any:
+    """`Stack.running` of a model's compiled layers; nothing for a model without. row: the one that passes;
+    None: it is not known, and every layer is called."""
     layers = getattr(model, "compiled_layers", None)
-    return nullcontext() if layers is None else layers.stack.running()
+    if layers is None:
+        return nullcontext()
+    if row is None or not layers.on:
+        return layers.stack.running()
+    slots, borders = row.tokens.shape[-1], len(row.cu_seqlens)
+    return layers.stack.running((slots, borders, row.max_seqlen, model.training, torch.is_grad_enabled()))
+
+
+def _same_bits(found: Any, expected: Any) -> bool:
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
+    return bool(pairs) and all(same(a, b) for a, b in pairs)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """Of a tuple of tensors and of records of tensors, as a model's loss gives them."""
+    fields = [vars(part).values() if is_dataclass(part) else (part,) for part in result]
+    return [value for part in fields for value in part if isinstance(value, Tensor)]

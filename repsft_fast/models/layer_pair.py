@@ -166,7 +166,9 @@ def record(
     given, tensors = _given(args, kwargs)
     before = _state(layer, tensors)
     with torch.enable_grad():
-        function = _function_of(compiled(hidden, *args, **kwargs))
+        output = compiled(hidden, *args, **kwargs)
+        function = _function_of(output)
+        _check_alone(output.grad_fn)
         with _watched(function) as (forwards, backwards):
             output = compiled(hidden, *args, **kwargs)
             if _function_of(output) is not function:
@@ -211,6 +213,18 @@ def _function_of(output: Any) -> Any:
     if getattr(function, "maybe_subclass_metadata", None) is not None:
         raise NotRecorded("a layer's tensors are of another kind")
     return function
+
+
+def _check_alone(last: Any) -> None:
+    """A layer that breaks is a graph and what stands before it, which would be left out."""
+    met, open_ = {last}, [last]
+    while open_:
+        for node, _ in open_.pop().next_functions:
+            if hasattr(getattr(node, "_forward_cls", None), "compiled_fw"):
+                raise NotRecorded("a layer is more than one graph")
+            if node is not None and node not in met:
+                met.add(node)
+                open_.append(node)
 
 
 @contextmanager

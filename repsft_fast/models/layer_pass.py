@@ -21,6 +21,7 @@ from torch._C._dynamo.guards import GlobalStateGuard
 from torch.nn.modules import module as modules
 
 from repsft_fast.errors import TrainingError, describe
+from repsft_fast.models.all_layers import AtOnce
 from repsft_fast.models.layer_pair import Given, NotRecorded, Pair, likeness_of
 
 _TOLD = attrgetter("requires_grad", "dtype", "_backward_hooks", "_post_accumulate_grad_hooks")
@@ -29,9 +30,11 @@ _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "
 
 @dataclass
 class Counts:
-    """Passes that went through here, and passes that could have and did not."""
+    """Passes that went through here (those of them in one call of the model's loop), and passes that could
+    have and did not."""
 
     stacked: int = 0
+    at_once: int = 0
     apart: int = 0
 
 
@@ -62,10 +65,12 @@ class Plan:
             same = next((given for given in known.values() if given == pair.given), pair.given)
             known[id(same)] = same
             self.givens.append(same)
+        self.kinds = list(known.values())
         for one, following in pairwise(pairs):
             if one.output[:4] != following.hidden[:4] or not following.hidden[4]:
                 raise NotRecorded("a layer's output is not what the next one was recorded with")
         self._anchor = torch.empty(0, requires_grad=True)
+        self.at_once: AtOnce | None = None  # where one call of the model's may stand for all layers
 
     def holds(self) -> bool:
         """Whether everything is as it was recorded. Objects and flags alone are looked at."""
@@ -180,8 +185,33 @@ class Pass:
 
     def begin(self, shape: Any, hidden: Tensor) -> Plan | None:
         plan = self.plans.get(shape)
-        fits = plan is not None and type(hidden) is Tensor and likeness_of(hidden) == plan.pairs[0].hidden
-        return plan if plan is not None and fits and plan.holds() else None
+        return plan if plan is not None and self.fits(plan, hidden) and plan.holds() else None
+
+    def fits(self, plan: Plan, hidden: Tensor) -> bool:
+        return type(hidden) is Tensor and likeness_of(hidden) == plan.pairs[0].hidden
+
+    def all_layers(self, plan: Plan, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The last layer's output, all being given what the first is: `plan.at_once` has looked at that."""
+        if not self.fits(plan, hidden):
+            for layer in plan.layers:
+                hidden = layer(hidden, *args, **kwargs)
+            return hidden
+        self.plan, self._first, self._tape = plan, hidden, Tape(plan)
+        self._tape.read.append(hidden)
+        owns = {id(given): self._own(given, args, kwargs) for given in plan.kinds}
+        if None in owns.values():
+            wrong = "compiled layers were given other arguments than at warm-up"
+            raise TrainingError(describe("training", wrong, todo="set model.compile: false"))
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            for pair, given in zip(plan.pairs, plan.givens, strict=True):
+                hidden, kept = pair.compute(hidden, owns[id(given)])
+                self.keep(kept)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+        self.counts.at_once += 1
+        return self._close(hidden)
 
     def layer(self, number: int, shape: Any, hidden: Tensor, args: Any, kwargs: Any) -> tuple[bool, Tensor]:
         """(whether it ran here, its output); else (False, what the layer is to be called with)."""

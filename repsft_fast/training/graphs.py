@@ -148,7 +148,7 @@ class RowGraphs:
 
     def _pass(self, static: StaticRow) -> tuple[PositionStats, Tensor]:
         """[capacity] statistics, and [tasks + 1, K] sums whose last line is of what was padded."""
-        with running(self.model):
+        with running(self.model, static.row):
             loss, stats = self.model.loss(static.row)
         loss.backward()
         return stats, stats.sum_by(static.row.position_tasks, self.num_tasks + 1).table

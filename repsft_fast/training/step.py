@@ -92,7 +92,7 @@ def row_pass(parts: Parts, row: Row) -> tuple[Tensor, PositionStats]:
             loss, stats, sums = replayed
             table.add_(sums.table)
             return loss, stats
-    with running(parts.model):
+    with running(parts.model, row):
         loss, stats = parts.model.loss(row)  # backbone and fused head in one FSDP-visible method
     loss.backward(parts.one_like(loss))
     stats.add_to(table, row.position_tasks)
