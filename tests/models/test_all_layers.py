@@ -50,7 +50,8 @@ def test_who_asks_for_layers_and_weights_gets_them(model):
         held = module.layers
         assert type(held) is not nn.ModuleList
         names = [name for name, _ in model.named_parameters()]
-        seen.append((len(held), held[1], held[-1], list(held[1:]), held[:] is held, names))
+        (one,) = held
+        seen.append((len(held), held[1], held[-1], list(held[1:]), held[:] is held, names, one.self_attn))
 
     real, names = list(layers_of(model)), [name for name, _ in model.named_parameters()]
     handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
@@ -58,7 +59,7 @@ def test_who_asks_for_layers_and_weights_gets_them(model):
         gradients(model, rows(1))
     finally:
         handle.remove()
-    assert seen == [(4, real[1], real[3], real[1:], True, names)]
+    assert seen == [(4, real[1], real[3], real[1:], True, names, real[0].self_attn)]
 
 
 def test_rows_of_unknown_shape_meet_every_layer(model):
