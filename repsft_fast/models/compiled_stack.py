@@ -134,7 +134,7 @@ class Stack:
             return  # a model that does more than call its layers: each is called
         finally:
             at_once.end()
-        if rehearsal.counts.at_once == 1 and at_once.holds() and _same_bits(result, expected):
+        if at_once.holds() and _same_bits(result, expected):
             plan.at_once = at_once
 
     @contextmanager

@@ -177,7 +177,7 @@ class TestWarmUp:
         before = layer_type.__call__
 
         def called(layer, *args, position_ids, **kwargs):
-            return before(layer, *args, position_ids=position_ids.clone(), **kwargs)
+            return before(layer, *args, position_ids=position_ids.detach(), **kwargs)
 
         patch.setattr(layer_type, "__call__", called)
         self.undo = patch.undo
@@ -193,6 +193,7 @@ class TestWarmUp:
     def test_a_loop_that_does_more_calls_every_layer(self, what):
         model = warmed("llama", prepare=getattr(self, what, lambda model: None))
         assert not stack_of(model).why
+        assert (plan_of(model).at_once is None) == (what != "nothing")
         gradients(model, rows(1))
         self.undo()
         assert counted(model) == (1, int(what == "nothing"), 0)
