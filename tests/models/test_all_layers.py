@@ -176,8 +176,9 @@ class TestWarmUp:
         layer_type, patch = type(layers_of(model)[0]), pytest.MonkeyPatch()
         before = layer_type.__call__
 
-        def called(layer, *args, position_ids, **kwargs):
-            return before(layer, *args, position_ids=position_ids.detach(), **kwargs)
+        def called(layer, *args, **kwargs):
+            kwargs["position_ids"] = kwargs["position_ids"].detach()
+            return before(layer, *args, **kwargs)
 
         patch.setattr(layer_type, "__call__", called)
         self.undo = patch.undo
