@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import sys
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 @pytest.fixture(scope="session")
 def server():
     """A warm process that forks whole runs, which a test may kill: the functions of run_jobs, rank_jobs and
-    spike_jobs. One for all files: it only forks, and what it imports first takes six seconds."""
+    spike_jobs. One for all files: it only forks."""
     from tests.helpers import rank_jobs
     from tests.helpers.forkserver import ForkServer
 
@@ -29,6 +30,21 @@ def real_pictures():
     sketches.install(real=True)
     yield
     sketches.install()
+
+
+@pytest.fixture(scope="session")
+def _readings():
+    """Of packaged models, which nobody writes to: the parsed file, and the names of an architecture's tensors."""
+    import gguf
+
+    return {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+
+
+@pytest.fixture
+def read_once(monkeypatch, _readings):
+    """A GGUF file is parsed once: 3 s for 50,000 tokens, and tokenizer, settings and weights all ask."""
+    for name, read in _readings.items():
+        monkeypatch.setattr(f"gguf.{name}", read)
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +65,21 @@ def pytest_configure(config):
     """Tests marked `slow` take minutes: they run where a -m says so."""
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
-    from tests.helpers import sketches
+    from tests.helpers import asked_once, sketches, unsynced
 
     sketches.install()
+    unsynced.install()
+    asked_once.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """What is imported stays: looking for garbage among it meanwhile is a quarter of the collection's time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,7 @@
 """docs/architecture.md says what the code is: its letters, its files, its floors, and the names it points at."""
 
 import ast
+import functools
 import importlib
 import io
 import re
@@ -33,6 +34,7 @@ def rows(heading: str) -> list[list[str]]:
 LETTERS = {letter.strip() for row in rows("### Letters")[1:] for letter in row[0].split(",")}
 
 
+@functools.cache
 def said(path: Path) -> str:
     """Docstrings and comments of a source: where shapes stand."""
     text = path.read_text(encoding="utf-8")

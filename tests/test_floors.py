@@ -1,6 +1,7 @@
 """The floors of docs/architecture.md, read from the imports."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ def room_of(path: Path) -> str:
     return "csrc_triton" if parts[0] == "csrc_triton" else parts[1].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
+@functools.cache  # asked for hundreds of times a file
+def imports_of(path: Path) -> frozenset[str]:
     """Dotted names of everything imported, also inside functions and under TYPE_CHECKING."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -106,7 +108,7 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the full name"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))

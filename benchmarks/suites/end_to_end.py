@@ -7,6 +7,8 @@ with the collator and the `use_cache=False` that its trainer uses. The trainers 
 `suites/gpu/loops.py`; on a GPU part E of the session runs them.
 
     python -m benchmarks.suites.end_to_end                 all of them, 5 rounds
+    python -m benchmarks.suites.end_to_end --threads 1     beside other work, for the ratios by processor time
+    python -m benchmarks.suites.end_to_end --only ours_batched trl     two of them
     python -m benchmarks.suites.end_to_end --worker trl    one process's work (what the first form starts)
 
 Settings: 10M-parameter Llama (H 288, 6 layers, V 8192), samples of 32–128 tokens of which the last half is
@@ -104,6 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--worker", choices=[*WORKERS, "leak"])
+    parser.add_argument("--only", nargs="+", choices=list(WORKERS), default=list(WORKERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -119,16 +122,16 @@ def main() -> None:
         work(given(), window)
         print(json.dumps(window.figures() | memory("cpu")))
         return
-    lines: dict[str, list[dict]] = {name: [] for name in WORKERS}
+    lines: dict[str, list[dict]] = {name: [] for name in arguments.only}
     for round_ in range(arguments.rounds):
-        order = list(WORKERS) if round_ % 2 == 0 else list(WORKERS)[::-1]
+        order = list(lines) if round_ % 2 == 0 else list(lines)[::-1]
         for name in order:
             line = _worker(name, arguments.threads)
             lines[name].append(line)
             print(
                 f"round {round_ + 1} {name:13} {line['tokens'] / line['seconds']:8,.0f} tokens/s", flush=True
             )
-    _report(lines, _worker("leak", arguments.threads)["leak"])
+    _report(lines, _worker("leak", arguments.threads)["leak"], arguments.threads)
 
 
 def _worker(name: str, threads: int) -> dict:
@@ -147,12 +150,16 @@ def _worker(name: str, threads: int) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _report(lines: dict[str, list[dict]], leak: float) -> None:
+def _report(lines: dict[str, list[dict]], leak: float, threads: int) -> None:
     from benchmarks.harness import records
     from benchmarks.harness.machine import environment
 
     # The records first: what is printed below can be read from them again.
     speeds = {name: [line["tokens"] / line["seconds"] for line in found] for name, found in lines.items()}
+    costs = {
+        name: [1e6 * line["processor_seconds"] / line["tokens"] for line in found]
+        for name, found in lines.items()
+    }  # milliseconds of processor time per 1,000 tokens
     shape = {
         "parameters": "10M",
         "lengths": "32-128",
@@ -162,7 +169,7 @@ def _report(lines: dict[str, list[dict]], leak: float) -> None:
     }
     made = [
         records.make(
-            environment(),
+            {**environment(), "threads": threads},  # of a worker
             op="end_to_end_1000_tokens",
             implementation=name,
             shape=shape,
@@ -170,6 +177,7 @@ def _report(lines: dict[str, list[dict]], leak: float) -> None:
             times_ms=[1e6 / speed for speed in speeds[name]],  # milliseconds per 1,000 tokens
             peak_bytes=max(line["peak_bytes"] for line in found),
             tokens_per_second=statistics.median(speeds[name]),
+            processor_rounds_ms=[float(f"{cost:.6g}") for cost in costs[name]],
             samples_per_update=found[0]["samples_per_update"],
             trl_leak=leak,
         )
@@ -181,13 +189,18 @@ def _report(lines: dict[str, list[dict]], leak: float) -> None:
         peak = max(line["peak_bytes"] for line in found) / 2**20
         print(f"{name:13} {statistics.median(speeds[name]):8,.0f} tokens/s, peak {peak:,.0f} MiB")
 
-    # Round by round, since a slow round of the machine slows both.
+    # Round by round, since a slow round of the machine slows both; by processor time too, which what else
+    # runs there takes nothing of.
     for label, (ours, peer) in PAIRS.items():
-        ratios = sorted(a / b for a, b in zip(speeds[ours], speeds[peer], strict=True))
-        print(
-            f"{label:16} {statistics.median(ratios):.2f} × (from {ratios[0]:.2f} to {ratios[-1]:.2f}), pair"
-            " by pair"
-        )
+        if ours not in lines or peer not in lines:
+            continue
+        by_time = sorted(a / b for a, b in zip(speeds[ours], speeds[peer], strict=True))
+        by_cost = sorted(b / a for a, b in zip(costs[ours], costs[peer], strict=True))
+        for name, ratios in (("", by_time), (" by processor time", by_cost)):
+            print(
+                f"{label:16} {statistics.median(ratios):.2f} × (from {ratios[0]:.2f} to {ratios[-1]:.2f}),"
+                f" pair by pair{name}"
+            )
     print(f"TRL rows: perturbing the first document moves the second one's logits by at most {leak:.1e}")
 
 

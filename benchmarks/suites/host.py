@@ -272,9 +272,12 @@ def measure(per_update: int = 1) -> dict[str, float]:
             for update in updates[:20]:
                 turn(update)
             turns = itertools.cycle(updates)
-            found = {"all": least_ms(lambda: turn(next(turns)))}
-            with one_after_another(parts.model):
-                found["all, each layer called"] = least_ms(lambda: turn(next(turns)))
+            rounds: list[tuple[float, float]] = []
+            for _ in range(2):
+                together = least_ms(lambda: turn(next(turns)))
+                with one_after_another(parts.model):
+                    rounds.append((together, least_ms(lambda: turn(next(turns)))))
+            found = dict(zip(("all", "all, each layer called"), map(min, *rounds), strict=True))
             with layer_by_layer(parts.model):
                 found["all, layers one by one"] = least_ms(lambda: turn(next(turns)))
             return found | parts_of_an_update(parts, updates[0])

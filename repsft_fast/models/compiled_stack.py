@@ -33,7 +33,8 @@ from torch.overrides import TorchFunctionMode
 
 from repsft_fast.errors import TrainingError
 from repsft_fast.models.all_layers import AtOnce, all_are
-from repsft_fast.models.layer_pair import NotRecorded, Pair, likeness_of, record, same
+from repsft_fast.models.layer_call import NotRecorded, likeness_of
+from repsft_fast.models.layer_pair import Pair, record, same
 from repsft_fast.models.layer_pass import Counts, Pass, Plan
 from repsft_fast.row import Row
 

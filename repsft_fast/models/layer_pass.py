@@ -22,7 +22,8 @@ from torch.nn.modules import module as modules
 
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.models.all_layers import AtOnce
-from repsft_fast.models.layer_pair import Given, NotRecorded, Pair, likeness_of
+from repsft_fast.models.layer_call import Given, NotRecorded, likeness_of
+from repsft_fast.models.layer_pair import Pair
 
 _TOLD = attrgetter("requires_grad", "dtype", "_backward_hooks", "_post_accumulate_grad_hooks")
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -53,7 +54,7 @@ class Plan:
             raise NotRecorded("a weight has two places")
         with torch.enable_grad():
             self._settings = GlobalStateGuard()
-        self._told = [_TOLD(tensor) for tensor in self.tensors]
+        self._told = self._bare()
         if any(hooks is not None for told in self._told for hooks in told[2:]):
             raise NotRecorded("a weight has a hook")
         if not {id(weight) for pair in pairs for weight, _ in pair.weights} <= of_layers:
@@ -77,7 +78,7 @@ class Plan:
         live = [table.get(name) for table, name in self._places]
         return (
             all(map(is_, live, self.tensors))
-            and list(map(_TOLD, self.tensors)) == self._told
+            and (list(map(_TOLD, self.tensors)) == self._told or self._bare() == self._told)
             and not any(
                 any(_HOOKS(layer)) or getattr(layer, "gradient_checkpointing", False) for layer in self.layers
             )
@@ -86,6 +87,10 @@ class Plan:
             and not torch._C._len_torch_function_stack()
             and self._settings.check()
         )
+
+    def _bare(self) -> list[tuple[Any, ...]]:
+        """A hook that was taken away has left an empty table behind, which is none."""
+        return [(*told[:2], *(hooks or None for hooks in told[2:])) for told in map(_TOLD, self.tensors)]
 
     def versions(self) -> list[int]:
         return [tensor._version for tensor in self.tensors]

@@ -52,10 +52,10 @@ from repsft_fast.ops.scores import (
     masked,
     refuse,
     refuse_sinks,
-    sdpa,
     sinks_of,
     unpacked,
 )
+from repsft_fast.ops.segments import Masks, by_segment, in_a_graph, kept, lengths_of
 from repsft_fast.row import Row
 
 NAME = "repsft"
@@ -93,10 +93,10 @@ class Packed:
     # of varlen: it is given the key and value heads there are; False = one for every query head
     grouped: bool = True
     flash: flash.Kernels | None = None  # of the package that `backend` names, where it names one
-    # masks of this row by length, window and type, made by the first layer that needs each
-    masks: dict[tuple[int, int | None, torch.dtype | None], Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    # [S'] int32 on the host: `segment_lengths` and zeros, for segments in a graph; None: it breaks the graph
+    lengths: Tensor | None = None
+    # of this row, made by the first layer that needs each
+    masks: Masks = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(row: Row, backend: str = "auto") -> Packed:
@@ -110,7 +110,8 @@ class Packed:
         grouped = backend not in (*AUTO, "varlen") or takes_grouped_heads(device)
         there = name in flash.PACKAGES and flash.importable(name)
         kernels = flash.kernels(name, flash.major_of(device)) if there else None
-        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped, kernels)
+        lengths = lengths_of(row.segment_lengths, row.cu_seqlens.shape[0] - 1)
+        return Packed(row.cu_seqlens, row.segment_lengths, row.max_seqlen, backend, grouped, kernels, lengths)
 
 
 def _check_borders(row: Row) -> None:
@@ -222,28 +223,20 @@ def choose(
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    """One call per segment. `split` rather than slices: its backward writes each gradient once, not S times T
-    zeros.
-
-    Calls of equal length are not batched: the copies into one batch cost more than the calls they save.
-    """
-    lengths = list(packed.segment_lengths)
-    parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-    return torch.cat([_one_segment(a, b, c, packed, rule).transpose(1, 2) for a, b, c in parts], dim=1)
+    if torch.compiler.is_compiling() and packed.lengths is not None and not rule.dropout:
+        return in_a_graph(q, k, v, packed.lengths, rule)
+    return _loop(q, k, v, packed, rule)
 
 
-# [1, A, n, D_v]
-def _one_segment(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    length = q.shape[2]
-    plain = rule.window is None or length <= rule.window
-    if plain and rule.softcap is None and rule.sinks is None:
-        return sdpa(q, k, v, None, rule)
-    mask = _kept(packed, length, None if plain else rule.window, rule, lambda n, w: band(n, w, q.device))
-    return masked(q, k, v, mask, rule)
+# lengths differ in every row: traced, each row would recompile
+@torch.compiler.disable
+def _loop(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
+    return by_segment(q, k, v, list(packed.segment_lengths), packed.masks, rule)
 
 
 def _document_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    mask = _kept(packed, q.shape[2], rule.window, rule, lambda n, w: _documents(packed.cu_seqlens, n, w))
+    length, borders = q.shape[2], packed.cu_seqlens
+    mask = kept(packed.masks, length, rule.window, rule, lambda n, w: _documents(borders, n, w))
     return masked(q, k, v, mask, rule).transpose(1, 2).contiguous()
 
 
@@ -252,27 +245,6 @@ def _documents(borders: Tensor, length: int, window: int | None) -> Tensor:  # [
     # [T], equal within a segment
     document = torch.searchsorted(borders.to(torch.int64), positions, right=True)
     return band(length, window, borders.device) & (document[:, None] == document[None, :])
-
-
-def _kept(
-    packed: Packed,
-    length: int,
-    window: int | None,
-    rule: Rule,
-    make: Callable[[int, int | None], Tensor],
-) -> Tensor:
-    """The row's mask of this kind, [n, n] bool, or what is added to scores where sinks stand beside them.
-    What is made inside a compiled layer stays there, and is made in each."""
-    added = rule.sinks.dtype if rule.sinks is not None and rule.softcap is None else None
-    known = None if torch.compiler.is_compiling() else packed.masks.get((length, window, added))
-    if known is not None:
-        return known
-    mask = make(length, window)
-    if added is not None:
-        mask = torch.zeros_like(mask, dtype=added).masked_fill(~mask, float("-inf"))
-    if not torch.compiler.is_compiling():
-        packed.masks[length, window, added] = mask
-    return mask
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rule: Rule) -> Tensor:
@@ -385,8 +357,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {
-    # lengths differ in every row: traced, each row would recompile
-    "segments": torch.compiler.disable(_segments),
+    "segments": _segments,
     "mask": _document_mask,
     "varlen": _varlen,
     **{name: _flash(name) for name in flash.PACKAGES},

@@ -239,6 +239,8 @@ def _begin_anew(run: Run, folder: RunFolder | None) -> None:
     # What killed runs began with is in run.yaml, so that any number of beginnings make one run.
     before = settings_before(parts.config, names) if parts.world.is_main else {}
     kept = decided.begin_anew(parts, broadcast_from_main(parts.world, before))
+    if kept and (weights := gathered.decide(parts)) is not None:
+        kept.append(weights)
     _accepted(run, folder)
     _cut_metrics(run, 0)
     run.reporter.note("--resume: the run ended before its first checkpoint, so it begins anew")

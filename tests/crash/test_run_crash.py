@@ -23,6 +23,8 @@ MIXTURE = {
     "optim__lr": 3e-2, "mixture__metric": "nll", "mixture__policy": "msft", "mixture__max_stages": 3,
     "mixture__rule": "paper",
 }  # fmt: skip
+# No memory for snapshots: they lie on disk, and the run computes what it computes with them in memory.
+ON_DISK = {"snapshot__device_bytes": 0, "snapshot__pinned_bytes": 0, "snapshot__disk_bytes": "64 MiB"}
 KINDS = {"plain": {"budget__epochs": 4}, "msft": MIXTURE}
 POINTS = (
     "shard: before open", "shard: mid-write", "shard: before fsync", "values: after fsync", "model: before fsync",
@@ -45,8 +47,14 @@ def whole(server, tmp_path_factory):
     return found
 
 
-def settings_of(kind, folder):
-    return runs.settings(folder, checkpoint__every_updates=2, **KINDS[kind])
+def settings_of(kind, folder, **more):
+    return runs.settings(folder, checkpoint__every_updates=2, **KINDS[kind], **more)
+
+
+def on_disk(expected):
+    """The same with snapshots on disk, which their reverts name."""
+    result, lines = expected
+    return result, [{**line, "tier": "disk"} if line["kind"] == "revert" else line for line in lines]
 
 
 def ends_as(expected, server, settings):
@@ -84,9 +92,9 @@ def passings(server, whole, tmp_path_factory):
     return found
 
 
-def killed_at(point, time, server, expected, tmp_path):
-    """Kill a mixture's run at the time-th passing of the point, then let it end."""
-    settings = settings_of("msft", tmp_path)
+def killed_at(point, time, server, expected, tmp_path, **more):
+    """Kill a mixture's run at the time-th passing of the point, then let it end. more: settings."""
+    settings = settings_of("msft", tmp_path, **more)
     outcome = server.run(
         "tests.helpers.run_jobs:train", {"settings": settings, "kill_at": point, "kill_time": time}
     )
@@ -110,6 +118,11 @@ def test_killed_inside_an_evaluation_a_snapshot_a_revert_or_the_end(point, serve
     killed_at(point, passings[point] // 2 + 1, server, whole["msft"][0], tmp_path)
 
 
+@pytest.mark.parametrize("point", ["snapshot: half copied", "revert: half copied"])
+def test_killed_inside_a_snapshot_on_disk(point, server, whole, passings, tmp_path):
+    killed_at(point, passings[point] // 2 + 1, server, on_disk(whole["msft"][0]), tmp_path, **ON_DISK)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("point", run_points.POINTS)
@@ -118,10 +131,10 @@ def test_killed_at_every_passing_of_a_point(point, server, whole, passings, tmp_
         killed_at(point, time_, server, whole["msft"][0], tmp_path / str(time_))
 
 
-def stopped_at(point, time, server, expected, tmp_path):
+def stopped_at(point, time, server, expected, tmp_path, **more):
     """SIGTERM at the time-th passing of the point: the run saves itself, says so, and goes on as if it had
-    not come."""
-    settings = settings_of("msft", tmp_path)
+    not come. more: settings."""
+    settings = settings_of("msft", tmp_path, **more)
     outcome = server.run(
         "tests.helpers.run_jobs:train", {"settings": settings, "signal_at": point, "kill_time": time}
     )
@@ -130,6 +143,11 @@ def stopped_at(point, time, server, expected, tmp_path):
     assert "SIGTERM" in written["reason"]
     assert "saved; --resume goes on from gen-" in written["reason"]
     ends_as(expected, server, settings)
+
+
+def test_sigterm_inside_a_snapshot_on_disk(server, whole, passings, tmp_path):
+    point = "snapshot: half copied"
+    stopped_at(point, passings[point] // 2 + 1, server, on_disk(whole["msft"][0]), tmp_path, **ON_DISK)
 
 
 @pytest.mark.parametrize("point", ["evaluation: between its rows", "revert: half copied"])

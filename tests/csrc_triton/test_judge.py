@@ -199,3 +199,7 @@ def test_a_spike_needs_as_many_known_as_in_plain_torch(count, monkeypatch):
     loud = torch.tensor(1e4, dtype=torch.float64)
     a, b = ours.judge_gradients(loud, [parameter_of(2.0)]), plain.judge(loud, torch.tensor(2.0).double())
     assert a.numbers[2] == b.numbers[2] == float(count == KNOWN)
+    for state in (ours, plain):
+        state.enter()
+    newest = ours.tensors()["window"][-1]
+    assert close(newest, plain.tensors()["window"][-1], SUMS), "what is no spike enters whole"

@@ -139,6 +139,13 @@ def test_fewer_documents_where_few_rows_have_many():
     assert made.documents == 8
 
 
+def test_documents_come_in_steps_of_eight():
+    """Rows of 2,048 hold ten samples of 200, so that nine are too few and ten would do; one update in 40 has a
+    row of very short ones."""
+    lengths = np.where(np.arange(4000) % 40 == 0, 4, 200)
+    assert choose_lengths(plan_of(lengths, 2048, batch_tokens=40_000)).documents == 16
+
+
 def test_room_for_the_documents_of_a_task_that_is_left_alone():
     """Rows of 4,096 hold a few of 1,000 and some of 20; once the long ones have left, a row holds 64 of 20."""
     lengths, tasks = np.array([1000] * 600 + [20] * 300), [0] * 600 + [1] * 300

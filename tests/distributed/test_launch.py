@@ -9,7 +9,7 @@ from repsft_fast import distributed
 from repsft_fast.distributed import LaunchError, launch, meeting
 from repsft_fast.errors import ConfigError, TrainingError
 from repsft_fast.training import trainer
-from tests.helpers.ranks import _context
+from tests.helpers.ranks import context
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def _told_by_a_stranger(pipe, port):
 def test_a_stranger_that_listens_and_says_nothing_is_named():
     """In a process of its own, for torch goes on listening to the stranger in a thread: it must end all the
     same."""
-    receiver, sender = _context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
-        process = _context.Process(target=_told_by_a_stranger, args=(sender, port))
+        process = context.Process(target=_told_by_a_stranger, args=(sender, port))
         process.start()
         try:
             assert receiver.poll(90), "nothing is said"

@@ -9,6 +9,7 @@ import torch
 
 from repsft_fast import checkpoint
 from repsft_fast.errors import CheckpointError
+from tests.helpers import unsynced
 
 
 def state(n, numel=3000):
@@ -67,6 +68,7 @@ def save_some(folder, saves, kill_at=None):
 
 
 def save_forever(folder, numel):
+    unsynced.install(real=True)  # so that a save takes its time, and a kill finds one amid it
     while True:
         save_next(folder, numel)
 

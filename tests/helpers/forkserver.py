@@ -5,7 +5,8 @@
     child.kill()                       # SIGKILL by its own pid
     outcome = child.wait(timeout_s=30) # how it ended, what it returned, what it printed
 
-The server is a fresh process with one thread; children are forked from it and never return to its loop.
+The server is a process with one thread, forked from the one that forks ranks; its children never return to its
+loop.
 Several children at once are ranks of one job. A function's return value must be JSON.
 """
 
@@ -17,7 +18,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +25,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.helpers import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,19 +71,12 @@ class Child:
 
 class ForkServer:
     def __init__(self, preload: list[str]):
-        """Starts the server, which imports `preload` once. This checkout comes first on its PYTHONPATH."""
+        """Starts the server, which imports what of `preload` is not there yet. This checkout comes first on its
+        PYTHONPATH."""
         ours, theirs = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="forkserver-")
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
-        command = [
-            sys.executable,
-            "-m",
-            "tests.helpers.forkserver",
-            str(theirs.fileno()),
-            json.dumps(preload),
-        ]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env)
+        self._process = ranks.context.Process(target=_begin, args=(theirs, preload))
+        self._process.start()
         theirs.close()
         self._lines = ours.makefile("rw")
         self._socket = ours
@@ -113,7 +108,7 @@ class ForkServer:
     def close(self) -> None:
         self._lines.close()
         self._socket.close()
-        self._process.wait(timeout=30)
+        self._process.join(30)
         self._folder.cleanup()
 
 
@@ -167,6 +162,8 @@ def _child(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    _serve(connection.makefile("rw"), json.loads(sys.argv[2]))
+def _begin(connection: socket.socket, preload: list[str]) -> None:
+    """Forked like a rank, from a process that has imported what a run imports."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONPATH=paths)
+    _serve(connection.makefile("rw"), preload)

@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, each a process of its own, and give back what each rank returned.
 
-A fork server imports torch and transformers once; a rank then starts in a fraction of a second.
+A fork server imports torch and transformers once; a rank then starts in a fraction of a second. The servers of
+`tests/helpers/forkserver.py` are forked from it too, and so have what its jobs need.
 """
 
 import multiprocessing
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "pytest", "torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "peft",
-        "peft.tuners.lora", "repsft_fast.training.trainer", "tests.helpers.forked",
+        "peft.tuners.lora", "matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.style",
+        "numpy.ctypeslib", "safetensors.numpy", "torch.profiler._cupti_monitor", "repsft_fast.training.trainer",
+        "tests.helpers.rank_jobs", "tests.helpers.spike_jobs", "tests.helpers.forked",
     ]
 )  # fmt: skip
 
@@ -30,8 +33,8 @@ def run_ranks(
     port = _free_port()
     pipes, processes = [], []
     for rank in range(size):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
             target=_enter, args=(sender, rank, size, port, function, arguments), daemon=True
         )
         process.start()

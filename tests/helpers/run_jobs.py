@@ -29,8 +29,9 @@ from tests.helpers import run_points, runs, sketches
 
 PRELOAD = [
     "torch", "transformers.models.llama.modeling_llama", "peft.tuners.lora",
-    "matplotlib.backends.backend_agg", "safetensors.numpy", "torch.profiler",  # what a run imports on its way
-    "tests.helpers.run_jobs",
+    # what a run imports on its way
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.style", "numpy.ctypeslib", "safetensors.numpy",
+    "torch.profiler._cupti_monitor", "tests.helpers.run_jobs",
 ]  # fmt: skip
 sketches.install()  # of the server, and so of what it forks
 # Lines of metrics.jsonl and what in them does not depend on the clock.

@@ -2,11 +2,13 @@
 it.
 
 They are planted around the trainer's own functions, so the trainer carries none of them. A moment "half
-copied" is made: half of the tensors are copied first, then the function does all of its work.
+copied" is made: half of the tensors (of a snapshot on disk: half of its bytes) are copied first, then the
+function does all of its work.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from repsft_fast.policies import History
 from repsft_fast.report import pictures
 from repsft_fast.report import result as results
 from repsft_fast.snapshot import SnapshotPool
+from repsft_fast.snapshot.slots import DISK, PINNED
 from repsft_fast.snapshot.tiers import Stored, Tiers
 from repsft_fast.state import RunState, local
 from repsft_fast.training import finish
@@ -99,9 +102,15 @@ def planted(point: Point) -> Iterator[None]:
 
     def half_written(self: Tiers, stored: Stored, live: list[list[torch.Tensor]]) -> None:
         if inside:
-            for kept, now in zip(stored.slot.bits, live, strict=True):
+            # a file has no memory of its own: it is filled through some
+            on_disk = stored.slot.level == DISK
+            slot = self.layout.in_memory(PINNED) if on_disk else stored.slot
+            for kept, now in zip(slot.bits, live, strict=True):
                 half = -(-len(now) // 2)
                 torch._foreach_copy_(kept[:half], now[:half])
+            if on_disk:
+                whole = torch.cat(slot.buffers).numpy()
+                os.pwrite(stored.slot.fd, whole[: -(-len(whole) // 2)].data, 0)
             point(f"{inside[-1]}: half copied")
         write(self, stored, live)
         if inside == ["snapshot"]:

@@ -5,6 +5,7 @@ and looked at (records read, figure made, file written whole); only matplotlib's
 out. tests/report and whoever takes the fixture `real_pictures` draw pixels.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,29 @@ _FACTS = (
 def sketch(figure: Any) -> bytes:
     """Equal where the pictures are: every artist, its place in the figure, words, points and colours."""
     lines = []
-    for artist in figure.findobj():
+    for artist in _shown(figure):
         facts = [repr(getattr(artist, fact)()) for fact in _FACTS if hasattr(artist, fact)]
         colour = artist.get_color() if hasattr(artist, "get_color") else ""
+        if hasattr(artist, "get_major_locator"):
+            places = artist.get_major_locator()
+            given = list(getattr(places, "locs", ()))
+            facts += [
+                type(places).__name__,
+                repr(given),
+                repr(artist.get_major_formatter().format_ticks(given)),
+            ]
         lines.append(f"{type(artist).__name__} {colour} {' '.join(facts)}")
     return b"\x89PNG\r\n\x1a\n" + "\n".join(lines).encode()
+
+
+def _shown(artist: Any) -> Iterator[Any]:
+    """Everything in it but ticks, which matplotlib lays out anew for each size: where ours are, an axis says."""
+    yield artist
+    if hasattr(artist, "get_major_locator"):
+        yield artist.label
+        return
+    for part in artist.get_children():
+        yield from _shown(part)
 
 
 def save(figure: Any, folder: Path) -> Path:

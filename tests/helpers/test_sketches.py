@@ -35,6 +35,21 @@ def test_what_moves_the_picture_moves_the_sketch(kind, tmp_path):
     assert len(seen) == 4
 
 
+def test_ticks_are_told_by_their_axis():
+    figure = picture.new_figure(4, 3)
+    axes = figure.subplots()
+    seen = {sketches.sketch(figure)}
+    axes.set_yticks([0.0, 1.0], ["a", "b"])
+    seen.add(sketches.sketch(figure))
+    axes.set_yticks([0.0, 1.0], ["a", "c"])
+    seen.add(sketches.sketch(figure))
+    axes.set_yticks([0.5, 1.0], ["a", "c"])
+    seen.add(sketches.sketch(figure))
+    axes.set_xscale("log")
+    seen.add(sketches.sketch(figure))
+    assert len(seen) == 5
+
+
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_a_whole_run_in_pixels(tasks, tmp_path, real_pictures):
     changes = {"mixture__policy": "sft", "data__validation_fraction": 0.25} if tasks > 1 else {}

@@ -30,6 +30,34 @@ class TestCounter:
             peak.forget()
             assert peak.most == 0
 
+    def test_what_lives_when_the_rest_is_forgotten_counts(self):
+        with FakeTensorMode(), Peak() as peak:
+            a = torch.empty(1000)
+            a + 1
+            assert (peak.most, peak.at) == (8000, "aten::add.Tensor")
+            peak.forget()
+            assert (peak.most, peak.at) == (4000, "")
+            del a
+            b = torch.empty(10)
+            assert (peak.live, peak.most, len(b)) == (40, 4000, 10)
+
+    def test_what_is_counted_already_is_not_looked_up_again(self):
+        """Of ten thousands of operators in an update most make views, or less than a new peak."""
+
+        class Watched(Peak):
+            looked = 0
+
+            @property
+            def live(self):
+                self.looked += 1
+                return super().live
+
+        with FakeTensorMode(), Watched() as peak:
+            held = torch.empty(10, 10)
+            assert peak.looked == 1
+            held.view(100), held.T, held.add_(1)
+            assert (peak.looked, peak.most) == (1, 400)
+
     def test_views_are_no_storage_and_what_was_there_is_seen(self):
         with FakeTensorMode():
             held = torch.empty(10, 10)

@@ -12,7 +12,14 @@ from torch._dynamo.utils import counters
 
 from repsft_fast.evaluate.generate import generate
 from repsft_fast.models import load_model
-from repsft_fast.models.compiled import CompiledLayers, compile_layers, compiled_layers, draws, opened
+from repsft_fast.models.compiled import (
+    CompiledLayers,
+    _compare,
+    compile_layers,
+    compiled_layers,
+    draws,
+    opened,
+)
 from repsft_fast.ops.attention import Packed
 from tests.helpers import tiny
 
@@ -90,6 +97,17 @@ def test_the_compiler_keeps_the_numbers():
     for a, b in zip(gradients(model, row), gradients(built("qwen3", attention="mask"), row), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_where_plain_layers_are_not_finite_compiled_ones_are_held_to_nothing(number):
+    plain, same, other = torch.full((4,), number), torch.full((4,), number), torch.ones(4)
+    for compiled in (same, other):
+        _compare([plain], [compiled])
+    with pytest.raises(ArithmeticError, match="output are off"):
+        _compare([other], [plain])
+    with pytest.raises(ArithmeticError, match="gradients are off"):
+        _compare([other, other], [other, plain])
 
 
 def borders_of(row):

@@ -200,24 +200,12 @@ def a_global_hook(model):
 
 
 def a_weights_hook(model):
-    weight = layers_of(model)[0].mlp.up_proj.weight
-    weight.register_hook(lambda g: g * 2)
-
-    def undo():
-        weight._backward_hooks = None
-
-    return undo
+    return layers_of(model)[0].mlp.up_proj.weight.register_hook(lambda g: g * 2).remove
 
 
 def a_hook_behind_a_gradient(model):
     weight = layers_of(model)[0].mlp.up_proj.weight
-    handle = weight.register_post_accumulate_grad_hook(lambda p: [p.grad.mul_(2), None][1])
-
-    def undo():
-        handle.remove()
-        weight._post_accumulate_grad_hooks = None
-
-    return undo
+    return weight.register_post_accumulate_grad_hook(lambda p: [p.grad.mul_(2), None][1]).remove
 
 
 def a_frozen_weight(model):
@@ -477,10 +465,15 @@ class TestWarmUp:
     def a_weights_hook(self, model):
         layers_of(model)[0].mlp.up_proj.weight.register_hook(lambda g: g)
 
+    def a_hook_taken_away(self, model):
+        weight = layers_of(model)[0].mlp.up_proj.weight
+        weight.register_hook(lambda g: g).remove()
+        weight.register_post_accumulate_grad_hook(lambda p: None).remove()
+
     def a_layer_that_draws(self, model):
         layers_of(model)[1].self_attn.attention_dropout = 0.1
 
-    @pytest.mark.parametrize("what", [*REFUSED, "looked_at"])
+    @pytest.mark.parametrize("what", [*REFUSED, "looked_at", "a_hook_taken_away"])
     def test_a_model_that_is_no_chain_of_layers(self, what):
         model = warmed("llama", prepare=getattr(self, what))
         (why,) = stack_of(model).why.values() or [""]

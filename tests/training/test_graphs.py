@@ -110,6 +110,19 @@ def test_twenty_updates_of_two_rows_are_the_plain_ones(tmp_path, changes):
     assert vars(ours.graphs.counts) == {"captured": 1, "replayed": 40, "fell_back": 0}
 
 
+def test_a_row_is_not_replayed_into_buffers_that_nobody_reads(tmp_path):
+    """Before the update begins, and where a gradient was taken away in its middle."""
+    parts = parts_of(tmp_path, even=True)
+    graphs = graphs_of(parts, EXACT)
+    row, *_ = parts.rows(updates_of(parts, 1)[0])
+    assert graphs(row, keep=False) is None, "nothing is lent yet"
+    graphs.begin_update()
+    assert graphs(row, keep=False) is not None
+    next(iter(parts.optimizer.names.values())).grad = None
+    assert graphs(row, keep=False) is None
+    assert vars(graphs.counts) == {"captured": 1, "replayed": 1, "fell_back": 2}
+
+
 def test_captured_rows_pass_compiled_layers_together(tmp_path, monkeypatch):
     """Where a capture begins with compiled layers it holds their graphs and nothing around them."""
     make = torch.compile
@@ -124,10 +137,8 @@ def test_captured_rows_pass_compiled_layers_together(tmp_path, monkeypatch):
     lengths = ours.plan.row_lengths
     shapes = Shapes(EXACT.shapes, borders=lengths.segments + 1, longest=lengths.max_seqlen(T))
     ours.graphs = graphs_of(ours, shapes)
-    assert vars(stack.counts) == {
-        "stacked": 5,
-        "apart": 0,
-    }  # one says what is reached, four are the capture's
+    # one says what is reached, four are the capture's
+    assert vars(stack.counts) == {"stacked": 5, "at_once": 5, "apart": 0}
     updates = updates_of(plain, 6)
     assert made(ours, updates) == made(plain, updates)
     assert ours.graphs.counts.replayed == 12

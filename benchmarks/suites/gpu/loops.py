@@ -56,6 +56,7 @@ class Window:
         self._seen, self._work = 0, Counter[str]()
         self._marks: list[Any] = []
         self._from = self._to = 0.0
+        self._used_from = self._used_to = 0.0  # processor time of the process
         self._memory: dict[str, int] = {}
 
     def update(self, **work: int) -> bool:
@@ -68,7 +69,7 @@ class Window:
         if self._seen <= self.warmup:
             if self._seen == self.warmup:
                 self._wait()
-                self._from = time.perf_counter()
+                self._from, self._used_from = time.perf_counter(), time.process_time()
                 self._mark()
             return False
         if not self.closed:
@@ -77,13 +78,14 @@ class Window:
             measured = self._seen - self.warmup
             if measured == self.updates or (measured >= LEAST_UPDATES and time.monotonic() > self.ends):
                 self._wait()
-                self._to, self.closed = time.perf_counter(), True
+                self._to, self._used_to = time.perf_counter(), time.process_time()
+                self.closed = True
                 self._memory = memory(self.device)
         return self.closed
 
     def figures(self) -> dict[str, Any]:
-        """seconds, updates, their work, milliseconds of each (on a GPU between events on its stream), peaks
-        of memory."""
+        """seconds, processor_seconds of all threads, updates, their work, milliseconds of each (on a GPU
+        between events on its stream), peaks of memory."""
         if not self.closed:
             raise RuntimeError(
                 f"{self._seen} updates were made, expected {self.warmup + self.updates}: nothing is measured"
@@ -95,6 +97,7 @@ class Window:
             times = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         made = {
             "seconds": self._to - self._from,
+            "processor_seconds": self._used_to - self._used_from,
             "updates": len(times),
             "update_ms": times,
             "first_s": self.first_s,

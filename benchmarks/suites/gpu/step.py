@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.suites.gpu import processes, training
+from benchmarks.suites.gpu import launches, processes, training
 from benchmarks.suites.gpu.goals import Card, Found, Goal
 from benchmarks.suites.gpu.session import Session
 
@@ -30,7 +30,8 @@ def run(session: Session) -> None:
     (session.out / training.KERNELS).unlink(missing_ok=True)  # of an earlier session in this folder
     toy = session.rehearsal
     points = {
-        name: training.point(MODEL, MODEL, name, ROW_TOKENS, toy=toy, rows=ROWS) for name in training.VARIANTS
+        name: training.point(MODEL, MODEL, name, ROW_TOKENS, toy=toy, rows=ROWS, launches=name == "compiled")
+        for name in training.VARIANTS
     }
     with processes.workers(session, ["qwen3"] * len(points)) as made:
         predicted = None
@@ -225,6 +226,7 @@ GOALS = (
         predicted=_moved(OPTIMIZER),
     ),
     Goal("0.6B, compiled: s until updates run", _start, most=60, predicted=_steady(40)),
+    *launches.goals_of(MODEL, row_ms("compiled"), ROWS),
 )  # fmt: skip
 
 

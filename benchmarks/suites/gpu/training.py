@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.timing import quantile
-from benchmarks.suites.gpu import kernels
+from benchmarks.suites.gpu import kernels, launches
 from benchmarks.suites.gpu.session import Session
 from repsft_fast.errors import RepsftError
 
@@ -65,6 +65,7 @@ class Point:
     warm: int = WARM
     predicted_bytes: int | None = None  # peak memory by our own sizing
     kernels: bool = True  # profile one update
+    launches: bool = False  # compiled layers: their launches shared and apart, last
 
     @property
     def samples(self) -> int:
@@ -153,6 +154,9 @@ def measure(session: Session, wanted: Point) -> None:
             ):
                 with session.attempt(f"kernels of {what_of(wanted)}"):
                     _record_kernels(session, wanted, parts)
+            if wanted.launches:
+                with session.attempt(launches.WHAT):
+                    _record_launches(session, wanted, parts)
 
 
 @contextmanager
@@ -218,6 +222,7 @@ def _record_updates(session: Session, wanted: Point, parts: Any, stamps: Stamps,
     from repsft_fast.throughput import peak_memory_bytes
     from repsft_fast.training import graph_choice
 
+    implementation = wanted.variant
     times, host = stamps.update_ms(), stamps.host_ms()
     peak = peak_memory_bytes(parts.world.device)
     kept = times[wanted.warm :]
@@ -227,12 +232,15 @@ def _record_updates(session: Session, wanted: Point, parts: Any, stamps: Stamps,
     more: dict[str, Any] = {"predicted_peak_bytes": wanted.predicted_bytes} if wanted.predicted_bytes else {}
     if wanted.variant == "captured":
         more |= graph_choice.result(parts)["cuda_graphs"]
+    if wanted.variant == "compiled" and session.device == "cuda":
+        more |= _compiled(session, wanted, parts)
+        implementation = more["layers"]
     if parts.peak_flops:
         more["mfu"] = flops / seconds / parts.peak_flops
     if session.device == "cuda":
         more["reserved_bytes"] = torch.cuda.max_memory_reserved()
     session.record(
-        "update", wanted.variant, kept, wanted.shape, dtype=_dtype(parts), peak_bytes=peak,
+        "update", implementation, kept, wanted.shape, dtype=_dtype(parts), peak_bytes=peak,
         flops=int(flops / len(kept)),
         row_ms=1e3 * seconds / (len(kept) * wanted.rows), tokens_per_s=work.tokens / seconds,
         trained_tokens_per_s=work.trained / seconds, updates=len(kept), first_update_ms=times[0],
@@ -240,6 +248,23 @@ def _record_updates(session: Session, wanted: Point, parts: Any, stamps: Stamps,
         host_loop_ms=[round(t, 3) for t in host[wanted.warm :]],
         build_s=stamps.queued[0] - began, until_s=time.perf_counter() - began, **more,
     )  # fmt: skip
+
+
+def _compiled(session: Session, wanted: Point, parts: Any) -> dict[str, Any]:
+    """What became of layers that were to be compiled: `layers`, by which goals and part D know them, and how
+    many rows passed them under one function."""
+    from repsft_fast.models.compiled import compiled_layers
+    from repsft_fast.training import compiled
+
+    now, layers = compiled.now(parts), compiled_layers(parts.model)
+    name = wanted.variant if now is True else f"{wanted.variant}, but {now or 'plain'}"
+    if now is not True:
+        session.leave_out(what_of(wanted), f"what was measured in their place is {compiled.words(now)}")
+    if layers is None:
+        return {"layers": name}
+    counts = layers.stack.counts
+    why = sorted(set(layers.stack.why.values()))
+    return {"layers": name, "rows_stacked": counts.stacked, "rows_apart": counts.apart, "why_apart": why}
 
 
 def _record_host(session: Session, wanted: Point, parts: Any) -> None:
@@ -277,6 +302,12 @@ def _record_host(session: Session, wanted: Point, parts: Any) -> None:
         dtype=_dtype(parts),
         row_ms=quantile(host[1:], 0.5) / wanted.rows, until_done_ms=quantile(whole[1:], 0.5),
     )  # fmt: skip
+
+
+def _record_launches(session: Session, wanted: Point, parts: Any) -> None:
+    apart = launches.measure(session, wanted.shape, parts)
+    if apart and not session.late(f"kernels of {launches.WHAT}", 5 if session.device == "cuda" else 1):
+        _record_kernels(session, dataclasses.replace(wanted, variant=launches.SEPARATE), parts)
 
 
 def _record_kernels(session: Session, wanted: Point, parts: Any) -> None:

@@ -16,9 +16,29 @@ SMALL = lowering.LAYERS["SmolLM2-135M"] | {
 }  # fmt: skip
 
 
+# What SmolLM2's graph is made for first: one for rows of every length is the one for rows of TOKENS.
+LENGTHS = {"Qwen3-0.6B": [lowering.TOKENS], "SmolLM2-135M": [32768, 2048, 64]}
+
+
 @pytest.fixture(scope="module")
 def both():
-    return {name: lowering.compiled(config) for name, config in lowering.LAYERS.items()}
+    """The bytes are those of the first length."""
+    qwen = lowering.compiled(lowering.LAYERS["Qwen3-0.6B"])
+    found = lowering.lowered(lowering.LAYERS["SmolLM2-135M"], LENGTHS["SmolLM2-135M"])
+    assert [is_backward for is_backward, _ in found] == [False, True], "a graph serves rows of every length"
+    return {"Qwen3-0.6B": qwen, "SmolLM2-135M": tuple(program for _, program in found)}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Qwen3's in a deterministic run, by a row's length: one graph for each side of the border at which the
+    compiler sums otherwise."""
+    found = lowering.lowered(lowering.LAYERS["Qwen3-0.6B"], [8192, 6000, 512, 384], deterministic=True)
+    assert [is_backward for is_backward, _ in found] == [False, True] * 2, (
+        "two graphs serve rows of every length"
+    )
+    programs = [program for _, program in found]
+    return {8192: programs[:2], 512: programs[2:]}
 
 
 @pytest.mark.parametrize("name", lowering.LAYERS)
@@ -33,25 +53,14 @@ def test_a_layer_of_the_promise(both, name):
 
 
 @pytest.mark.parametrize("tokens", [8192, 512])
-def test_shared_launches_move_no_more_bytes(both, tokens):
+def test_shared_launches_move_no_more_bytes(both, alone, tokens):
     """Beside the compiler's own choice, which a deterministic run takes. The sums that it leaves to torch are
     not in its bytes."""
     config = lowering.LAYERS["Qwen3-0.6B"]
     together = both["Qwen3-0.6B"] if tokens == 8192 else lowering.compiled(config, tokens)
-    alone = lowering.compiled(config, tokens, deterministic=True)
     assert sum(x.kernels for x in together) == 34
-    assert sum(x.kernels for x in alone) in ((44, 45) if tokens == 8192 else (41,))
-    assert sum(x.bytes for x in together) < 1.016 * sum(x.bytes for x in alone)
-
-
-@pytest.mark.parametrize(("deterministic", "graphs"), [(False, 1), (True, 2)])
-def test_one_graph_serves_rows_of_every_length(both, deterministic, graphs):
-    """In deterministic runs one for each side of the border at which the compiler sums otherwise."""
-    name = "SmolLM2-135M"
-    found = lowering.lowered(lowering.LAYERS[name], [32768, 2048, 64], deterministic=deterministic)
-    assert [is_backward for is_backward, _ in found] == [False, True] * graphs
-    if not deterministic:
-        assert [program.kernels for _, program in found] == [program.kernels for program in both[name]]
+    assert sum(x.kernels for x in alone[tokens]) in ((44, 45) if tokens == 8192 else (41,))
+    assert sum(x.bytes for x in together) < 1.016 * sum(x.bytes for x in alone[tokens])
 
 
 def test_the_committed_counts_hold(both):
@@ -66,7 +75,7 @@ def test_the_committed_counts_hold(both):
 
 @pytest.mark.parametrize("name", lowering.LAYERS)
 def test_plain_layers_launch_four_times_as_many_and_move_twice_the_bytes(both, name):
-    plain = lowering.plain(lowering.LAYERS[name])
+    plain = lowering.plain(lowering.LAYERS[name], LENGTHS[name][0])
     assert plain[0].products == 7
     assert plain[1].products == 14
     assert sum(x.kernels for x in plain) > 3 * sum(x.kernels for x in both[name])
@@ -104,7 +113,8 @@ def test_a_graph_that_breaks_is_no_layer(monkeypatch):
         lowering.compiled(SMALL, tokens=256)
 
 
-def test_for_the_gate():
-    found = lowering.counted({"small": SMALL})
-    assert list(found) == ["compiled layer, small"]
-    assert set(found["compiled layer, small"]) == {"kernels", "kernels_forward"}
+def test_for_the_gate(both, monkeypatch):
+    monkeypatch.setattr(lowering, "compiled", {"a": both["SmolLM2-135M"]}.__getitem__)
+    forward, backward = both["SmolLM2-135M"]
+    wanted = {"kernels": forward.kernels + backward.kernels, "kernels_forward": forward.kernels}
+    assert lowering.counted({"small": "a"}) == {"compiled layer, small": wanted}

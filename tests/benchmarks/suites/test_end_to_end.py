@@ -34,14 +34,41 @@ class TestOnACpu:
         assert line["updates"] == 2
         kept = {}
         monkeypatch.setattr(records, "append", lambda path, made: kept.update({path.name: list(made)}))
-        end_to_end._report({name: [line] for name in end_to_end.WORKERS}, 0.0)
+        end_to_end._report({name: [line] for name in end_to_end.WORKERS}, 0.0, 3)
         (made,) = kept.values()
         old = records.read(records.FOLDER / "end_to_end.jsonl")[-1]
         assert set(old) - set(made[0]) == set()
-        assert {key for line in made for key in line} - set(old) <= {"source"}
+        assert {key for line in made for key in line} - set(old) <= {"source", "processor_rounds_ms"}
         assert [line["implementation"] for line in made] == ["ours_batched", "trl", "paper", "ours_single"]
         assert made[0]["shape"] == old["shape"]
         assert made[0]["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
+        cost = 1e6 * line["processor_seconds"] / line["tokens"]
+        assert made[0]["processor_rounds_ms"] == [pytest.approx(cost, rel=1e-5)]
+        assert {record["threads"] for record in made} == {3}, "a worker's, not this process's"
+
+    def test_some_trainers_alone_are_compared_where_both_of_a_pair_are_there(self, monkeypatch, capsys):
+        ran, kept = [], []
+
+        def worker(name, threads):
+            ran.append(name)
+            if name == "leak":
+                return {"leak": 0.0}
+            seconds, used = {"ours_batched": (2.0, 2.0), "trl": (5.0, 4.4)}[name]
+            rest = {"tokens": 100, "samples_per_update": 1, "peak_bytes": 1}
+            return {"seconds": seconds, "processor_seconds": used, **rest}
+
+        monkeypatch.setattr(end_to_end, "_worker", worker)
+        monkeypatch.setattr(records, "append", lambda path, made: kept.extend(made))
+        words = ["end_to_end", "--only", "ours_batched", "trl", "--rounds", "2", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", words)
+        end_to_end.main()
+        assert ran == ["ours_batched", "trl", "trl", "ours_batched", "leak"]
+        assert [record["implementation"] for record in kept] == ["ours_batched", "trl"]
+        said = [line for line in capsys.readouterr().out.splitlines() if " × " in line]
+        assert said == [
+            "batched / TRL    2.50 × (from 2.50 to 2.50), pair by pair",
+            "batched / TRL    2.20 × (from 2.20 to 2.20), pair by pair by processor time",
+        ]
 
     def test_a_run_that_is_left_has_been_measured_and_has_saved_nothing(self, monkeypatch):
         seen = []

@@ -24,6 +24,14 @@ class TestWindow:
         assert (figures["tokens"], figures["samples"], figures["updates"]) == (11100, 3, 3)
         assert sum(figures["update_ms"]) / 1e3 == pytest.approx(figures["seconds"], abs=1e-3)
 
+    def test_processor_time_is_of_what_is_measured_and_not_of_waiting(self, monkeypatch):
+        used = iter([5.0, 7.0])
+        monkeypatch.setattr(loops.time, "process_time", lambda: next(used))
+        window = Window("cpu", 2, 3)
+        for _ in range(6):
+            window.update(samples=1)
+        assert window.figures()["processor_seconds"] == 2.0
+
     def test_it_closes_early_with_a_few_updates_in_it(self):
         window = Window("cpu", 1, 100, ends=time.monotonic())
         assert [window.update(samples=1) for _ in range(4)] == [False, False, False, True]

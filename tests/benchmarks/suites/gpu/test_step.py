@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.suites.gpu import goals, kernels, step, training
+from benchmarks.suites.gpu import goals, kernels, launches, step, training
 from benchmarks.suites.gpu.session import LEFT_OUT, RECORDS, read_lines
 from tests.benchmarks.suites.gpu.toys import fed, session_at
 from tests.benchmarks.suites.gpu.workers import Here, without_processes
@@ -70,7 +70,8 @@ class TestPart:
             assert 0 < record["p50_ms"] <= record["span_ms"]
         text = (rehearsed / training.KERNELS).read_text()
         assert "earlier" not in text
-        assert [f"layers {variant}, 2 rows of 128" in text for variant in training.VARIANTS] == [True] * 3
+        tables = (*training.VARIANTS, launches.SEPARATE)
+        assert [f"layers {variant}, 2 rows of 128" in text for variant in tables] == [True] * 4
         assert len(text) < 1 << 16
 
     def test_predictions_are_the_budgets_sums(self):
@@ -109,6 +110,17 @@ class TestLeftOut:
         assert [variant for variant, _ in seen] == ["plain", "liger", "compiled"]
         assert all(limit <= step.SHARE_S[variant] + step.IMPORTS_S for variant, limit in seen)
         assert self.asked(tmp_path, monkeypatch, left_s=30)[0][1] < 30, "and within what is left"
+
+    def test_launches_are_shared_and_apart_in_the_compiled_ones_alone(self, tmp_path, monkeypatch):
+        seen = []
+        told = SimpleNamespace(
+            measure=lambda session, wanted, limit_s: seen.append((wanted.variant, wanted.launches)),
+            close=None,
+        )
+        without_processes(monkeypatch, lambda: told)
+        monkeypatch.setattr(step, "predicted_bytes", lambda *_: 1)
+        step.run(session_at(tmp_path, "C"))
+        assert seen == [("plain", False), ("liger", False), ("compiled", True)]
 
     def test_a_red_compile_takes_compiled_layers_out_and_no_others(self, tmp_path, monkeypatch):
         assert [v for v, _ in self.asked(tmp_path, monkeypatch, red={("compile", "bfloat16")})] == [

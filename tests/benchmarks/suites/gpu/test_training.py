@@ -13,7 +13,7 @@ from benchmarks.suites.gpu import kernels, step, training
 from benchmarks.suites.gpu.session import LEFT_OUT, RECORDS, read_lines
 from repsft_fast.models import layers, load
 from repsft_fast.ops import attention
-from repsft_fast.training import build, parts, trainer
+from repsft_fast.training import build, compiled, parts, trainer
 from repsft_fast.training import step as training_step
 from tests.benchmarks.suites.gpu.toys import session_at
 from tests.helpers.fake_cuda import fake_cuda
@@ -56,6 +56,34 @@ class TestMeasure:
         assert stamps.update_ms() == [10.0, 3.0, 4.0]
         assert resets == [1]
         assert len(stamps.host_ms()) == 3
+
+    @pytest.mark.parametrize(
+        ("now", "name"),
+        [
+            (True, "compiled"),
+            ("separate", "compiled, but separate"),
+            ("failed", "compiled, but failed"),
+            (False, "compiled, but plain"),
+        ],
+    )
+    def test_layers_that_were_not_compiled_are_not_called_so(self, now, name, tmp_path, monkeypatch):
+        """Goals and part D would take another's figures for theirs."""
+        session = session_at(tmp_path, "C")
+        point = training.point("x", step.MODEL, "plain", 8192, toy=True, updates=2, warm=1)
+        stamps = training.Stamps("cpu", point.warm, point.updates)
+        stack = SimpleNamespace(counts=SimpleNamespace(stacked=4, apart=1), why={1: "b", 2: "a", 3: "b"})
+        with training.trained(session, point, tmp_path, stamps) as parts:
+            session.device = "cuda"
+            monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+            monkeypatch.setattr(compiled, "now", lambda given: now)
+            parts.model.compiled_layers = SimpleNamespace(stack=stack)
+            training._record_updates(
+                session, dataclasses.replace(point, variant="compiled"), parts, stamps, 0.0
+            )
+        (record,) = read_lines(tmp_path / RECORDS)
+        assert (record["implementation"], record["layers"]) == (name, name)
+        assert (record["rows_stacked"], record["rows_apart"], record["why_apart"]) == (4, 1, ["a", "b"])
+        assert len(read_lines(tmp_path / LEFT_OUT)) == (now is not True)
 
     def test_samples_have_their_second_half_trained_and_fill_their_rows(self, tmp_path):
         session = session_at(tmp_path, "C")
