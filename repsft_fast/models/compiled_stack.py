@@ -21,12 +21,14 @@ not find the weights.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -95,15 +97,19 @@ class Stack:
         if shape in self.why:
             return self.why[shape]
         try:
+            if any(getattr(module, "layerdrop", 0.0) for module in model.modules()):
+                raise NotRecorded("layers are left out at random (layerdrop)")
             plan = Plan(model, self.layers, [pairs[number] for number in range(len(self.layers))])
             self.passing = rehearsal = Rehearsal(plan)
+            drawn = _random_streams()
             with torch.no_grad(), _Watch(rehearsal):
                 result = call()
             rehearsal.end()
             with torch.enable_grad():
                 if not plan.holds():
                     raise NotRecorded("layers or weights have hooks, or are recomputed")
-            if rehearsal.alike:
+            # a loop that draws may leave a layer out, another time
+            if rehearsal.alike and _random_streams() == drawn:
                 self._rehearse_at_once(plan, model, call, result)
             self._plans[shape] = plan
             return ""
@@ -135,7 +141,7 @@ class Stack:
             return  # a model that does more than call its layers: each is called
         finally:
             at_once.end()
-        if at_once.holds() and _same_bits(result, expected):
+        if rehearsal.met and at_once.holds() and _same_bits(result, expected):
             plan.at_once = at_once
 
     @contextmanager
@@ -151,7 +157,7 @@ class Stack:
             at_once.begin(partial(passing.all_layers, plan))
         try:
             yield
-            passing.end()
+            passing.end(met=at_once is not None)
         finally:
             self.passing = None
             if at_once is not None:
@@ -201,8 +207,8 @@ class Rehearsal(Pass):
         self._done = True
         return output
 
-    def end(self) -> None:
-        super().end()
+    def end(self, *, met: bool = False) -> None:
+        super().end(met=met)
         if not self._done:
             raise NotRecorded("no layer was called")
 
@@ -221,6 +227,13 @@ class _Watch(TorchFunctionMode):
             if any(value is one for value in (*given, *lists) for one in self.rehearsal.handed):
                 raise NotRecorded("something else reads what a layer hands on")
         return func(*args, **(kwargs or {}))
+
+
+def _random_streams() -> Any:
+    """Where everything stands that a model may draw from."""
+    torchs = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    numpys = np.random.get_state(legacy=True)
+    return [state.tolist() for state in torchs], random.getstate(), str(numpys)
 
 
 def _uses(func: Any) -> bool:

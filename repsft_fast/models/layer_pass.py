@@ -181,6 +181,7 @@ class Pass:
         self.plans, self.counts = plans, counts
         self.plan: Plan | None = None
         self.number = 0  # of the layer that is next
+        self.met = False  # one call for all layers was made
         self.hidden: Tensor | None = None  # what the last one handed on
         self._version = 0
         self._first: Any = None
@@ -197,6 +198,7 @@ class Pass:
 
     def all_layers(self, plan: Plan, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The last layer's output, all being given what the first is: `plan.at_once` has looked at that."""
+        self.met = True
         if not self.fits(plan, hidden):
             for layer in plan.layers:
                 hidden = layer(hidden, *args, **kwargs)
@@ -256,9 +258,10 @@ class Pass:
         self.counts.stacked += 1
         return plan.joined(self._first, self._tape)
 
-    def end(self) -> None:
-        """The pass is over. TrainingError where it ended amid the layers: what came out has no gradient."""
-        if self.plan is not None:
+    def end(self, *, met: bool = False) -> None:
+        """The pass is over. TrainingError where it ended amid the layers: what came out has no gradient; and
+        where one call for all of them should have been met and was not."""
+        if self.plan is not None or (met and not self.met):
             raise self._torn()
 
     def _own(self, given: Given, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -42,6 +42,8 @@ _LIBRARY.define(f"segments_backward(Tensor up, {_GIVEN}) -> (Tensor, Tensor, Ten
 
 def lengths_of(segments: Sequence[int], size: int) -> Tensor:
     """[size] int32 on the host, more where there are more segments: their lengths, then zeros."""
+    if not segments:  # of a static row; made inside a capture, which is to read nothing from outside
+        return torch.zeros(size, dtype=torch.int32, device="cpu")
     return torch.tensor([*segments, *[0] * (size - len(segments))], dtype=torch.int32, device="cpu")
 
 

@@ -1,7 +1,9 @@
 """One call of a model's loop for all layers: only where nothing else can be meant by it."""
 
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,6 +126,14 @@ def test_an_embedding_that_is_frozen_meanwhile(model):
         weight.requires_grad_(True)
 
 
+def test_a_loop_that_goes_another_way_than_at_warm_up_is_refused(model, monkeypatch):
+    """By itself the pass would look as if there were no layers."""
+    monkeypatch.setattr(model.model, "forward", lambda *_, **__: None)
+    with pytest.raises(Exception, match="not called with what"), running(model, rows(1)[0]):
+        model.model()
+    assert stack_of(model).passing is None
+
+
 def test_other_arguments_are_refused(model, monkeypatch):
     plan = plan_of(model)
     monkeypatch.setattr(plan, "kinds", [replace(plan.kinds[0], like="another")])
@@ -163,13 +173,29 @@ class TestWarmUp:
         model.model.forward = forward
 
     def by_numbers(self, model):
-        held = model.model.layers
+        """Its loop asks for one layer after the other."""
+        plain = model.model.forward
 
-        class Numbered(nn.ModuleList):
-            def __getitem__(self, index):
-                return [held[n] for n in range(len(held))] if isinstance(index, slice) else held[index]
+        def forward(*args, **kwargs):
+            layers, one = model.model.layers, nn.ModuleList()
+            one._modules = {str(n): layers[n] for n in range(4)}
+            model.model._modules["layers"] = one
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                model.model._modules["layers"] = layers
 
-        model.model.layers = Numbered(held)
+        model.model.forward = forward
+
+    def drawing(self, model, draw=lambda: torch.rand([])):
+        plain = model.model.forward
+        model.model.forward = lambda *args, **kwargs: (draw(), plain(*args, **kwargs))[1]
+
+    def drawing_in_python(self, model):
+        self.drawing(model, random.random)
+
+    def drawing_in_numpy(self, model):
+        self.drawing(model, np.random.rand)
 
     def own_arguments(self, model):
         """Every layer gets positions of its own, as far as objects go."""
@@ -189,8 +215,11 @@ class TestWarmUp:
     undo = staticmethod(lambda: None)
 
     @pytest.mark.parametrize(
-        "what", ["between_layers", "by_numbers", "own_arguments", "a_forward_of_somebody", "nothing"]
-    )
+        "what", [
+            "between_layers", "by_numbers", "own_arguments", "a_forward_of_somebody", "drawing",
+            "drawing_in_python", "drawing_in_numpy", "nothing",
+        ],
+    )  # fmt: skip
     def test_a_loop_that_does_more_calls_every_layer(self, what):
         model = warmed("llama", prepare=getattr(self, what, lambda model: None))
         assert not stack_of(model).why

@@ -439,6 +439,7 @@ REFUSED = {
     "a_hook": "layers or weights have hooks",
     "a_weights_hook": "a weight has a hook",
     "a_layer_that_draws": "a layer was not called",
+    "layers_dropped": "layers are left out at random",
 }
 
 
@@ -469,6 +470,9 @@ class TestWarmUp:
         weight = layers_of(model)[0].mlp.up_proj.weight
         weight.register_hook(lambda g: g).remove()
         weight.register_post_accumulate_grad_hook(lambda p: None).remove()
+
+    def layers_dropped(self, model):
+        model.model.layerdrop = 0.1
 
     def a_layer_that_draws(self, model):
         layers_of(model)[1].self_attn.attention_dropout = 0.1
