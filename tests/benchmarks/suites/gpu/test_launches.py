@@ -108,7 +108,7 @@ class TestMeasure:
         for name, limit in (("shared beside itself", 0.0), ("shared beside plain", ROUNDING)):
             assert max(numbers[name][field] for field in fields) <= limit, name
         for name in ("separate beside plain", "shared beside separate"):
-            assert 0.1 * OFF < numbers[name]["layer_off"] < 100 * OFF, name
+            assert numbers[name]["layer_off"] == pytest.approx(0.947 * OFF, rel=3e-4), name
             assert numbers[name]["layers_off"][numbers[name]["layer"]] == numbers[name]["layer_off"]
             assert len(numbers[name]["layers_off"]) == 2
         shared, apart = (found.one(launches.UPDATES, way) for way in (launches.SHARED, launches.SEPARATE))
@@ -132,7 +132,7 @@ class TestMeasure:
         first, last = numbers[launches.SHARED]
         assert last.beside(first)["gradients_off"] == 0.0
         assert first.beside(numbers[launches.PLAIN][0])["gradients_off"] <= ROUNDING
-        assert first.beside(numbers[launches.SEPARATE][0])["gradients_off"] > 0.1 * OFF
+        assert first.beside(numbers[launches.SEPARATE][0])["gradients_off"] > 0.3 * OFF
 
     def test_a_compiler_that_fails_leaves_the_shared_ones(self, compilers, built, monkeypatch):
         session, wanted, parts = built
@@ -190,4 +190,4 @@ def test_predictions_are_of_what_was_counted():
     assert launches.saved_ms(3.0e12) == pytest.approx(28 * (10 * 2e-3 - 0.04e12 / 3.0e12))
     by_name = {goal.name: goal.predicted(H100) for goal in step.GOALS if goal.predicted}
     assert by_name["0.6B, compiled: kernels a row fewer, launches shared"] == 280
-    assert by_name["0.6B, compiled: launches apart / shared"] == pytest.approx(1.002, abs=1e-3)
+    assert by_name["0.6B, compiled: launches apart / shared"] == pytest.approx(1.00197, abs=5e-6)
