@@ -172,7 +172,7 @@ class TestTimeline:
         made = timeline.build(again)
         assert made["evaluations"] == whole["evaluations"]
         assert made["result"]["moment"] is None
-        assert mixture_picture.draw(again).stat().st_size > 10_000
+        assert mixture_picture.draw(again).stat().st_size > 8_000
 
     def test_a_run_without_tasks_says_so(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"kind": "update", "update": 1}\n')

@@ -26,7 +26,7 @@ def few():
 def test_every_part_is_timed_and_the_sum_is_near_the_whole(few, capsys):
     found = host.measure()
     assert list(found) == [
-        "all", "all, layers one by one", "rows", "model around the layers", "gradients dropped", "layers",
+        "all", "all, each layer called", "all, layers one by one", "rows", "model around the layers", "gradients dropped", "layers",
         "of layers, the empty graphs", "layers one by one", "statistics", "ledger", "norm, clip, veto", "optimizer",
     ]  # fmt: skip
     assert all(0.0 < ms < 1e3 for ms in found.values())
@@ -50,7 +50,7 @@ def test_layers_are_compiled_and_give_gradients_without_computing(few, tmp_path)
     assert all(g is not None and bool((g == host._some(g.dtype)).all()) for g in of_layers)
     assert all(torch.equal(p, before[name]) for name, p in parts.optimizer.names.items()), "no optimizer ran"
     stack = compiled_layers(parts.model).stack
-    assert vars(stack.counts) == {"stacked": len(epoch[0].ranks[0]), "apart": 0}
+    assert vars(stack.counts) == dict.fromkeys(("stacked", "at_once"), len(epoch[0].ranks[0])) | {"apart": 0}
     with host.layer_by_layer(parts.model), redirect_stderr(io.StringIO()):
         parts.model.loss(next(iter(parts.rows(epoch[1]))))
         assert not stack._plans
