@@ -103,40 +103,19 @@ def in_a_graph(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, rule: Rule) -> 
     return found
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    graded: Sequence[bool],
-) -> Tensor:
-    with torch.set_grad_enabled(any(graded)), _autograd():
-        return _computed((q, k, v, sinks), lengths, scale, window, softcap, graded)[1].detach()
+def _forward(*given: Any) -> Tensor:
+    """given: as in `_GIVEN`."""
+    with torch.set_grad_enabled(any(given[-1])), _autograd():
+        return _computed(*given)[1].detach()
 
 
-def _backward(
-    up: Tensor,  # [1, T, A, D_v]
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    graded: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and sinks, empty where none is needed."""
+def _backward(up: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and sinks, empty where none is needed. up: [1, T, A, D_v]."""
     with torch.enable_grad(), _autograd():
-        inputs, output = _computed((q, k, v, sinks), lengths, scale, window, softcap, graded)
-        found = iter(
-            torch.autograd.grad(output, [x for x in inputs if x is not None and x.requires_grad], up)
-        )
-    return tuple(next(found) if wanted else q.new_empty(0) for wanted in graded)
+        inputs, output = _computed(*given)
+        asked = [x for x in inputs if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(output, asked, up))
+    return tuple(next(found) if wanted else up.new_empty(0) for wanted in given[-1])
 
 
 def _autograd() -> Any:
@@ -154,8 +133,11 @@ def _keys() -> Any:
 
 
 def _computed(
-    tensors: tuple[Tensor | None, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lengths: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -165,7 +147,7 @@ def _computed(
     lengths, which the backward of every layer holds."""
     leaves: list[Any] = [
         None if x is None else x.detach().requires_grad_(wanted)
-        for x, wanted in zip(tensors, graded, strict=True)
+        for x, wanted in zip((q, k, v, sinks), graded, strict=True)
     ]
     masks: Masks = lengths.__dict__.setdefault("masks", {})
     q, k, v, sinks = leaves
