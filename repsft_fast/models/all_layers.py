@@ -73,9 +73,7 @@ class _Once(nn.ModuleList):
         held = list(self._modules.values())
         if not isinstance(index, slice):
             return held[index]
-        return (
-            self if len(held[index]) == len(held) and (index.step or 1) == 1 else nn.ModuleList(held[index])
-        )
+        return self if all_are(held[index], held) else nn.ModuleList(held[index])
 
 
 class _AllLayers:
