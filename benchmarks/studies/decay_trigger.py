@@ -1,12 +1,13 @@
-"""At which token accuracy of the training pass must the decay begin, so that the finished model has 96 to 98 %?
+"""Where must the decay begin, in token accuracy of the training pass, for a finished model of 96 to 98 %?
 
-    python -m benchmarks.studies.decay_trigger [names]   runs what is missing, appends records/decay_trigger.jsonl
-    python -m benchmarks.studies.decay_trigger --table   the tables of docs/policies.md
+    python -m benchmarks.studies.decay_trigger [names]   runs what is missing, appends its records
+    python -m benchmarks.studies.decay_trigger --table   finished accuracy by trigger
 
-One run a configuration under the constant rate. At every epoch's end its state is kept, the decay is triggered
-there, made to its end and measured, and the state is put back: so one run says what every trigger would have
-given. Per epoch: accuracy of the training pass; the model's own accuracy then (one forward pass over at most
-200 training samples); the finished model's own accuracy, after the decay that would have begun there.
+One run a configuration under the constant rate. At every epoch's end its state is kept, the decay is
+triggered there, made to its end and measured, and the state is put back: so one run says what every trigger
+would have given. Per epoch: accuracy of the training pass; the model's own accuracy then (one forward pass
+over at most 200 training samples); the finished model's own accuracy, after the decay that would have begun
+there (0: not tried).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.harness import machine, records
 PATH = records.FOLDER / "decay_trigger.jsonl"
 TRIGGERS = (0.70, 0.75, 0.80, 0.85, 0.88, 0.90, 0.92, 0.94, 0.95, 0.96, 0.97)
 WINDOW = (0.96, 0.98)
-FROM, UNTIL, MOST_EPOCHS, PROBE = 0.62, 0.985, 100, 200
+FROM, UNTIL, ENOUGH, MOST_EPOCHS, PROBE = 0.66, 0.985, 0.992, 100, 200
 GYM = "reasoning-gym:"
 SOLUTIONS = GYM + "gsm_symbolic?size={}&seed={}"
 SHORT = (
@@ -37,13 +38,13 @@ SHORT = (
 # name: rows, (hidden size, layers), samples an update, rate, average, rows that a base is trained on before
 CONFIGURATIONS: dict[str, tuple[Any, tuple[int, int], int, float, str, Any]] = {
     "demo": ("demo", (192, 4), 8, 1.5e-3, "token", None),
-    "solutions": (SOLUTIONS.format(100, 21), (128, 3), 4, 1e-3, "sample", None),
-    "one_sample": (SOLUTIONS.format(50, 22), (160, 4), 1, 4e-4, "sample", None),
-    "story": ("story", (160, 4), 4, 1e-3, "sample", None),
+    "solutions": (SOLUTIONS.format(50, 21), (128, 3), 4, 1e-3, "sample", None),
+    "one_sample": (SOLUTIONS.format(30, 22), (128, 3), 1, 4e-4, "sample", None),
+    "story": ("story", (128, 3), 4, 1e-3, "sample", None),
     "short_answers": (SHORT, (96, 2), 16, 3e-3, "sample", None),
-    "large_batch": (SOLUTIONS.format(300, 23), (224, 4), 32, 3e-3, "sample", None),
-    "tuned": (SOLUTIONS.format(60, 24), (160, 4), 4, 3e-4, "sample", SOLUTIONS.format(1200, 77)),
-    "tuned_fast": (SOLUTIONS.format(200, 25), (160, 4), 8, 1e-3, "sample", SOLUTIONS.format(1200, 77)),
+    "large_batch": (SOLUTIONS.format(100, 23), (192, 4), 32, 3e-3, "sample", None),
+    "tuned": (SOLUTIONS.format(40, 24), (128, 3), 4, 3e-4, "sample", SOLUTIONS.format(300, 77)),
+    "tuned_fast": (SOLUTIONS.format(80, 25), (128, 3), 8, 1e-3, "sample", SOLUTIONS.format(300, 77)),
 }
 
 
@@ -61,7 +62,7 @@ def rows_of(source: Any) -> list[dict[str, Any]]:
     return [{"messages": row["messages"]} for name in full for row in gym_rows(name)]
 
 
-def story_rows(count: int = 80, asked: int = 12, told: int = 48) -> list[dict[str, Any]]:
+def story_rows(count: int = 40, asked: int = 12, told: int = 48) -> list[dict[str, Any]]:
     """Twelve words of Verne's "In the year 2889" as the question, the next 48 as the reply."""
     import reasoning_gym
 
@@ -76,8 +77,8 @@ def story_rows(count: int = 80, asked: int = 12, told: int = 48) -> list[dict[st
 
 
 def settings(name: str, folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
-    """Settings of a run under `folder`, its tokenizer made of its own texts; a base is trained first where the
-    configuration has one."""
+    """Settings of a run under `folder`, its tokenizer made of its own texts; a base is trained first where there
+    is one."""
     from repsft_fast.commands.demo import VOCABULARY, build_tokenizer
 
     source, (hidden, layers), batch, lr, average, base = CONFIGURATIONS[name]
@@ -89,8 +90,8 @@ def settings(name: str, folder: Path, seed: int, **changes: Any) -> dict[str, An
     (folder / "before.jsonl").write_text("\n".join(map(json.dumps, before)) + "\n")
     model = {
         "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": hidden,
-        "intermediate_size": 8 * hidden // 3 // 32 * 32, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "intermediate_size": 8 * hidden // 3 // 32 * 32, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
         "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": None,
     }  # fmt: skip
     made: dict[str, Any] = {
@@ -122,9 +123,9 @@ def _base(folder: Path, made: dict[str, Any]) -> Path:
     changes = {
         "run": {"folder": str(target), "seed": 0},
         "data": made["data"] | {"train": str(folder / "before.jsonl")},
-        "batch": {"samples": 16, "row_tokens": 2048},
+        "batch": {"samples": 8, "row_tokens": 1024},
         "optim": {"lr": 2e-3},
-        "budget": {"epochs": 3},
+        "budget": {"epochs": 4},
     }
     train({**made, **changes})
     return target
@@ -151,12 +152,13 @@ def run(name: str, seed: int) -> dict[str, Any]:
             curves["training_pass"].append(trained)
             curves["own"].append(accuracy())
             curves["finished"].append(_finished(parts, snapshots, accuracy) if trained >= FROM else 0.0)
-            if trained >= UNTIL:
+            if trained >= UNTIL or curves["finished"][-1] >= ENOUGH:  # later triggers only end higher
                 break
         seconds = time.perf_counter() - started
     shape = {
-        "parameters": sum(p.numel() for p in parts.model.parameters()), "samples": len(parts.data.train.index),
-        "tokens": int(parts.data.train.index.trained.sum()), "updates_per_epoch": parts.budget.updates_per_epoch,
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
+        "samples": len(parts.data.train.index), "tokens": int(parts.data.train.index.trained.sum()),
+        "updates_per_epoch": parts.budget.updates_per_epoch,
         "seed": seed,
     }  # fmt: skip
     rounded = {key: [round(value, 5) for value in curve] for key, curve in curves.items()}
@@ -201,8 +203,8 @@ def _share(stats: Any) -> float:
 
 
 def landed(record: dict[str, Any], trigger: float) -> tuple[float, float] | None:
-    """(training pass that triggered, finished model's own accuracy) under the rule `training pass >= trigger`;
-    None: never reached."""
+    """(training pass that triggered, finished model's own accuracy) under the rule `training pass >=
+    trigger`; None: not reached before earlier triggers ended at ENOUGH or above."""
     for trained, finished in zip(record["training_pass"], record["finished"], strict=True):
         if trained >= trigger:
             return trained, finished
@@ -216,7 +218,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     text.append("|---" * (len(names) + 2) + "|")
     for trigger in TRIGGERS:
         found = [landed(r, trigger) for r in lines]
-        cells = ["–" if one is None else f"{100 * one[1]:.1f}" for one in found]
+        cells = ["above" if one is None else f"{100 * one[1]:.1f}" for one in found]
         inside = sum(one is not None and WINDOW[0] <= one[1] <= WINDOW[1] for one in found)
         text.append(f"| {trigger:g} | " + " | ".join(cells) + f" | {inside} of {len(found)} |")
     return "\n".join(text)
