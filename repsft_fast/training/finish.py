@@ -52,9 +52,8 @@ def finish(run: Run) -> RunResult:
         save_model(parts, reporter)
     with _again_later(parts, run.saver, "the model is saved, but the test split could not be scored"):
         tested = evaluate_test(parts)
-    with _again_later(
-        parts, run.saver, "the model is saved, but its own token accuracy could not be measured"
-    ):
+    what = "the model is saved, but its own token accuracy could not be measured"
+    with _again_later(parts, run.saver, what):
         saved = saved_accuracy(parts, reporter)
     more: dict[str, Any] = {
         "answers": show_answers(parts, reporter, parts.data.seen, parts.data.held_out),
@@ -72,7 +71,7 @@ def finish(run: Run) -> RunResult:
         reporter.note(line)
     code = conductor.history.ended_by
     result = result_of(parts, reporter, code, conductor.end_reason, conductor.last_epoch, **more)
-    result = replace(result, saved_token_accuracy=saved and saved.token_accuracy)
+    result = replace(result, saved_token_accuracy=None if saved is None else saved.token_accuracy)
     with _again_later(parts, run.saver, "the model is saved, but result.json could not be written"):
         if parts.world.is_main:
             results.write(result)
