@@ -91,7 +91,8 @@ def settings(name: str, folder: Path, seed: int, **changes: Any) -> dict[str, An
     model = {
         "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": hidden,
         "intermediate_size": 8 * hidden // 3 // 32 * 32, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
         "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": None,
     }  # fmt: skip
     made: dict[str, Any] = {
