@@ -77,8 +77,8 @@ def story_rows(count: int = 40, asked: int = 12, told: int = 48) -> list[dict[st
 
 
 def settings(name: str, folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
-    """Settings of a run under `folder`, its tokenizer made of its own texts; a base is trained first where there
-    is one."""
+    """Settings of a run under `folder`, with a tokenizer made of its own texts; a base is trained first where
+    there is one."""
     from repsft_fast.commands.demo import VOCABULARY, build_tokenizer
 
     source, (hidden, layers), batch, lr, average, base = CONFIGURATIONS[name]
