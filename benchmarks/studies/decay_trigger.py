@@ -41,9 +41,9 @@ CONFIGURATIONS: dict[str, tuple[Any, tuple[int, int], int, float, str, Any]] = {
     "one_sample": (SOLUTIONS.format(50, 22), (160, 4), 1, 4e-4, "sample", None),
     "story": ("story", (160, 4), 4, 1e-3, "sample", None),
     "short_answers": (SHORT, (96, 2), 16, 3e-3, "sample", None),
-    "large_batch": (SOLUTIONS.format(300, 23), (224, 4), 32, 3e-3, "sample", None),
-    "tuned": (SOLUTIONS.format(60, 24), (160, 4), 4, 3e-4, "sample", SOLUTIONS.format(1200, 77)),
-    "tuned_fast": (SOLUTIONS.format(200, 25), (160, 4), 8, 1e-3, "sample", SOLUTIONS.format(1200, 77)),
+    "large_batch": (SOLUTIONS.format(200, 23), (192, 4), 32, 3e-3, "sample", None),
+    "tuned": (SOLUTIONS.format(60, 24), (160, 4), 4, 3e-4, "sample", SOLUTIONS.format(500, 77)),
+    "tuned_fast": (SOLUTIONS.format(200, 25), (160, 4), 8, 1e-3, "sample", SOLUTIONS.format(500, 77)),
 }
 
 
