@@ -25,7 +25,7 @@ from benchmarks.harness import machine, records
 PATH = records.FOLDER / "decay_trigger.jsonl"
 TRIGGERS = (0.70, 0.75, 0.80, 0.85, 0.88, 0.90, 0.92, 0.94, 0.95, 0.96, 0.97)
 WINDOW = (0.96, 0.98)
-FROM, UNTIL, MOST_EPOCHS, PROBE = 0.62, 0.985, 100, 200
+FROM, UNTIL, ENOUGH, MOST_EPOCHS, PROBE = 0.66, 0.985, 0.992, 100, 200
 GYM = "reasoning-gym:"
 SOLUTIONS = GYM + "gsm_symbolic?size={}&seed={}"
 SHORT = (
@@ -37,13 +37,13 @@ SHORT = (
 # name: rows, (hidden size, layers), samples an update, rate, average, rows that a base is trained on before
 CONFIGURATIONS: dict[str, tuple[Any, tuple[int, int], int, float, str, Any]] = {
     "demo": ("demo", (192, 4), 8, 1.5e-3, "token", None),
-    "solutions": (SOLUTIONS.format(100, 21), (128, 3), 4, 1e-3, "sample", None),
-    "one_sample": (SOLUTIONS.format(50, 22), (160, 4), 1, 4e-4, "sample", None),
-    "story": ("story", (160, 4), 4, 1e-3, "sample", None),
+    "solutions": (SOLUTIONS.format(50, 21), (128, 3), 4, 1e-3, "sample", None),
+    "one_sample": (SOLUTIONS.format(30, 22), (128, 3), 1, 4e-4, "sample", None),
+    "story": ("story", (128, 3), 4, 1e-3, "sample", None),
     "short_answers": (SHORT, (96, 2), 16, 3e-3, "sample", None),
-    "large_batch": (SOLUTIONS.format(200, 23), (192, 4), 32, 3e-3, "sample", None),
-    "tuned": (SOLUTIONS.format(60, 24), (160, 4), 4, 3e-4, "sample", SOLUTIONS.format(500, 77)),
-    "tuned_fast": (SOLUTIONS.format(200, 25), (160, 4), 8, 1e-3, "sample", SOLUTIONS.format(500, 77)),
+    "large_batch": (SOLUTIONS.format(100, 23), (192, 4), 32, 3e-3, "sample", None),
+    "tuned": (SOLUTIONS.format(40, 24), (128, 3), 4, 3e-4, "sample", SOLUTIONS.format(300, 77)),
+    "tuned_fast": (SOLUTIONS.format(80, 25), (128, 3), 8, 1e-3, "sample", SOLUTIONS.format(300, 77)),
 }
 
 
@@ -61,7 +61,7 @@ def rows_of(source: Any) -> list[dict[str, Any]]:
     return [{"messages": row["messages"]} for name in full for row in gym_rows(name)]
 
 
-def story_rows(count: int = 80, asked: int = 12, told: int = 48) -> list[dict[str, Any]]:
+def story_rows(count: int = 40, asked: int = 12, told: int = 48) -> list[dict[str, Any]]:
     """Twelve words of Verne's "In the year 2889" as the question, the next 48 as the reply."""
     import reasoning_gym
 
@@ -122,9 +122,9 @@ def _base(folder: Path, made: dict[str, Any]) -> Path:
     changes = {
         "run": {"folder": str(target), "seed": 0},
         "data": made["data"] | {"train": str(folder / "before.jsonl")},
-        "batch": {"samples": 16, "row_tokens": 2048},
+        "batch": {"samples": 8, "row_tokens": 1024},
         "optim": {"lr": 2e-3},
-        "budget": {"epochs": 3},
+        "budget": {"epochs": 4},
     }
     train({**made, **changes})
     return target
@@ -151,7 +151,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
             curves["training_pass"].append(trained)
             curves["own"].append(accuracy())
             curves["finished"].append(_finished(parts, snapshots, accuracy) if trained >= FROM else 0.0)
-            if trained >= UNTIL:
+            if trained >= UNTIL or curves["finished"][-1] >= ENOUGH:  # later triggers only end higher
                 break
         seconds = time.perf_counter() - started
     shape = {
@@ -202,7 +202,7 @@ def _share(stats: Any) -> float:
 
 def landed(record: dict[str, Any], trigger: float) -> tuple[float, float] | None:
     """(training pass that triggered, finished model's own accuracy) under the rule `training pass >= trigger`;
-    None: never reached."""
+    None: not reached before earlier triggers ended at ENOUGH or above."""
     for trained, finished in zip(record["training_pass"], record["finished"], strict=True):
         if trained >= trigger:
             return trained, finished
@@ -216,7 +216,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     text.append("|---" * (len(names) + 2) + "|")
     for trigger in TRIGGERS:
         found = [landed(r, trigger) for r in lines]
-        cells = ["–" if one is None else f"{100 * one[1]:.1f}" for one in found]
+        cells = ["above" if one is None else f"{100 * one[1]:.1f}" for one in found]
         inside = sum(one is not None and WINDOW[0] <= one[1] <= WINDOW[1] for one in found)
         text.append(f"| {trigger:g} | " + " | ".join(cells) + f" | {inside} of {len(found)} |")
     return "\n".join(text)
