@@ -7,15 +7,15 @@ come again). Its clock counts records, so "has this been answered?" is a compari
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.policies import history_json
 from repsft_fast.policies.decisions import Code, Continue, Decision, NewStage, Probe, RollBack, Stop
 from repsft_fast.policies.records import KEEP_LOSSES, Epoch, Evaluation, Position, Probed, Stage, Taken
-from repsft_fast.policies.statistics import Score, macro, pooled
+from repsft_fast.policies.statistics import Pool, Score, pooled
 
 
 @dataclass
@@ -78,7 +78,10 @@ class History:
         return record
 
     def epoch_ended(
-        self, tokens: Mapping[str, tuple[int, int]], losses: Mapping[int, float] | None = None
+        self,
+        tokens: Mapping[str, tuple[int, int]],
+        losses: Mapping[int, float] | None = None,
+        own: tuple[int, int] | None = None,
     ) -> Epoch:
         """An epoch has ended at the current position with these exact counts."""
         self.clock += 1
@@ -90,12 +93,12 @@ class History:
             at.epochs,
             dict(tokens),
             dict(losses) if losses else None,
+            own,
         )
         self.epochs.append(record)
         old = len(self.epochs) - KEEP_LOSSES - 1
         if old >= 0 and self.epochs[old].losses is not None:
-            past = self.epochs[old]
-            self.epochs[old] = Epoch(past.clock, past.stage, past.update, past.epochs, past.tokens, None)
+            self.epochs[old] = replace(self.epochs[old], losses=None)
         return record
 
     def probed(self, losses: Mapping[str, tuple[float, float]]) -> Probed:
@@ -240,14 +243,13 @@ class History:
             if any(t in e.scores and e.scores[t].defined for e in self.evaluations)
         ]
 
-    def best(self, since_stage: int = 0, by: Literal["pooled", "macro"] = "pooled") -> Evaluation | None:
+    def best(self, since_stage: int = 0, pool: Pool = "items") -> Evaluation | None:
         """The evaluation with the best score over all measured tasks, the earliest of equals; None when none
         is defined."""
         tasks = self.measured_tasks()
-        mean = pooled if by == "pooled" else macro
         found, top = None, -math.inf
         for evaluation in self.evaluations:
-            value = mean(evaluation.scores, tasks) if evaluation.stage >= since_stage else math.nan
+            value = pooled(evaluation.scores, tasks, pool) if evaluation.stage >= since_stage else math.nan
             if value > top:  # strict, and False for NaN
                 found, top = evaluation, value
         return found
