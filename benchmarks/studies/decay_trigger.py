@@ -260,7 +260,9 @@ def judged(seeds: list[str]) -> str:
             print(f"{name} {seed}: {known[-1]['finished']} | {known[-1]['begun']}", flush=True)
     text = [f"| {r['implementation']} {r['shape']['seed']} | {100 * r['finished']:.1f} % |" for r in known]
     inside = sum(WINDOW[0] <= r["finished"] <= WINDOW[1] for r in known)
-    return "\n".join(["| run | finished |", "|---|---|", *text, f"| in the window | {inside} of {len(known)} |"])
+    return "\n".join(
+        ["| run | finished |", "|---|---|", *text, f"| in the window | {inside} of {len(known)} |"]
+    )
 
 
 def main(arguments: list[str]) -> int:
