@@ -199,7 +199,7 @@ def _row_lengths(config: Settings) -> Iterator[Finding]:
 
 def _length_of_the_run(config: Settings) -> Iterator[Finding]:
     """What ends the run, and what must fit in before."""
-    budget, optim, stop = config.budget, config.optim, config.stop
+    budget, optim = config.budget, config.optim
     # A mixture's policy ends by itself: compute_budget × its stages.
     limits = (budget.updates, budget.epochs, budget.tokens, config.mixture.policy)
     if all(limit is None for limit in limits):
@@ -224,13 +224,6 @@ def _length_of_the_run(config: Settings) -> Iterator[Finding]:
                 "is longer than the run",
                 expected=f"less than budget.updates = {budget.updates}",
                 got=optim.warmup_updates,
-            ),
-        )
-    if stop.probe_samples is not None and stop.token_accuracy is None and stop.plateau_epochs is None:
-        yield (
-            ("stop.probe_samples", "stop.token_accuracy", "stop.plateau_epochs"),
-            describe(
-                "stop.probe_samples", "no rule reads the probe", todo="set stop.token_accuracy, or drop it"
             ),
         )
 

@@ -181,8 +181,8 @@ class Stop(Section):
     token_accuracy: Share | None = 0.97
     """Stop when token accuracy on the training data reaches this; null: never."""
     probe_samples: Count | None = None
-    """Measure it on this many fixed training samples; null: over the last whole epoch's training pass, for
-    free."""
+    """Measure it on this many fixed training samples, at every epoch's end and once at the run's, with a rule
+    or without; null: over the last whole epoch's training pass, for free."""
     plateau_epochs: Count | None = None
     """Stop when token accuracy has not risen for this many epochs; null: never."""
     plateau_min_delta: NotNegative = 0.001

@@ -181,7 +181,9 @@ class Live:
             duration(value("seconds")),
         ]
         if value("token_accuracy") is not None:
-            facts.append(f"token accuracy {percent(value('token_accuracy'), 2)}")
+            facts.append(f"token accuracy {percent(value('token_accuracy'), 2)} (last epoch)")
+        if value("saved_token_accuracy") is not None:
+            facts.append(f"{percent(value('saved_token_accuracy'), 2)} (saved model)")
         self._print("  " + " · ".join(facts), "")
         self._print(f"  {value('folder', '')}", "dim")
 

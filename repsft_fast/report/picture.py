@@ -247,6 +247,8 @@ def _mark_moments(
 
 def _title(result: Record) -> str:
     facts = [str(result["reason"])] if result.get("reason") else ["unfinished run"]
+    if is_number(result.get("saved_token_accuracy")):
+        facts.append(f"saved model {percent(result['saved_token_accuracy'], 2)}")
     if is_number(result.get("updates")):
         facts.append(f"{count(result['updates'])} updates")
     if is_number(result.get("seconds")):

@@ -45,7 +45,8 @@ class RunResult:
     epochs: float
     """Passes over the training data."""
     token_accuracy: float | None
-    """Over the last whole epoch's training pass (or the probe); None before the first."""
+    """Over the last whole epoch's training pass, under the weights as they were then (or the probe at its
+    end); None before the first."""
     seconds: float
     """Wall time in the loop."""
     tokens: int
@@ -56,6 +57,9 @@ class RunResult:
     loss: float | None = None
     """Mean loss of the last whole epoch."""
     validation_loss: float | None = None
+    saved_token_accuracy: float | None = None
+    """The saved model's own: one forward pass at the end over the probe's, or at most 200, training samples
+    (`more.saved_token_accuracy` has the counts). None where the run was cut short or memory ran out."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per task: loss, token_accuracy, correct, total."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -113,7 +117,8 @@ def read(folder: Path | str) -> RunResult:
 _KINDS: dict[str, Any] = {
     "reason": str, "folder": str, "updates": int, "epochs": int | float, "token_accuracy": int | float | None,
     "seconds": int | float, "tokens": int, "trained_tokens": int, "seed": int, "loss": int | float | None,
-    "validation_loss": int | float | None, "tasks": dict, "versions": dict, "more": dict,
+    "validation_loss": int | float | None, "saved_token_accuracy": int | float | None,
+    "tasks": dict, "versions": dict, "more": dict,
 }  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from repsft_fast import seeded
 from repsft_fast.data.sample import Sample
 from repsft_fast.data.store import TokenStore
 from repsft_fast.errors import ConfigError, describe
@@ -100,6 +102,50 @@ class Evaluation:
         self.parts.lasting.evaluated.add(work_of(found))
         self.reporter.exclude_seconds(time.perf_counter() - started)
         return found
+
+
+SAVED_SAMPLES = 200  # of the training samples that the saved model is measured on, at most
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The saved model's own token accuracy: right of total trained tokens, over so many training samples."""
+
+    correct: int
+    total: int
+    samples: int
+    nonfinite: int
+    seconds: float
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """None where it is not known: no trained token, or numbers that were not finite."""
+        return self.correct / self.total if self.total and not self.nonfinite else None
+
+
+def saved_accuracy(parts: Parts, reporter: Reporter) -> Saved | None:
+    """One forward pass of the model as it stands over the probe's samples, or at most SAVED_SAMPLES training
+    samples fixed by the seed. All ranks call it. Draws nothing, trains nothing, is counted as no work.
+
+    None, and a note, where one rank's memory runs out; on several ranks that is an error, since the others
+    are in the middle of the pass.
+    """
+    started, count = time.perf_counter(), len(parts.data.train.index)
+    try:
+        scorer = parts.probe
+        if scorer is None:
+            chosen = seeded.choice(parts.config.run.seed, count, min(SAVED_SAMPLES, count))
+            scorer = parts.scorer(parts.data.train, sorted(int(one) for one in chosen))
+        found = scorer(parts.model)
+    except torch.OutOfMemoryError as error:
+        if parts.world.size > 1:
+            raise
+        reason = str(error).split(". ")[0].strip() or "no words"
+        reporter.note(f"the saved model's own token accuracy is not known: out of memory ({reason})")
+        return None
+    sums = found.by_task(parts.num_tasks)
+    correct, total, bad = (int(one.sum()) for one in (sums.correct, sums.total, sums.nonfinite))
+    return Saved(correct, total, len(found.samples), bad, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

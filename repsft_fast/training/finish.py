@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from repsft_fast.rundir.lock import FolderLost
 from repsft_fast.signals import CODES
 from repsft_fast.training import graph_choice
 from repsft_fast.training.account import account, in_words
-from repsft_fast.training.evaluation import TaskScorer, finite, line_of, show_answers
+from repsft_fast.training.evaluation import TaskScorer, finite, line_of, saved_accuracy, show_answers
 from repsft_fast.training.outcome import mixture_result, result_of
 from repsft_fast.training.parts import Parts
 from repsft_fast.training.reporter import Reporter
@@ -52,11 +52,15 @@ def finish(run: Run) -> RunResult:
         save_model(parts, reporter)
     with _again_later(parts, run.saver, "the model is saved, but the test split could not be scored"):
         tested = evaluate_test(parts)
+    what = "the model is saved, but its own token accuracy could not be measured"
+    with _again_later(parts, run.saver, what):
+        saved = saved_accuracy(parts, reporter)
     more: dict[str, Any] = {
         "answers": show_answers(parts, reporter, parts.data.seen, parts.data.held_out),
         "moment": snapshot_id,
         "test": tested,
         "snapshots": run.snapshots.spent(),
+        "saved_token_accuracy": saved and asdict(saved),
     }
     if parts.config.mixture.policy is not None:
         more |= mixture_result(conductor.history, run.snapshots, parts.config.mixture, snapshot_id)
@@ -67,6 +71,7 @@ def finish(run: Run) -> RunResult:
         reporter.note(line)
     code = conductor.history.ended_by
     result = result_of(parts, reporter, code, conductor.end_reason, conductor.last_epoch, **more)
+    result = replace(result, saved_token_accuracy=None if saved is None else saved.token_accuracy)
     with _again_later(parts, run.saver, "the model is saved, but result.json could not be written"):
         if parts.world.is_main:
             results.write(result)

@@ -71,10 +71,6 @@ REFUSED = [
         {"optim.warmup_updates": 5, "budget.updates": 5},
         "optim.warmup_updates: is longer than the run",
     ),
-    (
-        {"stop.probe_samples": 5, "stop.token_accuracy": None},
-        "stop.probe_samples: no rule reads the probe",
-    ),
     ({"evaluate.keep": "best"}, "evaluate.keep: the best is judged on validation data and there is none"),
     ({"checkpoint.keep_best": True}, "checkpoint.keep_best: the best is judged on validation data"),
     (

@@ -211,7 +211,6 @@ class TestContradictions:
             ({"budget.epochs": None}, "budget"),
             ({"optim.warmup_fraction": 0.1, "optim.warmup_updates": 5}, "optim.warmup_updates"),
             ({"optim.warmup_updates": 10, "budget.updates": 10}, "optim.warmup_updates"),
-            ({"stop.probe_samples": 5, "stop.token_accuracy": None}, "stop.probe_samples"),
             ({"evaluate.keep": "best"}, "evaluate.keep"),
             ({"checkpoint.keep_best": True}, "checkpoint.keep_best"),
             ({"checkpoint.every_updates": 5, "checkpoint.every_minutes": 5}, "checkpoint.every_minutes"),

@@ -82,6 +82,26 @@ def test_a_probe_subset_judges_instead_of_the_training_pass(tmp_path):
     assert epochs[0]["total"] < trained
 
 
+def test_a_probe_measures_where_no_rule_reads_it(tmp_path):
+    """At every epoch's end, and once at the run's end, which here lies amid an epoch."""
+    result = train(
+        runs.settings(
+            tmp_path,
+            budget__epochs=None,
+            budget__updates=201,
+            stop__token_accuracy=None,
+            stop__probe_samples=12,
+        )
+    )
+    epoch = runs.metrics(tmp_path, "epoch")[-1]
+    assert (result.code, epoch["accuracy_of"]) == ("budget", "probe")
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written["token_accuracy"] == epoch["correct"] / epoch["total"]
+    assert written["more"]["saved_token_accuracy"]["samples"] == 12
+    assert written["more"]["saved_token_accuracy"]["total"] == epoch["total"]
+    assert written["saved_token_accuracy"] != written["token_accuracy"], "three updates lie between them"
+
+
 def test_the_folder_loads_with_from_pretrained_and_holds_what_was_trained(tmp_path):
     captured = {}
     settings = runs.settings(tmp_path, budget__epochs=1)
