@@ -145,6 +145,8 @@ NAMES = {
     "group_by_length length_column_name train_sampling_strategy length_group batch_sampler curriculum_sampling",
     "mixture.weights":
     "interleave_probs mix_strategy dataset_weights sampling_ratios dataset_mixer_weights mixing_weights data_weights blend",
+    # our own, of earlier versions
+    "drop it: a task that only falls may leave too, once its fall is no noise (mixture.alpha)": "mixture.min_progress",
     "tokenizer.template_kwargs: {enable_thinking: false}": "enable_thinking chat_template_kwargs",
     # the batch
     "batch.samples: the samples of one optimizer step over all GPUs (per device × accumulated × GPUs); how many pass at "

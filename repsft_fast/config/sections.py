@@ -16,6 +16,7 @@ from repsft_fast.config.values import (
     Count,
     Folder,
     Fraction,
+    Inside,
     Name,
     NotNegative,
     Part,
@@ -264,10 +265,12 @@ class Distributed(Section):
 class Mixture(Section):
     """Training on several tasks at once."""
 
-    policy: Literal["sft", "msft", "continual", "sro", "soft_sro", "ies", "dynamix"] | None = None
+    policy: Literal["sft", "sft_resets", "msft", "continual", "sro", "soft_sro", "ies", "dynamix"] | None = (
+        None
+    )
     """Who decides which tasks are trained when; null: one plain run over everything."""
     rule: Literal["paper", "tested"] = "tested"
-    """msft's rule: ours, with a noise test, patience and min_progress, or the paper's literal one."""
+    """msft's rule: ours, which excludes for a fall that is no noise, or the paper's literal one."""
     compute_budget: Positive = 1.0
     """C: epochs of the active mixture per stage."""
     evaluations_per_epoch: Count = 4
@@ -293,14 +296,22 @@ class Mixture(Section):
     function as package.module:function (text → answer or None)."""
     answer_tokens: Count = 512
     """metric answer: longest generated reply in tokens."""
+    pool: Literal["items", "tasks"] = "items"
+    """The mean of the tasks' scores that names the result: over all validation rows, or over tasks."""
+    keep: Literal["last", "best"] | None = None
+    """Which weights are the result: the last, or the best moment's; null: the best, and the last where
+    exclude_on is saturation."""
+    alpha: Inside = 0.1
+    """rule tested: share of whole runs in which noise alone may exclude a task."""
+    z: NotNegative | None = None
+    """rule tested: standard errors that a fall must exceed; null: what alpha makes of the run's tasks and
+    looks."""
+    min_looks: Whole = 8
+    """rule tested: nobody leaves before so many evaluations of a task, earlier stages' counted."""
     min_delta: NotNegative = 0.0
     """rule tested: smallest fall that counts as overfitting, in units of the metric."""
-    min_progress: NotNegative = 0.01
-    """rule tested: a task that never rose by this has not started and is not excluded."""
     patience: Count = 2
     """rule tested: evaluations in a row below the peak before a task counts as overfit."""
-    z: NotNegative = 2.33
-    """rule tested: the fall must exceed z standard errors of the paired difference."""
     weights: dict[Name, NotNegative] | None = None
     """Sampling weight of each task; null: by size."""
     temperature: Positive | None = None

@@ -3,7 +3,16 @@
 docs/policies.md has the protocol; `registry` has the policies.
 """
 
-from repsft_fast.policies.baselines import BaselineSettings, Continual, Dynamix, Ies, Sft, SoftSro, Sro
+from repsft_fast.policies.baselines import (
+    BaselineSettings,
+    Continual,
+    Dynamix,
+    Ies,
+    Sft,
+    SftResets,
+    SoftSro,
+    Sro,
+)
 from repsft_fast.policies.decisions import (
     Code,
     Continue,
@@ -50,6 +59,7 @@ __all__ = [
     "SaturationSettings",
     "Score",
     "Sft",
+    "SftResets",
     "SkipSamples",
     "SoftSro",
     "Sro",

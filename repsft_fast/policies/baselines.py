@@ -1,6 +1,7 @@
 """The policies mSFT is compared with, behind the same interface. All of them get the same number of epochs C.
 
 sft        one stage over everything, best pooled snapshot
+sft_resets the same with a new optimizer every C epochs, max_stages times: what mSFT does when nobody leaves
 continual  tasks one after another, each taken to its own (first) peak
 sro        single roll-out: one full run finds every peak, a second one from the base drops each task at its
            peak
@@ -13,7 +14,7 @@ dynamix    DynamixSFT (arXiv 2508.12116): a bandit over tasks, rewarded by a one
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from repsft_fast.errors import describe
 from repsft_fast.policies.bounds import AT_END, is_shorter_than_an_interval, out_of_bounds
@@ -30,9 +31,9 @@ from repsft_fast.policies.decisions import (
 )
 from repsft_fast.policies.history import History
 from repsft_fast.policies.msft import first_peak
-from repsft_fast.policies.protocol import Policy
+from repsft_fast.policies.protocol import Policy, trained
 from repsft_fast.policies.records import Epoch, Probed
-from repsft_fast.policies.statistics import softmax
+from repsft_fast.policies.statistics import Pool, softmax
 
 GO_ON = Reset("restore", "continue", "continue")
 FROM_BASE = Reset("reset", "rewind", "continue")
@@ -40,8 +41,11 @@ FROM_BASE = Reset("reset", "rewind", "continue")
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    compute_budget: float = 1.0  # C: epochs of a whole run (continual: of each task)
+    compute_budget: float = 1.0  # C: epochs of a whole run (continual: of each task; sft_resets: of a stage)
     evaluations_per_epoch: int = 4
+    max_stages: int = 10  # sft_resets: stages
+    pool: Pool = "items"  # the mean that names the result: over items, or over tasks
+    keep: Literal["last", "best"] | None = None  # which moment is the result; None: the policy's own, below
     order: tuple[str, ...] = ()  # continual: tasks first to last; empty: by name
     # ies: mastered below this mean second difference (nats). Our choice: PAPERS gives none
     delta: float = 0.001
@@ -58,6 +62,7 @@ class BaselineSettings:
         found = out_of_bounds(
             [
                 ("evaluations_per_epoch", per_epoch, 1, math.inf),
+                ("max_stages", self.max_stages, 1, math.inf),
                 ("delta", self.delta, 0.0, math.inf),
                 ("first_epoch", self.first_epoch, 5, math.inf),
                 ("every_updates", self.every_updates, 1, math.inf),
@@ -100,8 +105,13 @@ class Sft(Policy):
         return 1
 
     def result(self, history: History) -> str | None:
-        """The snapshot with the best pooled score."""
-        best = history.best()
+        """The snapshot with the best score over all tasks; None, the last state, under keep "last"."""
+        return self._best(history)
+
+    def _best(self, history: History, since_stage: int = 0) -> str | None:
+        if self.settings.keep == "last":
+            return None
+        best = history.best(since_stage, self.settings.pool)
         return best.snapshot_id if best else None
 
     def _stage_ended(self, history: History) -> bool:
@@ -109,8 +119,27 @@ class Sft(Policy):
         return now is not None and now.epochs >= self.settings.compute_budget - AT_END
 
     def _stage(self, start: str | None, active: tuple[str, ...], reset: Reset) -> NewStage:
-        rates = {task: self.settings.weights.get(task, 1.0) for task in active}
-        return NewStage(start, active, None if all(rate == 1.0 for rate in rates.values()) else rates, reset)
+        weights = self.settings.weights
+        rates = {task: weights.get(task, 1.0) for task in active if task in trained(active, weights)}
+        plain = all(rate == 1.0 for rate in rates.values())
+        return NewStage(start, tuple(rates), None if plain else rates, reset)
+
+
+class SftResets(Sft):
+    """Plain SFT whose optimizer begins anew every C epochs: the control for what a stage's new moments do."""
+
+    def most_rollouts(self, tasks: int) -> tuple[int, str]:
+        return self.settings.max_stages, f"max_stages {self.settings.max_stages}"
+
+    def decide(self, history: History, active: frozenset[str]) -> Decision:
+        if not history.stages:
+            return self._stage(None, tuple(sorted(active)), Reset())
+        if not self._stage_ended(history):
+            return Continue()
+        done, most = len(history.stages), self.settings.max_stages
+        if done >= most:
+            return Stop("policy", f"{most} stage{' is' if most == 1 else 's are'} done")
+        return self._stage(history.here, tuple(sorted(active)), Reset())
 
 
 class Continual(Sft):
@@ -146,7 +175,9 @@ class Continual(Sft):
 
     def _order(self, history: History) -> tuple[str, ...]:
         named = self.settings.order
-        return named + tuple(sorted(set(history.tasks) - set(named)))
+        order = named + tuple(sorted(set(history.tasks) - set(named)))
+        drawn = trained(order, self.settings.weights)
+        return tuple(task for task in order if task in drawn)
 
     def _peak(self, history: History) -> str:
         """First maximum of the one task in training; the last evaluation when its score is undefined
@@ -187,12 +218,11 @@ class Sro(Sft):
     def result(self, history: History) -> str | None:
         """The best pooled snapshot of the second run: with the first run's it would be at least SFT by
         construction."""
-        best = history.best(since_stage=1) if len(history.stages) > 1 else None
-        return best.snapshot_id if best else None
+        return self._best(history, since_stage=1) if len(history.stages) > 1 else None
 
     def _second_run(self, history: History) -> Decision:
         peaks = peak_epochs(history)
-        active = tuple(task for task in sorted(history.tasks) if peaks[task] > 0)
+        active = tuple(task for task in sorted(history.stages[0].active) if peaks[task] > 0)
         if not active:
             return Stop("policy", "no task ever rose above the base")
         return self._stage(history.evaluations[0].snapshot_id, active, FROM_BASE)
@@ -211,7 +241,7 @@ class SoftSro(Sro):
         peaks = peak_epochs(history)
         rated = {
             task: peaks[task] * self.settings.weights.get(task, 1.0)
-            for task in sorted(history.tasks)
+            for task in sorted(history.stages[0].active)
             if peaks[task] > 0
         }
         drawn = math.fsum(rate * history.tasks[task] for task, rate in rated.items())

@@ -1,5 +1,6 @@
 """Decisions in words, for the live line and the timeline."""
 
+import math
 from collections.abc import Sized
 
 from repsft_fast.policies.decisions import (
@@ -14,6 +15,7 @@ from repsft_fast.policies.decisions import (
     Stop,
 )
 from repsft_fast.policies.history import History, shares
+from repsft_fast.policies.overfit import looks, wobble_of
 from repsft_fast.policies.statistics import difference
 
 
@@ -63,7 +65,10 @@ def _roll_back(decision: RollBack, history: History, losses: bool) -> str:
     text = f"`{decision.drop}` {high} at {to.epochs:.2f} epochs{stage} ({sign * peak.value:.3f})"
     if score.defined:
         fall = difference(peak, score)
-        error = f" ± {fall.standard_error:.3f}" if fall.standard_error < float("inf") else ""
+        # both errors that the rule asks for: of the items, and of the task as a whole
+        wobble, _ = wobble_of(looks(history, decision.drop), steps)
+        noise = math.hypot(fall.standard_error, math.sqrt(2.0) * wobble)
+        error = f" ± {noise:.3f}" if noise < float("inf") else ""
         if fall.mean > 0:
             text += f", {fell} {fall.mean:.3f}{error} since"
         else:

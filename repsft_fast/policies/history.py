@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from repsft_fast.errors import TrainingError, describe
 from repsft_fast.policies import history_json
 from repsft_fast.policies.decisions import Code, Continue, Decision, NewStage, Probe, RollBack, Stop
 from repsft_fast.policies.records import KEEP_LOSSES, Epoch, Evaluation, Position, Probed, Stage, Taken
-from repsft_fast.policies.statistics import Score, macro, pooled
+from repsft_fast.policies.statistics import Pool, Score, pooled
 
 
 @dataclass
@@ -240,14 +240,13 @@ class History:
             if any(t in e.scores and e.scores[t].defined for e in self.evaluations)
         ]
 
-    def best(self, since_stage: int = 0, by: Literal["pooled", "macro"] = "pooled") -> Evaluation | None:
+    def best(self, since_stage: int = 0, pool: Pool = "items") -> Evaluation | None:
         """The evaluation with the best score over all measured tasks, the earliest of equals; None when none
         is defined."""
         tasks = self.measured_tasks()
-        mean = pooled if by == "pooled" else macro
         found, top = None, -math.inf
         for evaluation in self.evaluations:
-            value = mean(evaluation.scores, tasks) if evaluation.stage >= since_stage else math.nan
+            value = pooled(evaluation.scores, tasks, pool) if evaluation.stage >= since_stage else math.nan
             if value > top:  # strict, and False for NaN
                 found, top = evaluation, value
         return found

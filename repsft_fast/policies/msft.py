@@ -8,18 +8,18 @@ name) is excluded and the run goes back to m. It ends after max_stages or with n
 
 rule "tested" (ours). The peak is the *last* maximum over the unbroken stretch of training with these active
 tasks, stage borders included. A task is overfit when at each of the last `patience` evaluations it lies below
-its peak by more than min_delta and by more than z standard errors of the paired difference. A task whose peak
-is not above its very first score, by min_progress and by the same test, has not started and is never
-excluded. The roll-out ends with the first task found overfit. That is an *online* rule: what later
-evaluations would have shown (a task with an earlier peak whose fall is not yet significant, a better pooled
-score further on) is not looked at; that is the price of not training on past the decision.
+its peak by more than min_delta and by more than the noise of items and looks explains (`overfit`), and not
+before its `min_looks`-th look. A task that has only ever fallen leaves too, back to the first moment. The
+roll-out ends with the first task found overfit. That is an *online* rule: what later evaluations would have
+shown (a task with an earlier peak whose fall is not yet significant, a better pooled score further on) is not
+looked at; that is the price of not training on past the decision.
 
 exclude_on "saturation" (ours): a task leaves where it stands, without a roll-back, at the end of the epoch
 whose training pass had its token accuracy at the threshold. The rule above is then not used.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -27,9 +27,11 @@ from repsft_fast.errors import describe
 from repsft_fast.policies.bounds import AT_END, is_shorter_than_an_interval, out_of_bounds
 from repsft_fast.policies.decisions import Continue, Decision, NewStage, Reset, RollBack, Stop
 from repsft_fast.policies.history import History
-from repsft_fast.policies.protocol import Policy
+from repsft_fast.policies.overfit import bound, chance, looks_seen, said_of_rows
+from repsft_fast.policies.protocol import Policy, trained
 from repsft_fast.policies.records import Evaluation
-from repsft_fast.policies.statistics import difference, reaches
+from repsft_fast.policies.statistics import Pool, difference, reaches
+from repsft_fast.policies.student import normal_quantile
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,26 @@ class MsftSettings:
     data: Literal["continue", "rewind"] = "continue"  # after a roll-back
     rehearsal: float = 0.0  # sampling rate that excluded tasks keep, relative to their own; 0: none
     weights: dict[str, float] = field(default_factory=dict)  # sampling rate of a task, where it is not 1
-    # the mean that names the result: over items (the paper's), or over tasks
-    pool: Literal["pooled", "macro"] = "pooled"
+    pool: Pool = "items"  # the mean that names the result: over items (the paper's), or over tasks
+    keep: Literal["last", "best"] | None = None  # which moment is the result; None: best, saturation's last
     # rule tested
+    alpha: float = 0.1  # share of whole runs in which noise alone may exclude somebody
+    z: float | None = None  # standard errors, in place of what alpha makes of tasks and looks
     min_delta: float = 0.0  # a fall counts above this, in units of the metric
-    # a task has started once its peak is this far above its first score; 0: every task has
-    min_progress: float = 0.01
     patience: int = 2  # evaluations in a row below the peak
-    # Standard errors. A peak is the best of many noisy looks and is compared many times: one comparison's
-    # 1.645 fires in many roll-outs over a flat curve, 2.33 in few (docs/policies.md, A/A control).
-    z: float = 2.33
+    min_looks: int = 8  # nobody leaves before so many looks at a task, earlier stages' counted
     # exclude_on saturation
     token_accuracy: float = 0.97
+
+    @property
+    def looks(self) -> int:
+        """Looks at every task that a whole run makes at most, the one before training left out."""
+        return max(1, round(self.compute_budget * self.evaluations_per_epoch * self.max_stages))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the result is the best moment; else it is the last state."""
+        return (self.keep or ("last" if self.exclude_on == "saturation" else "best")) == "best"
 
     def problems(self) -> list[str]:
         """What cannot be used, in the settings' names; empty when all is well."""
@@ -78,10 +88,13 @@ class MsftSettings:
                 ("patience", self.patience, 1, math.inf),
                 ("rehearsal", self.rehearsal, 0.0, 1.0),
                 ("min_delta", self.min_delta, 0.0, math.inf),
-                ("min_progress", self.min_progress, 0.0, math.inf),
-                ("z", self.z, 0.0, math.inf),
+                ("min_looks", self.min_looks, 0, math.inf),
+                *([] if self.z is None else [("z", self.z, 0.0, math.inf)]),
             ]
         )
+        if not 0 < self.alpha < 1:
+            expected = "above 0, below 1"
+            found.append(describe("mixture.alpha", "is not a share", expected=expected, got=self.alpha))
 
         # The threshold is another rule's setting, judged only where this one uses it.
         accuracy = self.token_accuracy
@@ -115,6 +128,8 @@ class Msft(Policy):
             return self._stage(history, None, active)
         if not active:
             return Stop("policy", "no task is active any more")
+        if unscored := self._unscored(history, active):
+            return Stop("policy", unscored)
         last = history.last_decision
         if isinstance(last, RollBack):
             return self._stage(history, last.to, active)
@@ -152,35 +167,63 @@ class Msft(Policy):
         """The snapshots a decision or the result can still name; all else may be forgotten."""
         s = self.settings
         if s.exclude_on == "saturation":
-            return kept_snapshots(history, active, None, s.pool)
-        if s.rule == "paper":
-            return kept_snapshots(history, active, "first", s.pool)
-        # A task that has not started never leaves, so nobody goes back to its peak.
-        window = history.window()
-        asleep = {
-            task
-            for task in active
-            if (peak := last_peak(window, task)) >= 0 and not started(history, task, window[peak], s)
-        }
-        return kept_snapshots(history, active - asleep, "last", s.pool)
+            peaks: Literal["first", "last"] | None = None
+        else:
+            peaks = "first" if s.rule == "paper" else "last"
+        return kept_snapshots(history, active, peaks, s.pool if s.keeps_best else None)
 
     def most_kept(self, tasks: int) -> int:
         """Every task's peak and the best so far."""
-        return 1 if self.settings.exclude_on == "saturation" else tasks + 1
+        peaks = 0 if self.settings.exclude_on == "saturation" else tasks
+        return peaks + (1 if self.settings.keeps_best else 0)
 
     def result(self, history: History) -> str | None:
-        """The snapshot with the best score over all tasks, discarded branches included; strictly better
-        wins."""
-        best = history.best(by=self.settings.pool)
+        """The snapshot with the best score over all tasks, discarded branches included; strictly better wins.
+        None, the last state, under keep "last"."""
+        if not self.settings.keeps_best:
+            return None
+        best = history.best(pool=self.settings.pool)
         return best.snapshot_id if best else None
+
+    def at_start(self, rows: Mapping[str, int], shares: bool) -> list[str]:
+        """Rule "tested": which falls can be seen, and from when on somebody can leave."""
+        s = self.settings
+        if s.rule != "tested" or s.exclude_on != "overfit":
+            return []
+        tasks = sum(n > 0 for task, n in rows.items() if s.weights.get(task, 1.0) > 0)
+        z = normal_quantile(chance(s.alpha, tasks, s.looks)) if s.z is None else s.z
+        return said_of_rows(rows, z, shares) + self._said_of_looks()
+
+    def _said_of_looks(self) -> list[str]:
+        """When the first task can leave: at the `min_looks`-th look, the one before training counted."""
+        s = self.settings
+        per_stage = max(1, math.floor(s.compute_budget * s.evaluations_per_epoch + AT_END))
+        needed = max(s.min_looks, s.patience + 1) - 1  # after the one at 0.00
+        stage, within = divmod(needed - 1, per_stage)
+        if stage >= s.max_stages - 1:
+            todo = "raise mixture.max_stages, mixture.compute_budget or mixture.evaluations_per_epoch"
+            return [f"nobody can leave: it takes {needed + 1} looks at a task before the last stage; {todo}"]
+        if stage == 0:
+            return []
+        epochs = (within + 1) / s.evaluations_per_epoch
+        where = f"in stage {stage}, at {epochs:.2f} epochs"
+        return [f"nobody leaves before look {needed + 1} at a task: that is {where}"]
+
+    def _unscored(self, history: History, active: frozenset[str]) -> str | None:
+        """Why it ends though tasks are left: none of them ever had a score, and some that left had."""
+        measured = set(history.measured_tasks())
+        if self.settings.exclude_on == "saturation" or active & measured or not measured:
+            return None
+        names = ", ".join(f"`{task}`" for task in sorted(active))
+        return f"no task with a score is active any more: {names} alone would be trained by no measure"
 
     def _stage(self, history: History, start: str | None, active: frozenset[str]) -> NewStage:
         s = self.settings
+        active = trained(active, s.weights)
         rates = {task: s.weights.get(task, 1.0) for task in sorted(active)}
         if s.rehearsal > 0:
-            rates |= {
-                task: s.rehearsal * s.weights.get(task, 1.0) for task in sorted(set(history.tasks) - active)
-            }
+            gone = trained(set(history.tasks) - active, s.weights)
+            rates |= {task: s.rehearsal * s.weights.get(task, 1.0) for task in sorted(gone)}
         plain = set(rates) == active and all(rate == 1.0 for rate in rates.values())
         went_back = isinstance(history.last_decision, RollBack)
         reset = Reset(s.optimizer, s.schedule, s.data) if went_back else Reset(s.optimizer)
@@ -220,15 +263,15 @@ def kept_snapshots(
     history: History,
     active: frozenset[str],
     peaks: Literal["first", "last"] | None,
-    pool: Literal["pooled", "macro"] = "pooled",
+    pool: Pool | None = "items",
 ) -> set[str]:
     """Each active task's peak (in the stage for "first", in the unbroken stretch for "last") and the best
-    snapshot overall.
+    snapshot overall by this mean (None: not kept).
 
     Stage starts and ends need no place of their own: they are kept while they are somebody's peak, and going
     on from the end needs no copy. A snapshot that enters this set is always the one just evaluated.
     """
-    best = history.best(by=pool)
+    best = history.best(pool=pool) if pool is not None else None
     kept = {best.snapshot_id} if best else set()
     if peaks is None or not history.stages:
         return kept
@@ -243,18 +286,6 @@ def kept_snapshots(
     return kept
 
 
-def started(history: History, task: str, peak: Evaluation, settings: MsftSettings) -> bool:
-    """Has the task learnt anything up to this peak, compared with its very first score, beyond min_progress
-    and noise?"""
-    if settings.min_progress <= 0:
-        return True
-    first = next((e.scores[task] for e in history.evaluations if e.scores[task].defined), None)
-    if first is None:
-        return False
-    rise = difference(peak.scores[task], first)
-    return rise.mean >= settings.min_progress and rise.exceeds(settings.z)
-
-
 def first_overfit(
     window: Sequence[Evaluation], active: frozenset[str], history: History, settings: MsftSettings
 ) -> str | None:
@@ -266,10 +297,14 @@ def first_overfit(
         if peak < 0 or not window[-1].scores[task].defined:
             continue
         after = [e.scores[task] for e in window[peak + 1 :] if e.scores[task].defined][-settings.patience :]
-        if len(after) < settings.patience or not started(history, task, window[peak], settings):
+        if len(after) < settings.patience or looks_seen(history, task) < settings.min_looks:
             continue
-        falls = [difference(window[peak].scores[task], score) for score in after]
-        if all(fall.mean > settings.min_delta and fall.exceeds(settings.z) for fall in falls):
+        top = window[peak].scores[task]
+        if not all(difference(top, score).mean > settings.min_delta for score in after):
+            continue
+        since = len(window) - 1 - peak
+        limit = bound(history, task, settings.alpha, settings.looks, settings.z, since)
+        if all(limit.exceeded(top, score) for score in after):
             found.append((peak, task))
     return min(found)[1] if found else None
 

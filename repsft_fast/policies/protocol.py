@@ -1,5 +1,6 @@
 """What the trainer needs of a policy: the one list of questions it asks. It knows no policy by its name."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from repsft_fast.policies.decisions import Decision
@@ -45,6 +46,11 @@ class Policy(Protocol):
         """How many times compute_budget epochs a run over so many tasks lasts at most; the same in words."""
         return 1, "one run"
 
+    def at_start(self, rows: Mapping[str, int], shares: bool) -> list[str]:
+        """What is to be said before training of what it can decide. rows: validation rows of each task;
+        shares: their scores are right or wrong."""
+        return []
+
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         """The next decision, the same on every rank. Asked again after each one until it is Continue or
         Stop."""
@@ -67,3 +73,9 @@ class Policy(Protocol):
     def result(self, history: History) -> str | None:
         """The snapshot that is the run's result; None: the state at the end."""
         ...
+
+
+def trained(tasks: Iterable[str], weights: Mapping[str, float]) -> frozenset[str]:
+    """Those of the tasks that are ever drawn: a weight of 0 leaves a task out of training, and it is still
+    scored."""
+    return frozenset(task for task in tasks if weights.get(task, 1.0) > 0)

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Literal
 
 from repsft_fast.errors import TrainingError, describe
+
+Pool = Literal["items", "tasks"]  # how the scores of several tasks become one
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,15 @@ class Score:
         return self.items is not None and all(item in (0.0, 1.0) for item in self.items)
 
 
-def pooled(scores: Mapping[str, Score], tasks: Iterable[str]) -> float:
-    """Mean over all items of `tasks` (the paper's pooled accuracy); NaN when one of them is undefined
-    here."""
+def pooled(scores: Mapping[str, Score], tasks: Iterable[str], pool: Pool = "items") -> float:
+    """Mean over all items of `tasks` (the paper's pooled accuracy) or over the tasks, each weighing the same;
+    NaN when one of them is undefined here."""
     wanted = [scores.get(task) for task in sorted(tasks)]
     if not wanted or any(score is None or not score.defined for score in wanted):
         return math.nan
+    if pool == "tasks":
+        return math.fsum(s.value for s in wanted if s is not None) / len(wanted)
     return math.fsum(s.total for s in wanted if s is not None) / sum(s.n for s in wanted if s is not None)
-
-
-def macro(scores: Mapping[str, Score], tasks: Iterable[str]) -> float:
-    """Mean of the tasks' scores, every task weighing the same; NaN when one of them is undefined here."""
-    wanted = [scores.get(task) for task in sorted(tasks)]
-    if not wanted or any(score is None or not score.defined for score in wanted):
-        return math.nan
-    return math.fsum(s.value for s in wanted if s is not None) / len(wanted)
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,6 @@ class Difference:
     standard_error: float  # of the mean; inf when it cannot be known
     null_error: float  # the same if there were no difference: sqrt(sum d²)/n. Never 0 unless nothing moved
     correction: float = 0.0  # continuity: one item's worth for 0/1 scores, so that few items do not decide
-
-    def exceeds(self, z: float) -> bool:
-        """One-sided: is before above after by more than z standard errors? For 0/1 items this is McNemar's
-        test, corrected."""
-        return (
-            math.isfinite(self.null_error)
-            and self.mean > 0
-            and self.mean - self.correction >= z * self.null_error
-        )
 
 
 def difference(before: Score, after: Score) -> Difference:

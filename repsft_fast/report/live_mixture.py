@@ -1,4 +1,4 @@
-"""The tasks of a mixture as bars: score, best, where the best is kept, active, excluded or not started."""
+"""The tasks of a mixture as bars: score, best, where the best is kept, and how the task stands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from repsft_fast.report.visible import columns, one_line, padded
 
 BAR = 28  # columns, at most
 NARROW = 60  # columns; below this only names and scores
-COLOURS = {"active": "green", "excluded": "grey50", "not started": "yellow"}
+COLOURS = {
+    "active": "green",
+    "excluded": "grey50",
+    "rehearsed": "grey50",
+    "not started": "yellow",
+    "best before training": "yellow",
+}
 SHARES = ("exact_match", "token_accuracy", "answer")
 
 

@@ -52,6 +52,10 @@ _FREE = (
 # Settings that say where content lies, which has digests of its own.
 _PLACES = ("model.path", "model.gguf_file", "model.lora.from", "data", "tokenizer")
 BUDGET = "budget"
+# Settings of msft's rule "tested", which say nothing where another decides.
+_OF_THE_TESTED_RULE = tuple(
+    f"mixture.{name}" for name in ("alpha", "z", "min_looks", "min_progress", "min_delta", "patience")
+)
 _SPELL = ("transformers", "tokenizers")  # what a tokenizer is written down by
 # In a config.json, what does not say how the model computes.
 _SAID_BY_THE_LIBRARY = (
@@ -248,7 +252,10 @@ def check(
     compared.
     """
     old = "weights" not in saved
+    saved = _as_it_was(saved)
     names = saved.keys() & now.keys() if old else saved.keys() | now.keys()
+    if not (_is_tested(saved) or _is_tested(now)):
+        names = names - set(_OF_THE_TESTED_RULE)
     found = [
         _difference(name, saved.get(name), now.get(name))
         for name in sorted(names)
@@ -264,6 +271,17 @@ def check(
             " not compared"
         )
     return None
+
+
+def _as_it_was(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says, and what its version did where it had no setting yet."""
+    saturation = saved.get("mixture.policy") == "msft" and saved.get("mixture.exclude_on") == "saturation"
+    return {"mixture.pool": "items", "mixture.keep": "best" if saturation else None} | dict(saved)
+
+
+def _is_tested(settings: Mapping[str, Any]) -> bool:
+    wanted = {"mixture.policy": "msft", "mixture.rule": "tested", "mixture.exclude_on": "overfit"}
+    return all(settings.get(name) == value for name, value in wanted.items())
 
 
 def _difference(name: str, saved: Any, now: Any) -> str:

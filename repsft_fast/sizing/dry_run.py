@@ -25,6 +25,7 @@ from repsft_fast.training import row_tokens
 from repsft_fast.training.budget import Budget, budget_of
 from repsft_fast.training.build import build_tokenizer, model_on_meta, vocabulary_of
 from repsft_fast.training.parts import Data
+from repsft_fast.training.policy import said_at_start
 from repsft_fast.training.row_lengths import longest_of, plan_of, said
 from repsft_fast.training.samples import check_positions, load_data, longest_row
 from repsft_fast.training.sizes import shards_of, sizes_of, told
@@ -92,7 +93,8 @@ def describe_run(config: Config, *, ranks: int | None = None) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {one_line(text)}")
-    for note in [*planned.notes, *data.warnings, *config.warnings, *ends_in_words(data.ends, tokenizer)]:
+    notes = [*planned.notes, *data.warnings, *config.warnings, *ends_in_words(data.ends, tokenizer)]
+    for note in notes + said_at_start(config, data):
         print(f"{'note':<{width}}  {one_line(note)}")
 
 

@@ -39,6 +39,7 @@ from repsft_fast.training.account import Spans
 from repsft_fast.training.evaluation import Evaluation, Scored, finite
 from repsft_fast.training.outcome import said_of_scores, standing
 from repsft_fast.training.parts import Parts
+from repsft_fast.training.policy import said_at_start
 from repsft_fast.training.probe import look_ahead
 from repsft_fast.training.refusals import Refusals, ZeroGradients, check_weights
 from repsft_fast.training.reporter import Reporter
@@ -75,6 +76,8 @@ class Conductor:
         """Open the first stage and score the untrained model where the policy wants to know it."""
         if self.history.stages:
             return
+        for text in said_at_start(self.parts.config, self.parts.data):
+            self.reporter.note(text)
         self._ask()
         if self.policy.evaluations_per_epoch:
             self._score_tasks()
@@ -208,8 +211,7 @@ class Conductor:
         return moved
 
     def _budget_is_spent(self) -> bool:
-        """A mixture's policy knows stages, not the budget: of one that was set, discarded branches are
-        part."""
+        """A mixture's policy knows stages, not the budget: of one that was set, discards are part."""
         parts = self.parts
         if parts.config.mixture.policy is None or parts.budget.derived:
             return False
@@ -369,13 +371,14 @@ class Conductor:
 
     def _evaluation_line(self, found: Scored, snapshot_id: str) -> dict[str, Any]:
         """What metrics.jsonl says of an evaluation, as JSON."""
+        mixture = self.parts.config.mixture
         return {
             **found.line,
             "stage": self.history.stage.number,
             "stage_epochs": round(float(self.parts.progress.stage_epochs), 6),
             "done": self.parts.lasting.all_work.updates,
             "moment": snapshot_id,
-            "pooled": finite(pooled(found.scores, self.history.measured_tasks())),
+            "pooled": finite(pooled(found.scores, self.history.measured_tasks(), mixture.pool)),
             "active": sorted(self.history.active),
         }
 

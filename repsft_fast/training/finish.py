@@ -181,7 +181,7 @@ def evaluate_test(parts: Parts) -> dict[str, Any] | None:
     if parts.config.mixture.policy is not None:
         found = TaskScorer(parts, parts.data.test)()
         measured = [task for task, score in found.scores.items() if score.n]
-        return {**found.line, "pooled": finite(pooled(found.scores, measured))}
+        return {**found.line, "pooled": finite(pooled(found.scores, measured, parts.config.mixture.pool))}
     return line_of(parts.scorer(parts.data.test)(parts.model), parts.data.task_names)
 
 

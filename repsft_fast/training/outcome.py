@@ -10,6 +10,8 @@ from typing import Any
 from repsft_fast.config.sections import Mixture
 from repsft_fast.policies.decisions import RollBack
 from repsft_fast.policies.history import History
+from repsft_fast.policies.msft import MsftSettings
+from repsft_fast.policies.overfit import bound, looks
 from repsft_fast.policies.statistics import pooled
 from repsft_fast.report.result import RunResult
 from repsft_fast.training import graph_choice
@@ -30,23 +32,31 @@ def standing(history: History, snapshots: Snapshots, mixture: Mixture) -> dict[s
     }
     active = history.active - dropped
     best = None
-    if (top := history.best()) is not None:
-        score = pooled(top.scores, history.measured_tasks())
+    if (top := history.best(pool=mixture.pool)) is not None:
+        score = pooled(top.scores, history.measured_tasks(), mixture.pool)
         best = {"moment": top.snapshot_id, "pooled": score, "epochs": top.epochs}
     return {
         "stage": history.stage.number if history.stages else 0,
         "policy": mixture.policy,
         "metric": mixture.metric,
-        "tasks": {name: _task_standing(history, snapshots, name, name in active) for name in history.tasks},
+        "tasks": {
+            name: _task_standing(history, snapshots, mixture, name, name in active) for name in history.tasks
+        },
         "best": best,
     }
 
 
-def _task_standing(history: History, snapshots: Snapshots, name: str, is_active: bool) -> dict[str, Any]:
+def _task_standing(
+    history: History, snapshots: Snapshots, mixture: Mixture, name: str, is_active: bool
+) -> dict[str, Any]:
     """One task's line of `standing`."""
     scored = [(e.scores[name].value, e) for e in history.evaluations if e.scores[name].defined]
     lost = nan_since(history, name)
     state = "active" if is_active else "excluded"
+    if history.stages and not any(name in stage.active for stage in history.stages):
+        state = "only scored" if (mixture.weights or {}).get(name) == 0 else "not trained yet"
+    elif not is_active and name in (history.stage.weights or {} if history.stages else {}):
+        state = "rehearsed"
     if not scored:
         if lost is None:
             state = "active, no scores yet" if not history.evaluations else "no validation rows"
@@ -58,7 +68,7 @@ def _task_standing(history: History, snapshots: Snapshots, name: str, is_active:
     if lost is not None:
         state = f"{state}, {_since(lost)}"
     elif is_active and best == first and len(scored) > 1:
-        state = "not started"
+        state = _without_a_rise(history, mixture, name)
     return {
         "first": first,
         "score": scored[-1][0] if lost is None else None,
@@ -69,6 +79,19 @@ def _task_standing(history: History, snapshots: Snapshots, name: str, is_active:
         "kept": snapshots.tier(at.snapshot_id) if at.snapshot_id in snapshots.names() else None,
         "state": state,
     }
+
+
+def _without_a_rise(history: History, mixture: Mixture, name: str) -> str:
+    """The state of an active task that has never scored better than before training."""
+    first, *_, last = [e.scores[name] for e in history.evaluations if e.scores[name].defined]
+    if mixture.metric != "nll" and first.value == 1.0 == last.value:
+        return "active"  # it cannot rise
+    settings = MsftSettings(
+        mixture.rule, mixture.compute_budget, mixture.evaluations_per_epoch, mixture.max_stages
+    )
+    since = len(looks(history, name)[-1]) - 1
+    fallen = bound(history, name, mixture.alpha, settings.looks, mixture.z, since).exceeded(first, last)
+    return "best before training" if fallen else "not started"
 
 
 def nan_since(history: History, task: str) -> int | None:
@@ -155,7 +178,8 @@ def mixture_result(
         "evaluations": len(history.evaluations),
         "stages": len(history.stages),
     }
-    # The last state is the result: its scores are those of the last evaluation, which is there already.
+    # The last state is the result: its scores are those of the evaluation made there, if one was.
+    snapshot_id = snapshot_id or history.here
     if snapshot_id is None:
         return {"mixture": found}
     at = history.evaluation_of(snapshot_id)
@@ -172,7 +196,7 @@ def mixture_result(
         "moment": snapshot_id,
         "stage": at.stage,
         "epochs": at.epochs,
-        "pooled": finite(pooled(at.scores, history.measured_tasks())),
+        "pooled": finite(pooled(at.scores, history.measured_tasks(), mixture.pool)),
         "tasks": tasks,
     }
     return {"mixture": found}

@@ -16,7 +16,7 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, DataError, describe
 from repsft_fast.memory.model_size import ModelSize
 from repsft_fast.policies import History, Policy, Saturation, SaturationSettings, policy_class
-from repsft_fast.training.parts import Parts
+from repsft_fast.training.parts import Data, Parts
 
 
 def build_policy(parts: Parts) -> Policy:
@@ -38,6 +38,21 @@ def policy_of(config: Config) -> Policy:
     settings = _saturation(config) if config.mixture.policy is None else _of_mixture(config, {})
     policy: Policy = kind(settings)
     return policy
+
+
+def said_at_start(config: Config, data: Data) -> list[str]:
+    """What is told before training of what the mixture's policy can decide with these validation rows."""
+    if config.mixture.policy is None or data.validation is None:
+        return []
+    names = data.task_names
+    rows = np.bincount(data.validation.index.tasks, minlength=len(names))
+    rates = sampling_rates(config, names, data.train.index.tasks)
+    policy: Policy = policy_class(config.mixture.policy)(_of_mixture(config, rates))
+    found = policy.at_start(
+        {name: int(n) for name, n in zip(names, rows, strict=True)},
+        shares=config.mixture.metric in ("exact_match", "answer"),
+    )
+    return [f"mixture: {text}" for text in found]
 
 
 def named_result(config: Config, history: History) -> str | None:

@@ -62,7 +62,7 @@ def decisions(folder):
 def test_a_task_without_validation_rows_is_trained_and_never_best_nor_excluded(tmp_path, rule):
     train_rows = [*rows(12, "a", 1), *rows(12, "b", 2), *rows(12, "silent", 3)]
     made = given(tmp_path, train_rows, [*rows(5, "a", 4), *rows(5, "b", 5)], mixture__rule=rule, mixture__z=0.0,
-                 mixture__min_progress=0.0, mixture__patience=1, optim__lr=3e-2)  # fmt: skip
+                 mixture__min_looks=1, mixture__patience=1, optim__lr=3e-2)  # fmt: skip
     result = train(made)
     assert result.success
     assert result.more["mixture"]["standing"]["tasks"]["silent"] == {
@@ -144,7 +144,7 @@ def test_a_task_whose_score_is_nan_is_never_best_nor_excluded_there(tmp_path, mo
     monkeypatch.setattr(TaskScorer, "__call__", scoring)
     changes = {
         "mixture__z": 0.0,
-        "mixture__min_progress": 0.0,
+        "mixture__min_looks": 1,
         "mixture__patience": 1,
         "mixture__compute_budget": 2,
     }

@@ -193,7 +193,7 @@ class TestExplain:
     def test_a_roll_back(self):
         history = self.history()
         expected = (
-            "`boolq` peaked at 1.75 epochs (0.641), fell 0.023 ± 0.005 since: excluded; going back 9"
+            "`boolq` peaked at 1.75 epochs (0.641), fell 0.023 ± 0.006 since: excluded; going back 9"
             " evaluations"
         )
         assert explain(RollBack("m7", "boolq"), history) == expected

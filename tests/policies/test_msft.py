@@ -93,67 +93,75 @@ class TestPaper:
 
 
 class TestTested:
+    """The mechanics, at a fixed z and from the first look on; what alpha makes of it is in test_overfit."""
+
     TASK_B = [0.1, 0.2, 0.3, 0.4, 0.5]  # noqa: RUF012
 
-    def test_a_fall_within_the_noise_excludes_nobody(self):
-        assert decide({"a": [0.10, 0.50, 0.51, 0.50, 0.50], "b": self.TASK_B}, rule="tested") == NewStage(
-            "m4", ("a", "b")
+    @staticmethod
+    def decide(scores, **settings):
+        return decide(
+            scores, **{"rule": "tested", "z": 2.33, "min_looks": 1, "compute_budget": 9.0} | settings
         )
+
+    def test_a_fall_within_the_noise_excludes_nobody(self):
+        scores = {"a": [0.10, 0.50, 0.51, 0.50, 0.50], "b": self.TASK_B}
+        assert self.decide(scores, compute_budget=1.0) == NewStage("m4", ("a", "b"))
 
     def test_a_significant_fall_held_for_patience_evaluations_excludes_at_once(self):
         scores = {"a": [0.1, 0.6, 0.4, 0.4], "b": [0.1, 0.2, 0.3, 0.4]}
-        assert decide(scores, rule="tested", compute_budget=9.0) == RollBack("m1", "a")
-        assert decide(scores, rule="tested", compute_budget=9.0, patience=3) == Continue()
-        assert decide({"a": [0.1, 0.6, 0.4], "b": [0.1, 0.2, 0.3]}, rule="tested") == Continue()
+        assert self.decide(scores) == RollBack("m1", "a")
+        assert self.decide(scores, patience=3) == Continue()
+        assert self.decide({"a": [0.1, 0.6, 0.4], "b": [0.1, 0.2, 0.3]}) == Continue()
 
     def test_a_recovery_starts_the_count_again(self):
-        assert decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}, rule="tested", compute_budget=9.0) == RollBack(
-            "m1", "a"
-        )
+        assert self.decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4]}) == Continue()
+        assert self.decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}, z=1.0) == RollBack("m1", "a")
+        assert self.decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}) == Continue(), "it wobbles as much"
 
     def test_ties_go_to_the_later_peak(self):
-        assert decide({"a": [0.1, 0.6, 0.5, 0.6, 0.3, 0.3]}, rule="tested", compute_budget=9.0) == RollBack(
-            "m3", "a"
-        )
+        assert self.decide({"a": [0.5, 0.6, 0.6, 0.6, 0.3, 0.3]}) == RollBack("m3", "a")
 
     def test_min_delta(self):
         scores = {"a": [0.1, 0.6, 0.4, 0.4]}
-        assert decide(scores, rule="tested", compute_budget=9.0, min_delta=0.19) == RollBack("m1", "a")
-        assert decide(scores, rule="tested", compute_budget=9.0, min_delta=0.2) == Continue()
+        assert self.decide(scores, min_delta=0.19) == RollBack("m1", "a")
+        assert self.decide(scores, min_delta=0.2) == Continue()
 
-    def test_a_task_that_has_not_started_stays(self):
+    def test_a_task_that_has_only_ever_fallen_leaves_back_to_the_start(self):
         falling = {"a": [0.6, 0.4, 0.3, 0.2], "b": [0.0, 0.0, 0.0, 0.0]}
-        assert decide(falling, rule="tested", compute_budget=9.0) == Continue()
-        assert decide(falling, rule="tested", compute_budget=9.0, min_progress=0.0) == RollBack("m0", "a")
-        barely = {"a": [0.1, 0.2, 0.0, 0.0]}
-        assert decide(barely, rule="tested", compute_budget=9.0, min_progress=0.11) == Continue()
-        assert decide(barely, rule="tested", compute_budget=9.0, min_progress=0.05) == RollBack("m1", "a")
+        assert self.decide(falling) == RollBack("m0", "a")
 
-    def test_a_rise_within_the_noise_is_no_start(self):
-        assert decide({"a": [0.10, 0.12, 0.0, 0.0]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.10, 0.12, 0.0, 0.0]}, rule="tested", compute_budget=9.0, z=0.0) == RollBack(
-            "m1", "a"
-        )
+    def test_a_task_that_stands_still_has_not_started_and_stays(self):
+        assert self.decide({"a": [0.0, 0.01, 0.0, 0.0], "b": [0.02, 0.0, 0.0, 0.0]}) == Continue()
+
+    def test_nobody_leaves_before_min_looks(self):
+        fall = [0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5]
+        assert self.decide({"a": fall}, min_looks=8) == Continue()
+        assert self.decide({"a": [*fall, 0.5]}, min_looks=8) == RollBack("m3", "a")
+        assert self.decide({"a": [*fall, NAN, NAN, 0.5]}, min_looks=9) == Continue(), "no score is no look"
+
+    def test_looks_of_earlier_stages_count_and_a_stages_start_is_none(self):
+        settings = MsftSettings(compute_budget=1.0, z=2.33)
+        fall = items_of({"a": [0.9, 0.9, 0.9, 0.9, 0.5], "b": [k / 50 for k in range(40)]})
+        (back,) = [d for d in simulate(Msft(settings), fall).log if isinstance(d, RollBack)][:1]
+        run = simulate(Msft(settings), fall)
+        taken = next(t for t in run.history.decisions if isinstance(t.decision, RollBack))
+        # looks 0 … 4 in stage 0, 5 … 8 in stage 1: the eighth is the third after the border
+        assert (taken.stage, taken.update, back.drop) == (1, 7 * run.history.evaluations[1].update, "a")
 
     def test_undefined_now_means_not_now(self):
-        assert decide({"a": [0.1, 0.6, 0.4, 0.4, NAN]}, rule="tested", compute_budget=9.0) == Continue()
-        assert decide({"a": [0.1, 0.6, 0.4, NAN, 0.4]}, rule="tested", compute_budget=9.0) == RollBack(
-            "m1", "a"
-        )
+        assert self.decide({"a": [0.1, 0.6, 0.4, 0.4, NAN]}) == Continue()
+        assert self.decide({"a": [0.1, 0.6, 0.4, NAN, 0.4]}) == RollBack("m1", "a")
 
     def test_a_task_with_one_validation_row_never_leaves(self):
         history = table({"a": [0.0, 1.0, 0.0, 0.0]}, n=1)
-        assert (
-            Msft(MsftSettings(rule="tested", compute_budget=9.0)).decide(history, history.active)
-            == Continue()
-        )
+        policy = Msft(MsftSettings(rule="tested", compute_budget=9.0, z=0.0, min_looks=1))
+        assert policy.decide(history, history.active) == Continue()
 
     def test_a_peak_may_lie_before_the_last_stage_border(self):
         """Nobody left, so training was not broken: a fall that spans two stages is seen."""
-        fall = [0.1, 0.3, 0.6, 0.6, 0.57, 0.55, 0.53, 0.51, 0.49, 0.47]
+        fall = [0.57, 0.59, 0.6, 0.6, 0.57, 0.55, 0.53, 0.51, 0.49, 0.47]
         run = simulate(
-            Msft(MsftSettings(rule="tested", max_stages=4)),
+            Msft(MsftSettings(rule="tested", max_stages=4, z=2.33, min_looks=1)),
             items_of({"a": fall, "b": [k / 50 for k in range(40)]}),
         )
         (back,) = [d for d in run.log if isinstance(d, RollBack)]
@@ -163,11 +171,71 @@ class TestTested:
 
     def test_in_the_last_stage_nobody_leaves(self):
         history = table({"a": [0.1, 0.6, 0.4, 0.4], "b": [0.1, 0.2, 0.3, 0.4]})
-        policy = Msft(MsftSettings(rule="tested", max_stages=1))
+        policy = Msft(MsftSettings(rule="tested", max_stages=1, z=2.33, min_looks=1))
         assert policy.decide(history, history.active) == Continue()
         history.tick(4, 1.0, 0)
         history.evaluated("m4", {"a": binary(0.4, 100), "b": binary(0.4, 100)})
         assert policy.decide(history, history.active) == Stop("policy", "1 stage is done")
+
+
+class TestEndsAndWeights:
+    FALL = [0.9, 0.9, 0.9, 0.9, 0.5]  # noqa: RUF012
+
+    def test_it_ends_when_no_task_with_a_score_is_left(self):
+        for settings in (MsftSettings(rule="paper"), MsftSettings(z=2.33)):
+            run = simulate(Msft(settings), items_of({"a": self.FALL, "dark": [NAN]}))
+            assert [d.drop for d in run.log if isinstance(d, RollBack)] == ["a"]
+            assert run.log[-1] == Stop(
+                "policy",
+                "no task with a score is active any more: `dark` alone would be trained by no measure",
+            )
+
+    def test_without_any_score_it_goes_on_to_its_end(self):
+        run = simulate(Msft(MsftSettings(rule="paper", max_stages=2)), script({"dark": [NAN]}))
+        assert run.log[-1] == Stop("policy", "2 stages are done")
+
+    @pytest.mark.parametrize("rule", ["paper", "tested"])
+    @pytest.mark.parametrize("rehearsal", [0.0, 0.1])
+    def test_weight_0_is_never_active_never_rehearsed_and_still_scored(self, rule, rehearsal):
+        settings = MsftSettings(rule=rule, z=2.33, rehearsal=rehearsal, weights={"probe": 0.0, "b": 0.5})
+        world = items_of({"probe": self.FALL, "a": self.FALL, "b": [k / 50 for k in range(40)]})
+        run = simulate(Msft(settings), world)
+        assert all("probe" not in s.active and "probe" not in (s.weights or {}) for s in run.history.stages)
+        assert all(d.drop != "probe" for d in run.log if isinstance(d, RollBack))
+        assert any(d.drop == "a" for d in run.log if isinstance(d, RollBack))
+        assert all(e.scores["probe"].defined for e in run.history.evaluations)
+
+    def test_a_weight_0_task_is_not_what_the_run_compares(self):
+        weights = {"b": 0.0, "c": 0.0}
+        alone = Msft(MsftSettings(weights=weights)).at_start({"a": 200, "b": 200, "c": 200}, True)
+        assert alone == Msft(MsftSettings()).at_start({"a": 200}, True)
+        assert alone != Msft(MsftSettings()).at_start({"a": 200, "b": 200, "c": 200}, True)
+
+
+class TestResult:
+    SCORES = {"a": [0.1, 0.9, 0.2], "b": [0.3, 0.3, 0.6]}  # noqa: RUF012
+
+    def test_which_mean_names_it(self):
+        history = History.start([("a", 8), ("b", 8)])
+        history.took(NewStage(None, ("a", "b")))
+        for k, (a, b) in enumerate(zip(*self.SCORES.values())):
+            history.tick(k, k / 4, 0)
+            history.evaluated(f"m{k}", {"a": binary(a, 10), "b": binary(b, 1000)})
+        assert Msft(MsftSettings(pool="items")).result(history) == "m2"
+        assert Msft(MsftSettings(pool="tasks")).result(history) == "m1"
+
+    def test_saturation_keeps_the_last_state_unless_asked_for_the_best(self):
+        history = table({"a": [0.1, 0.9, 0.2]})
+        for exclude_on, keep, result in (
+            ("overfit", None, "m1"),
+            ("overfit", "last", None),
+            ("saturation", None, None),
+            ("saturation", "best", "m1"),
+        ):
+            policy = Msft(MsftSettings(exclude_on=exclude_on, keep=keep))
+            assert policy.result(history) == result
+            assert ("m1" in policy.kept(history, frozenset())) == (result == "m1")
+            assert policy.most_kept(3) == (3 if exclude_on == "overfit" else 0) + (result == "m1")
 
 
 def items_of(scores: dict[str, list[float]], n: int = 100) -> World:
@@ -288,7 +356,9 @@ class TestKept:
         ({"rehearsal": 1.5}, "mixture.rehearsal: cannot be used, expected at least 0, at most 1, got 1.5"),
         ({"z": NAN}, "mixture.z"),
         ({"min_delta": -0.1}, "mixture.min_delta"),
-        ({"min_progress": math.inf}, "mixture.min_progress"),
+        ({"min_looks": -1}, "mixture.min_looks"),
+        ({"alpha": 0.0}, "mixture.alpha: is not a share, expected above 0, below 1, got 0.0"),
+        ({"alpha": NAN}, "mixture.alpha"),
         ({"exclude_on": "saturation", "token_accuracy": 0.0}, "stop.token_accuracy"),
         ({"weights": {"a": -1.0}}, "mixture.weights.a: is not a rate"),
     ],

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repsft_fast.errors import TrainingError
-from repsft_fast.policies.statistics import Score, difference, macro, pooled, reaches, softmax
+from repsft_fast.policies.overfit import Bound
+from repsft_fast.policies.statistics import Score, difference, pooled, reaches, softmax
 
 NAN = float("nan")
+NO_NOISE = Bound(0.0, 0.0, 0.0)
 
 
 def binary(right: int, n: int) -> Score:
@@ -49,12 +51,12 @@ class TestPooled:
     def test_items_weigh_the_same(self):
         scores = {"a": binary(9, 10), "b": binary(0, 90)}
         assert pooled(scores, ["a", "b"]) == 0.09
-        assert macro(scores, ["a", "b"]) == 0.45
+        assert pooled(scores, ["a", "b"], "tasks") == 0.45
 
     def test_one_undefined_task_makes_the_moment_undefined(self):
         scores = {"a": binary(9, 10), "b": Score(NAN, 10)}
         assert math.isnan(pooled(scores, ["a", "b"]))
-        assert math.isnan(macro(scores, ["a", "b"]))
+        assert math.isnan(pooled(scores, ["a", "b"], "tasks"))
         assert pooled(scores, ["a"]) == 0.9
         assert math.isnan(pooled(scores, []))
 
@@ -86,18 +88,19 @@ class TestDifference:
         1)/sqrt(10) = 1.58."""
         before = Score.of([1.0] * lost + [0.0] * gained + [1.0] * 20)
         after = Score.of([0.0] * lost + [1.0] * gained + [1.0] * 20)
-        assert difference(before, after).exceeds(1.645) is significant
+        assert Bound(1.645, 0.0, 0.0).exceeded(before, after) is significant
 
     def test_one_item_can_never_be_significant(self):
-        assert not difference(binary(1, 1), binary(0, 1)).exceeds(0.0)
+        assert not NO_NOISE.exceeded(binary(1, 1), binary(0, 1))
 
     def test_equal_scores_do_not_exceed_even_at_z_0(self):
-        assert not difference(binary(5, 10), binary(5, 10)).exceeds(0.0)
+        assert not NO_NOISE.exceeded(binary(5, 10), binary(5, 10))
 
     def test_undefined(self):
         found = difference(binary(5, 10), Score(NAN, 10))
         assert math.isnan(found.mean)
-        assert not found.exceeds(0.0)
+        assert not NO_NOISE.exceeded(binary(5, 10), Score(NAN, 10))
+        assert not NO_NOISE.exceeded(Score(NAN, 10), binary(5, 10))
 
     def test_other_items_are_refused(self):
         with pytest.raises(TrainingError, match="different items"):
@@ -106,11 +109,11 @@ class TestDifference:
     def test_without_items_shares_have_binomial_errors(self):
         found = difference(Score(0.8, 100), Score(0.6, 100))
         assert found.standard_error == pytest.approx(math.sqrt(0.8 * 0.2 / 100 + 0.6 * 0.4 / 100), rel=1e-15)
-        assert found.exceeds(1.645)
-        assert not difference(Score(0.8, 100), Score(0.75, 100)).exceeds(1.645)
+        assert Bound(1.645, 0.0, 0.0).exceeded(Score(0.8, 100), Score(0.6, 100))
+        assert not Bound(1.645, 0.0, 0.0).exceeded(Score(0.8, 100), Score(0.75, 100))
 
     def test_without_items_a_loss_cannot_be_tested(self):
-        assert not difference(Score(-1.0, 100), Score(-3.0, 100)).exceeds(0.0)
+        assert not NO_NOISE.exceeded(Score(-1.0, 100), Score(-3.0, 100))
 
     def test_the_null_is_rejected_about_as_often_as_it_says(self):
         """z = 1.645 is one-sided 5 %; the continuity correction makes it lower, never higher."""
@@ -119,7 +122,8 @@ class TestDifference:
         hits = 0
         for _ in range(trials):
             pairs = [(float(rng.random() < 0.7), float(rng.random() < 0.7)) for _ in range(150)]
-            hits += difference(Score.of(a for a, _ in pairs), Score.of(b for _, b in pairs)).exceeds(1.645)
+            before, after = (Score.of(pair[k] for pair in pairs) for k in (0, 1))
+            hits += Bound(1.645, 0.0, 0.0).exceeded(before, after)
         assert 0.025 < hits / trials < 0.055  # 5 % less the correction; four standard errors are 0.014
 
 

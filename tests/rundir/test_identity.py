@@ -4,6 +4,7 @@ bits is said."""
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from repsft_fast import checkpoint
 from repsft_fast.checkpoint import ForeignCheckpoint
 from repsft_fast.errors import ConfigError
+from repsft_fast.rundir import identity
 from repsft_fast.training import trainer
 from tests.helpers import runs
 from tests.helpers.chat_tokenizers import CHATML, byte_level
@@ -349,3 +351,39 @@ def test_a_checkpoint_of_an_older_version_is_compared_in_what_both_know(run, mon
     assert trainer.train(given, resume=True).success
     assert equal(weights(folder / "run"), expected)
     assert any("an older version wrote the checkpoint" in note for note in notes(folder / "run"))
+
+
+class TestSettingsThatAnOlderVersionHadNot:
+    """What a checkpoint does not say is what its version did."""
+
+    OLDER: ClassVar = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": 2.33,
+             "mixture.min_progress": 0.01, "weights": "x"}  # fmt: skip
+    NOW: ClassVar = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": None,
+           "mixture.alpha": 0.1, "mixture.min_looks": 8, "mixture.pool": "items", "mixture.keep": None, "weights": "x"}  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "run",
+        [{}, {"mixture.policy": "sft"}, {"mixture.policy": "msft", "mixture.rule": "paper"}],
+        ids=["plain", "sft", "paper"],
+    )
+    def test_a_rule_that_decides_nothing_is_not_compared(self, run):
+        assert identity.check("w", self.OLDER | run, self.NOW | run) is None
+
+    def test_one_that_decides_is(self):
+        run = {"mixture.policy": "msft"}
+        with pytest.raises(
+            ForeignCheckpoint, match=r"mixture\.alpha was null and is 0\.1.*mixture\.z was 2\.33"
+        ):
+            identity.check("w", self.OLDER | run, self.NOW | run)
+        with pytest.raises(ForeignCheckpoint, match=r"mixture\.z was null and is 3\.0"):
+            identity.check("w", self.NOW | run, self.NOW | run | {"mixture.z": 3.0})
+
+    def test_another_mean_is_another_run(self):
+        with pytest.raises(ForeignCheckpoint, match=r"mixture\.pool was items and is tasks"):
+            identity.check("w", self.OLDER, self.NOW | {"mixture.pool": "tasks"})
+
+    def test_what_saturation_kept(self):
+        run = {"mixture.policy": "msft", "mixture.exclude_on": "saturation"}
+        with pytest.raises(ForeignCheckpoint, match=r"mixture\.keep was best and is null"):
+            identity.check("w", self.OLDER | run, self.NOW | run)
+        assert identity.check("w", self.OLDER | run, self.NOW | run | {"mixture.keep": "best"}) is None

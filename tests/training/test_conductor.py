@@ -28,7 +28,7 @@ TESTED = {
     "mixture__rule": "tested",
     "mixture__z": 0.0,
     "mixture__patience": 1,
-    "mixture__min_progress": 0.0,
+    "mixture__min_looks": 1,
     "optim__lr": 3e-2,
 }
 # name → settings, and which decisions the run must hold, so that no test passes on an empty run

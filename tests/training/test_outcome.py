@@ -75,7 +75,7 @@ def test_one_item_that_is_no_number_makes_the_score_none(items):
 @pytest.mark.parametrize("rule", ["paper", "tested"])
 def test_it_makes_no_task_overfit_and_no_moment_the_best(rule):
     settings = MsftSettings(
-        rule=rule, evaluations_per_epoch=1, compute_budget=0.3, z=0.0, min_progress=0.0, patience=1
+        rule=rule, evaluations_per_epoch=1, compute_budget=0.3, z=0.0, min_looks=1, patience=1
     )
     history = history_of([0.5, 0.9, NAN, NAN], [0, 1, 2, 3])
     decision = Msft(settings).decide(history, history.active)

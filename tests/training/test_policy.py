@@ -41,7 +41,7 @@ from tests.helpers import runs
 MSFT: dict[str, Any] = {
     "rule": "paper", "compute_budget": 2.5, "evaluations_per_epoch": 3, "max_stages": 7, "optimizer": "restore",
     "schedule": "rewind", "data": "rewind", "exclude_on": "saturation", "rehearsal": 0.25, "min_delta": 0.5,
-    "min_progress": 0.125, "patience": 5, "z": 1.5,
+    "patience": 5, "z": 1.5, "alpha": 0.25, "min_looks": 3, "pool": "tasks", "keep": "best",
 }  # fmt: skip
 
 
@@ -99,6 +99,7 @@ class TestBeforeTheRun:
         ("name", "expected"),
         [
             ("msft", (17.5, "mixture.compute_budget 2.5 × max_stages 7")),
+            ("sft_resets", (17.5, "mixture.compute_budget 2.5 × max_stages 7")),
             ("sft", (2.5, "mixture.compute_budget 2.5 × one run")),
             ("continual", (5.0, "mixture.compute_budget 2.5 × 2 tasks")),
             ("sro", (5.0, "mixture.compute_budget 2.5 × 2 runs")),
@@ -119,7 +120,9 @@ class TestBeforeTheRun:
         assert needed("sft") == 1
         assert needed("dynamix") == 2  # and the state before a probe
         assert needed("msft") == 3
-        assert needed("msft", exclude_on="saturation") == 1
+        assert needed("msft", exclude_on="saturation") == 0
+        assert needed("msft", exclude_on="saturation", keep="best") == 1
+        assert needed("msft", keep="last") == 2
 
     def test_a_snapshot_is_weights_unless_the_optimizer_comes_back(self):
         assert weights_are_enough(config_of(None))
