@@ -91,7 +91,7 @@ class TestBound:
     def test_its_quantiles(self):
         history = table({"a": [0.5, 0.52, 0.5, 0.51, 0.5], "b": [0.5] * 5, "dark": [NAN] * 5})
         found = bound(history, "a", 0.1, 40)
-        p = 0.1 / (2 * 2 * 40)  # half for each of two errors; `dark` has no score and is not compared
+        p = 0.1 / (2 * 2 * 2 * 40)  # two errors, a peak that was chosen; `dark` has no score and is not compared
         assert found.z == normal_quantile(p)
         assert found.t == student_quantile(p, 0.6 * 3)
         assert found.wobble == wobble_of(looks(history, "a"))[0]
