@@ -1,34 +1,18 @@
 """What the records of the mSFT study say: means, 95 % intervals and paired differences, as Markdown.
 
 Intervals are Student's over seeds; a difference to the baseline is taken seed by seed first, because both
-cells of a seed have the same rows and the same start. Standard library only.
+cells of a seed have the same rows and the same start (`repsft compare` does the same with folders of runs).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from repsft_fast.report.compare import interval, paired
+
 BASELINE = "sft C=6"
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
 Record = Mapping[str, Any]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval; infinite for one value, ValueError for none."""
-    if not values:
-        raise ValueError("benchmarks/studies/msft_table.py: interval of no values, expected at least 1")
-    if len(values) == 1:
-        return values[0], math.inf
-    return fmean(values), T95.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
-
-
-def paired(cell: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float] | None:
-    """Interval of the difference over the seeds that both have; None without a common seed."""
-    seeds = sorted(set(cell) & set(baseline))
-    return interval([cell[seed] - baseline[seed] for seed in seeds]) if seeds else None
 
 
 def by_cell(records: Iterable[Record]) -> dict[str, dict[int, Record]]:

@@ -1,27 +1,9 @@
 """The arithmetic of the study's tables."""
 
-import math
-
 import pytest
 
 from benchmarks.studies import msft_table
 from tests.benchmarks.studies.study_records import record
-
-
-def test_intervals_are_students():
-    assert msft_table.interval([0.5]) == (0.5, math.inf)
-    middle, half = msft_table.interval([1.0, 2.0, 3.0])
-    assert middle == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-12)
-    with pytest.raises(ValueError, match="no values"):
-        msft_table.interval([])
-
-
-def test_differences_are_taken_seed_by_seed():
-    middle, half = msft_table.paired({1: 0.5, 2: 0.7, 9: 0.0}, {1: 0.4, 2: 0.6, 3: 1.0})
-    assert middle == pytest.approx(0.1)
-    assert half == pytest.approx(0.0, abs=1e-12)  # the same difference in both common seeds
-    assert msft_table.paired({1: 0.5}, {2: 0.5}) is None
 
 
 def test_a_peak_is_the_first_maximum():
