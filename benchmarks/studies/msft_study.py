@@ -250,7 +250,8 @@ def exclusions(
             seen[line["moment"]] = here = line
         elif line["kind"] == "stage":
             at = seen.get(line["start"]) or here
-            for task in sorted(active - set(line["active"])):
+            # Whom weight 0 keeps from the first stage has left nothing.
+            for task in [] if at is None else sorted(active - set(line["active"])):
                 found.append(
                     {
                         "task": task, "stage": line["stage"], "moment": at["moment"], "epoch": at["epoch"],

@@ -142,7 +142,7 @@ def said_of_rows(rows: Mapping[str, int], z: float, shares: bool) -> list[str]:
     """What can be seen with so many validation rows per task, in words. shares: the metric is right or wrong
     per row."""
     counted = {task: n for task, n in rows.items() if n > 0}
-    if not counted:
+    if not counted or z == 0:
         return []
     few = min(counted, key=lambda task: (counted[task], task))
     least, most = counted[few], max(counted.values())

@@ -55,7 +55,7 @@ class Score:
 
 
 def pooled(scores: Mapping[str, Score], tasks: Iterable[str], pool: Pool = "items") -> float:
-    """Mean over all items of `tasks` (the paper's pooled accuracy), or over the tasks, each weighing the same;
+    """Mean over all items of `tasks` (the paper's pooled accuracy) or over the tasks, each weighing the same;
     NaN when one of them is undefined here."""
     wanted = [scores.get(task) for task in sorted(tasks)]
     if not wanted or any(score is None or not score.defined for score in wanted):

@@ -16,8 +16,8 @@ def student_quantile(p: float, df: float) -> float:
     """The t that Student's variable with `df` degrees of freedom exceeds with probability p.
 
     0 < p ≤ 1/2; df > 0, whole or not. inf for df ≤ 0 (nothing is known of the spread) and where t² is no
-    number any more. Relative error below 1e-10 (against tables and integrals,
-    tests/policies/test_student.py).
+    number any more. Relative error below 1e-11 up to df of
+    some hundreds, 2e-7 at 1e9 (tests/policies/test_student.py).
     """
     if not 0 < p <= 0.5:
         raise ValueError(f"student_quantile: p must lie in (0, 0.5], got {p}")

@@ -211,7 +211,7 @@ class Conductor:
         return moved
 
     def _budget_is_spent(self) -> bool:
-        """A mixture's policy knows stages, not the budget: discarded branches are part of one that was set."""
+        """A mixture's policy knows stages, not the budget: of one that was set, discards are part."""
         parts = self.parts
         if parts.config.mixture.policy is None or parts.budget.derived:
             return False

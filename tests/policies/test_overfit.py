@@ -96,7 +96,7 @@ class TestBound:
         assert found.t == student_quantile(p, 0.6 * 3)
         assert found.wobble == wobble_of(looks(history, "a"))[0]
         assert bound(history, "a", 0.1, 40, z=1.5) == Bound(1.5, 1.5, found.wobble)
-        assert bound(history, "a", 0.1, 40, since=2).t == student_quantile(p, 0.6 * 1)
+        assert bound(history, "a", 0.1, 40, since=2).t == student_quantile(p, 0.6 * 2)
 
     def test_looks_of_the_run(self):
         assert MsftSettings(compute_budget=3, evaluations_per_epoch=4, max_stages=10).looks == 120
@@ -175,7 +175,7 @@ class TestSaidAtTheStart:
         rows = {f"t{k}": 40 for k in range(10)}
         first, second = Msft(MsftSettings()).at_start(rows, True)
         assert first == (
-            "with 40 validation rows a fall below 42 points cannot be seen (z = 3.84); one of 5 needs about 340 rows"
+            "with 40 validation rows a fall below 40 points cannot be seen (z = 3.66); one of 5 needs about 320 rows"
         )
         assert second == "nobody leaves before look 8 at a task: that is in stage 1, at 0.75 epochs"
 
@@ -185,7 +185,7 @@ class TestSaidAtTheStart:
         (first, _) = Msft(MsftSettings()).at_start({"a": 400}, False)
         assert (
             first
-            == "with 400 validation rows a mean fall below 0.16 standard deviations of the rows' changes cannot be seen (z = 3.23)"
+            == "with 400 validation rows a mean fall below 0.15 standard deviations of the rows' changes cannot be seen (z = 3.02)"
         )
         assert (
             Msft(MsftSettings())
@@ -193,6 +193,7 @@ class TestSaidAtTheStart:
             .startswith("with 1 validation row no fall can be seen")
         )
         assert len(Msft(MsftSettings()).at_start({"dark": 0}, True)) == 1
+        assert len(Msft(MsftSettings(z=0.0)).at_start({"a": 40}, True)) == 1, "any fall counts"
 
     def test_when_nobody_can_ever_leave(self):
         found = Msft(MsftSettings(max_stages=2)).at_start({"a": 500}, True)[-1]

@@ -42,7 +42,7 @@ def test_edges():
     assert student_quantile(0.5, 3.0) == 0.0
     assert student_quantile(0.01, 0.0) == math.inf, "nothing is known of the spread"
     assert student_quantile(1e-300, 0.1) == math.inf
-    assert student_quantile(0.025, 1e9) == pytest.approx(normal_quantile(0.025), rel=1e-8)
+    assert student_quantile(0.025, 1e9) == pytest.approx(normal_quantile(0.025), rel=2e-7), "lgamma's digits"
     assert normal_quantile(0.025) == pytest.approx(1.959963984540054, rel=1e-14)
     for p in (0.0, 0.6, math.nan):
         with pytest.raises(ValueError, match="must lie in"):

@@ -4,6 +4,7 @@ bits is said."""
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -355,9 +356,9 @@ def test_a_checkpoint_of_an_older_version_is_compared_in_what_both_know(run, mon
 class TestSettingsThatAnOlderVersionHadNot:
     """What a checkpoint does not say is what its version did."""
 
-    OLDER = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": 2.33,
+    OLDER: ClassVar = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": 2.33,
              "mixture.min_progress": 0.01, "weights": "x"}  # fmt: skip
-    NOW = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": None,
+    NOW: ClassVar = {"mixture.policy": None, "mixture.rule": "tested", "mixture.exclude_on": "overfit", "mixture.z": None,
            "mixture.alpha": 0.1, "mixture.min_looks": 8, "mixture.pool": "items", "mixture.keep": None, "weights": "x"}  # fmt: skip
 
     @pytest.mark.parametrize(

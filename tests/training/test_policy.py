@@ -123,7 +123,6 @@ class TestBeforeTheRun:
         assert needed("msft", exclude_on="saturation") == 0
         assert needed("msft", exclude_on="saturation", keep="best") == 1
         assert needed("msft", keep="last") == 2
-        assert needed("sft", keep="last") == 0
 
     def test_a_snapshot_is_weights_unless_the_optimizer_comes_back(self):
         assert weights_are_enough(config_of(None))
