@@ -65,8 +65,9 @@ PARTS = (
     Part("I", "optimizers, snapshots, a checkpoint", "state", 65, 95, 20),
     Part("J", "captured rows", "graphs", 20, 40, 10),
     Part("P", "a pretrained model", "pretrained", 90, 240, 40),
+    Part("M", "tasks that overfit at different times", "overfit", 360, 1800, 140),
 )
-ALONE = {"P"}  # never with the others
+ALONE = {"P", "M"}  # never with the others, nor together
 LETTERS = "".join(part.letter for part in PARTS)
 
 
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--commit", help="the commit that was copied here, where there is no git history")
     parser.add_argument(
-        "--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but P)"
+        "--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but P, M)"
     )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rehearsal (1)")
@@ -133,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def chosen(letters: str | None) -> list[Part]:
-    """The parts asked for, in their own order, A always among them. ValueError for an unknown letter or P
-    among others."""
+    """The parts asked for, in their own order, A always among them. ValueError for an unknown letter, or
+    for P or M among others."""
     if letters is None:
         return [part for part in PARTS if part.letter not in ALONE]
     asked = {letter.strip().upper() for letter in letters.split(",") if letter.strip()}
@@ -142,9 +143,10 @@ def chosen(letters: str | None) -> list[Part]:
         raise ValueError(f"--parts: names no part, got {letters!r}; expected letters of {LETTERS}")
     if unknown := sorted(asked - set(LETTERS)):
         raise ValueError(f"--parts: {', '.join(unknown)} is not a part; expected letters of {LETTERS}")
-    if asked & ALONE and asked - ALONE - {"A"}:
+    if asked & ALONE and len(asked - {"A"}) > 1:
         raise ValueError(
-            f"--parts: {', '.join(sorted(asked & ALONE))} runs alone, got {', '.join(sorted(asked))}"
+            f"--parts: {', '.join(sorted(asked & ALONE))} runs alone, with A at most, got"
+            f" {', '.join(sorted(asked))}"
         )
     return [part for part in PARTS if part.letter in asked | {"A"}]
 

@@ -118,11 +118,11 @@ def _options(verb: type[Verb], values: dict[str, Any], problems: list[str]) -> d
     options = {}
     for name, info in verb.model_fields.items():
         if name not in Settings.model_fields or not issubclass(verb, Settings):
-            given = values.pop(name, info.default)
+            given = values.pop(info.alias or name, info.default)
             try:
                 options[name] = TypeAdapter[Any](info.annotation or str).validate_python(given)
             except ValidationError as error:
-                flag = f"--{name.replace('_', '-')}"
+                flag = f"--{(info.alias or name).replace('_', '-')}"
                 problems.append(
                     describe(flag, "cannot be used", expected=error.errors()[0]["msg"], got=given)
                 )

@@ -34,7 +34,7 @@ FLOORS = {
     "models": STORAGE | {"ops", "models"},
     "optim": STORAGE | {"ops", "optim"},
     "evaluate": STORAGE | {"ops", "data", "evaluate"},
-    "report": {"errors", "files", "report"},
+    "report": {"errors", "files", "policies", "report"},
     "memory": STORAGE | {"ops", "models", "optim", "snapshot", "memory"},
     "integrations": STORAGE | {"ops", "models", "integrations"},
 }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.studies.decay_trigger [names]   runs what is missing, appends its records
     python -m benchmarks.studies.decay_trigger --table   finished accuracy by trigger
+    python -m benchmarks.studies.decay_trigger --judge 3 4   whole runs of these seeds under the default
 
 One run a configuration under the constant rate. At every epoch's end its state is kept, the decay is
 triggered there, made to its end and measured, and the state is put back: so one run says what every trigger
@@ -12,6 +13,7 @@ there (0: not tried).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 from benchmarks.harness import machine, records
 
 PATH = records.FOLDER / "decay_trigger.jsonl"
+JUDGED = records.FOLDER / "decay_landing.jsonl"
 TRIGGERS = (0.70, 0.75, 0.80, 0.85, 0.88, 0.90, 0.92, 0.94, 0.95, 0.96, 0.97)
 WINDOW = (0.96, 0.98)
 FROM, UNTIL, ENOUGH, MOST_EPOCHS, PROBE = 0.66, 0.985, 0.992, 100, 200
@@ -64,9 +67,10 @@ def rows_of(source: Any) -> list[dict[str, Any]]:
 
 def story_rows(count: int = 40, asked: int = 12, told: int = 48) -> list[dict[str, Any]]:
     """Twelve words of Verne's "In the year 2889" as the question, the next 48 as the reply."""
-    import reasoning_gym
-
-    path = Path(reasoning_gym.__file__).parent / "data" / "in_the_year_2889.txt"
+    found = importlib.util.find_spec("reasoning_gym")
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).parent / "data" / "in_the_year_2889.txt"
     words = path.read_text(encoding="utf-8").split()
     made = []
     for k in range(count):
@@ -225,8 +229,50 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def judge(name: str, seed: int) -> dict[str, Any]:
+    """A whole run under the default trigger, as a record: accuracy of the training passes, the looks, the
+    saved model's accuracy."""
+    from repsft_fast import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"stop__token_accuracy": 0.97, "log__every_updates": 1000}
+        result = train(settings(name, Path(folder), seed, **changes))
+        assert result.success, result.reason  # a run that was cut short is no record
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        known = [json.loads(line) for line in lines]
+    begun = [one for one in known if one["kind"] == "decay"]
+    looks = [round(one["own_token_accuracy"], 5) for one in known if "own_token_accuracy" in one]
+    passes = [round(one["token_accuracy"], 5) for one in known if one["kind"] == "epoch"]
+    return records.make(
+        machine.environment("cpu"), op="decay landing", implementation=name, dtype="float32",
+        shape={"seed": seed, "updates": result.updates}, times_ms=[1e3 * result.seconds], peak_bytes=0,
+        training_pass=passes, begun=begun[0]["reason"] if begun else None, ended=result.code,
+        finished=round(result.saved_token_accuracy or 0.0, 5), looks=looks,
+    )  # fmt: skip
+
+
+def judged(seeds: list[str]) -> str:
+    """What of the seeds is missing is run; the table of all."""
+    known = records.read(JUDGED) if JUDGED.exists() else []
+    done = {(r["implementation"], r["shape"]["seed"]) for r in known}
+    for seed, name in ((int(seed), name) for seed in seeds for name in CONFIGURATIONS):
+        if (name, seed) not in done:
+            records.append(JUDGED, [judge(name, seed)])
+            known = records.read(JUDGED)
+            print(f"{name} {seed}: {known[-1]['finished']} | {known[-1]['begun']}", flush=True)
+    text = [f"| {r['implementation']} {r['shape']['seed']} | {100 * r['finished']:.1f} % |" for r in known]
+    inside = sum(WINDOW[0] <= r["finished"] <= WINDOW[1] for r in known)
+    return "\n".join(
+        ["| run | finished |", "|---|---|", *text, f"| in the window | {inside} of {len(known)} |"]
+    )
+
+
 def main(arguments: list[str]) -> int:
     known = records.read(PATH) if PATH.exists() else []
+    if arguments[:1] == ["--judge"]:
+        torch.set_num_threads(1)
+        print(judged(arguments[1:]))
+        return 0
     if arguments != ["--table"]:
         done = {(r["implementation"], r["shape"]["seed"]) for r in known}
         torch.set_num_threads(1)

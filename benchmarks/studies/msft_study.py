@@ -10,6 +10,9 @@ and tested on, and the order of the data. Decisions read the validation rows, th
 a run's end. All cells start from the same weights: a plain run over each task's pool, whose rows no seed uses
 (toys from random weights exclude tasks that have not started).
 
+`sft weights` is an oracle: each task is sampled in proportion to the epoch of its own best, smoothed over
+five looks, on the validation rows of the same seed's `sft C=6`, which is run first.
+
 `extra_tokens` are those of `dynamix`'s probes (a loss, an update, a loss) and of the samples that `ies` skips
 (a forward pass), from the run's own counters; their FLOPs count as training. FLOPs by
 `repsft_fast.throughput`'s formula, a forward pass as a third of it.
@@ -20,16 +23,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.checkout import ROOT
 from benchmarks.studies import msft_tasks
+from repsft_fast.errors import describe
+from repsft_fast.policies.headroom import of_records
 
 RECORDS = ROOT / "benchmarks" / "records" / "msft_study.jsonl"
-STUDY = 3  # raise it when the same cell would give other numbers
+STUDY = 4  # raise it when the same cell would give other numbers
 STAGES = {1.0: 6, 3.0: 3}  # of msft at most, by C
+REHEARSAL = 0.1
 MODEL = {
     "model_type": "llama", "vocab_size": 260, "hidden_size": 192, "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -44,19 +50,24 @@ def msft(rule: str, budget: float, **more: Any) -> dict[str, Any]:
     return {"policy": "msft", "rule": rule, "compute_budget": budget, "max_stages": STAGES[budget], **more}
 
 
+BASELINE, ORACLE = "sft C=6", "sft weights C=6"
 FIRST = 5  # of these in every seed before the others
 CELLS: dict[str, dict[str, Any]] = {
-    "sft C=6": {"policy": "sft", "compute_budget": 6.0},
+    BASELINE: {"policy": "sft", "compute_budget": 6.0},
+    ORACLE: {"policy": "sft", "compute_budget": 6.0},  # and weights: own_best_weights
+    "msft tested nll C=3": msft("tested", 3.0, metric="nll"),  # decides by the loss, which every item moves
     "msft paper C=1": msft("paper", 1.0),
     "msft tested C=1": msft("tested", 1.0),
-    "msft paper C=3": msft("paper", 3.0),
+    "sft_resets C=1": {"policy": "sft_resets", "compute_budget": 1.0, "max_stages": 6},
+    "msft tested nll C=3 rehearsal": msft("tested", 3.0, metric="nll", rehearsal=REHEARSAL),
     "msft tested C=3": msft("tested", 3.0),
+    "msft tested C=1 rehearsal": msft("tested", 1.0, rehearsal=REHEARSAL),
+    "msft tested C=3 rehearsal": msft("tested", 3.0, rehearsal=REHEARSAL),
+    "msft paper C=3": msft("paper", 3.0),
     "sro C=6": {"policy": "sro", "compute_budget": 6.0},
     "soft_sro C=6": {"policy": "soft_sro", "compute_budget": 6.0},
     "dynamix C=6": {"policy": "dynamix", "compute_budget": 6.0},
-    "sft C=3": {"policy": "sft", "compute_budget": 3.0},
     "ies C=9": {"policy": "ies", "compute_budget": 9.0},  # it can act after six epochs at the earliest
-    "msft tested nll C=3": msft("tested", 3.0, metric="nll"),  # decides by the loss, which every item moves
 }
 
 
@@ -95,13 +106,42 @@ def prepare(work: Path) -> Path:
     return warm
 
 
-def run_cell(work: Path, cell: str, seed: int) -> dict[str, Any]:
-    """Train one cell and return its record. The run's folder is made anew: only finished cells count."""
+def own_best_weights(record: Mapping[str, Any]) -> dict[str, float]:
+    """Sampling weights by which every task's training ends at its own best, if its epochs alone decide:
+    proportional to the epoch of its smoothed maximum in this record, largest 1."""
+    room = of_records(looks(record))
+    if isinstance(room, str):
+        raise ValueError(describe("benchmarks/studies/msft_study.py", f"no weights: {room}"))
+    epochs = {task: found.at.epochs for task, found in room.tasks.items()}
+    return {task: epoch / (max(epochs.values()) or 1.0) for task, epoch in epochs.items()}
+
+
+def looks(record: Mapping[str, Any]) -> list[tuple[str, int, float, dict[str, float]]]:
+    """A record's curve as `repsft_fast.policies.headroom` takes it."""
+    return [
+        (moment, stage, epoch, dict(zip(record["tasks"], scores, strict=True)))
+        for moment, stage, epoch, *scores in record["curve"]
+    ]
+
+
+def run_cell(work: Path, cell: str, seed: int, records: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Train one cell and return its record. The run's folder is made anew: only finished cells count.
+
+    records: where the oracle finds its seed's baseline.
+    """
     from repsft_fast.config import Config
     from repsft_fast.rundir.folder import RunFolder
     from repsft_fast.training.build import build
     from repsft_fast.training.trainer import quiet_libraries, run
 
+    mixture = CELLS[cell]
+    if cell == ORACLE:
+        own = [r for r in records if (r["cell"], r["seed"]) == (BASELINE, seed)]
+        if not own:
+            raise ValueError(
+                describe("benchmarks/studies/msft_study.py", f"{cell} needs {BASELINE} of seed {seed}")
+            )
+        mixture = mixture | {"weights": own_best_weights(own[0])}
     warm, files = prepare(work), msft_tasks.write(work / "data", seed)
     folder = work / "runs" / f"{cell.replace(' ', '_')}_seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,7 +150,7 @@ def run_cell(work: Path, cell: str, seed: int) -> dict[str, Any]:
             folder, files["train"], work, seed,
             model={"path": str(warm)}, data={"validation": files["validation"], "test": files["test"]},
             optim={"lr": LR, "max_norm": None, "warmup_updates": 0}, schedule={"name": "constant"},
-            budget={"epochs": 1000}, mixture=CELLS[cell],
+            budget={"epochs": 1000}, mixture=mixture,
         )
     )  # fmt: skip
     quiet_libraries()
@@ -121,7 +161,7 @@ def run_cell(work: Path, cell: str, seed: int) -> dict[str, Any]:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     start = hashlib.sha256((warm / "model.safetensors").read_bytes()).hexdigest()[:16]
     return summary(lines, result, parts) | {
-        "cell": cell, "seed": seed, "study": STUDY, "mixture": CELLS[cell], "start": start,
+        "cell": cell, "seed": seed, "study": STUDY, "mixture": mixture, "start": start,
     }  # fmt: skip
 
 
@@ -170,6 +210,10 @@ def summary(lines: list[dict[str, Any]], result: Any, parts: Any) -> dict[str, A
             ]
             for line in evaluations
         ],
+        "item_errors": [
+            [round((line["errors"] or {}).get(task) or 0, 4) for task in names] for line in evaluations
+        ],
+        "headroom": (result.more.get("mixture") or {}).get("headroom"),
     }
 
 
@@ -206,7 +250,8 @@ def exclusions(
             seen[line["moment"]] = here = line
         elif line["kind"] == "stage":
             at = seen.get(line["start"]) or here
-            for task in sorted(active - set(line["active"])):
+            # Whom weight 0 keeps from the first stage has left nothing.
+            for task in [] if at is None else sorted(active - set(line["active"])):
                 found.append(
                     {
                         "task": task, "stage": line["stage"], "moment": at["moment"], "epoch": at["epoch"],
@@ -222,10 +267,10 @@ def mean(values: Any) -> float:
     return sum(listed) / len(listed)
 
 
-def read(path: Path = RECORDS) -> list[dict[str, Any]]:
-    """Records of this study's version, the last one of every cell and seed."""
+def read(path: Path = RECORDS, study: int = STUDY) -> list[dict[str, Any]]:
+    """Records of a version of the study, the last one of every cell and seed."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return list({(r["cell"], r["seed"]): r for r in lines if r["study"] == STUDY}.values())
+    return list({(r["cell"], r["seed"]): r for r in lines if r["study"] == study}.values())
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -249,11 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded")
+    parser.add_argument("--study", type=int, default=STUDY, help="--table of an earlier version's records")
     given = parser.parse_args(arguments)
     if given.table:
         from benchmarks.studies.msft_table import table
 
-        print(table(read(given.records)))
+        print(table(read(given.records, given.study)))
         return
     if given.work is None:
         parser.error("WORK, a folder for data and runs, is needed")
@@ -265,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finished = {(record["cell"], record["seed"]) for record in read(given.records)}
     for cell, seed in order(given.cells, given.seeds):
         if (cell, seed) not in finished:
-            record = run_cell(given.work.resolve(), cell, seed)
+            record = run_cell(given.work.resolve(), cell, seed, read(given.records))
             append(given.records, environment() | record)
             took = f"{record['seconds']:.0f} s ({record['evaluation_seconds']:.0f} s evaluating)"
             found = f"test {record['test_macro']:.3f}, {record['updates']} updates"

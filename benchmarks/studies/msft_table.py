@@ -1,34 +1,18 @@
 """What the records of the mSFT study say: means, 95 % intervals and paired differences, as Markdown.
 
 Intervals are Student's over seeds; a difference to the baseline is taken seed by seed first, because both
-cells of a seed have the same rows and the same start. Standard library only.
+cells of a seed have the same rows and the same start (`repsft compare` does the same with folders of runs).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from repsft_fast.report.compare import interval, paired
+
 BASELINE = "sft C=6"
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
 Record = Mapping[str, Any]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval; infinite for one value, ValueError for none."""
-    if not values:
-        raise ValueError("benchmarks/studies/msft_table.py: interval of no values, expected at least 1")
-    if len(values) == 1:
-        return values[0], math.inf
-    return fmean(values), T95.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
-
-
-def paired(cell: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float] | None:
-    """Interval of the difference over the seeds that both have; None without a common seed."""
-    seeds = sorted(set(cell) & set(baseline))
-    return interval([cell[seed] - baseline[seed] for seed in seeds]) if seeds else None
 
 
 def by_cell(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
@@ -77,7 +61,8 @@ def table(records: Sequence[Record]) -> str:
     sections = [_summary(cells), _work(cells), _tasks(cells), _exclusions(cells)]
     if BASELINE in cells:
         sections.append(_peaks(cells[BASELINE].values()))
-    return "\n\n".join(sections)
+    sections.append(_headroom(cells))
+    return "\n\n".join(text for text in sections if text.count("\n") > 1)  # what has more than its head
 
 
 def _summary(cells: Mapping[str, Mapping[int, Record]]) -> str:
@@ -161,6 +146,24 @@ def _peaks(runs: Iterable[Record]) -> str:
     for record in listed:
         found = peaks(record)
         lines.append(_row(f"seed {record['seed']}", *(f"{found[task]:.2f}" for task in record["tasks"])))
+    return "\n".join(lines)
+
+
+def _headroom(cells: Mapping[str, Mapping[int, Record]]) -> str:
+    """What an ideal schedule could have won at most in each run; records older than that have no line."""
+    lines = _head(
+        "head-room, validation", "unit", "mean over seeds", "by chance", "seed by seed, ± in the run"
+    )
+    for cell, seeds in cells.items():
+        found = {seed: r["headroom"] for seed, r in seeds.items() if (r.get("headroom") or {}).get("common")}
+        if not found:
+            continue
+        words = "; ".join(f"seed {seed}: {_pm((room['value'], room['interval'] or math.inf))}"
+                          for seed, room in found.items())  # fmt: skip
+        chance = fmean(room["by_chance"] for room in found.values())
+        unit = next(iter(found.values()))["unit"]
+        middle = _pm(interval([room["value"] for room in found.values()]))
+        lines.append(_row(cell, unit, middle, f"{chance:.3f}", words))
     return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@ from repsft_fast.commands.verbs import Repsft
 from repsft_fast.config import reference
 from repsft_fast.config.sections import Settings
 
+_POSITIONAL = {"export": "RUN ", "compare": "RUN [RUN ...] "}  # what a verb takes without a flag
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser pydantic-settings makes of the verbs, with this command's manners: a short usage, brief
@@ -39,7 +41,7 @@ def _add_verb(verbs: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
     usage = (
         f"repsft {name} [--config FILE] [--section.setting VALUE ...] [options]"
         if takes_settings
-        else f"repsft {name} {'RUN ' if name == 'export' else ''}[options]"
+        else f"repsft {name} {_POSITIONAL.get(name, '')}[options]"
     )
     return verbs.add_parser(
         name, usage=usage, **{**kwargs, "description": inspect.cleandoc(Repsft.VERBS[name].__doc__ or "")}

@@ -119,6 +119,36 @@ class Export(Verb):
         )
 
 
+class Compare(Verb):
+    """One table over finished runs: mean over seeds ± 95 % interval, difference to a baseline, tokens, FLOPs.
+
+    RUN: folders of runs, or a folder that holds runs. Runs whose settings differ in nothing but run.seed are
+    one arm. Scores are the test rows' where the runs have some.
+    """
+
+    runs: CliPositionalArg[list[str]] = Field(description="Folders of runs, or of folders of runs")
+    baseline: str | None = Field(
+        None, description="The arm that the others are compared with, or a part of its name; else the first"
+    )
+    by: str | None = Field(
+        None, description="Settings that alone make an arm, with commas: mixture.policy,mixture.rule"
+    )
+    names: str | None = Field(None, description="The arms' names in the table, in their order, with commas")
+    metric: str | None = Field(
+        None, description="exact_match, token_accuracy, loss, nll or answer; else what the runs decided by"
+    )
+    pool: str | None = Field(None, description="items: mean over rows; tasks: mean over tasks")
+    markdown: bool = Field(False, description="As a table of markdown")
+    as_json: bool = Field(False, alias="json", description="As JSON, every run in it")
+
+    @staticmethod
+    def call(config: None, options: Options) -> Any:
+        from repsft_fast.commands.compare import compare
+
+        named = ("baseline", "by", "names", "metric", "pool", "markdown", "as_json")
+        return compare(options["runs"], **{name: options[name] for name in named})
+
+
 class Doctor(Verb):
     """Say what this machine has: versions, devices, which kernels and optimizers can be used, and what is
     missing."""
@@ -176,6 +206,7 @@ class Repsft(BaseSettings):
     demo: CliSubCommand[Demo] = Field(description="a small run on generated data, from nothing to its stop")
     export: CliSubCommand[Export] = Field(description="write the model of a run from a checkpoint")
     inspect: CliSubCommand[Inspect] = Field(description="show samples as the model sees them")
+    compare: CliSubCommand[Compare] = Field(description="one table over finished runs")
     doctor: CliSubCommand[Doctor] = Field(description="what this machine has and what is missing")
     selftest: CliSubCommand[Selftest] = Field(description="the laws, checked on this machine")
     bench: CliSubCommand[Bench] = Field(description="in a checkout: run | compare A B | gate")
@@ -186,6 +217,7 @@ class Repsft(BaseSettings):
         "demo": Demo,
         "export": Export,
         "inspect": Inspect,
+        "compare": Compare,
         "doctor": Doctor,
         "selftest": Selftest,
         "bench": Bench,

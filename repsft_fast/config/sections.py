@@ -181,6 +181,9 @@ class Stop(Section):
 
     token_accuracy: Share | None = 0.97
     """Stop when token accuracy on the training data reaches this; null: never."""
+    decay_token_accuracy: Literal["auto"] | Share = "auto"
+    """Under wsd, where the decay begins that ends the run. auto: where the finished model is predicted at
+    token_accuracy, from looks at the model itself at epochs' ends; a number: at this one, without looks."""
     probe_samples: Count | None = None
     """Measure it on this many fixed training samples, at every epoch's end and once at the run's, with a rule
     or without; null: over the last whole epoch's training pass, for free."""

@@ -7,7 +7,7 @@ come again). Its clock counts records, so "has this been answered?" is a compari
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -78,7 +78,10 @@ class History:
         return record
 
     def epoch_ended(
-        self, tokens: Mapping[str, tuple[int, int]], losses: Mapping[int, float] | None = None
+        self,
+        tokens: Mapping[str, tuple[int, int]],
+        losses: Mapping[int, float] | None = None,
+        own: tuple[int, int] | None = None,
     ) -> Epoch:
         """An epoch has ended at the current position with these exact counts."""
         self.clock += 1
@@ -90,12 +93,12 @@ class History:
             at.epochs,
             dict(tokens),
             dict(losses) if losses else None,
+            own,
         )
         self.epochs.append(record)
         old = len(self.epochs) - KEEP_LOSSES - 1
         if old >= 0 and self.epochs[old].losses is not None:
-            past = self.epochs[old]
-            self.epochs[old] = Epoch(past.clock, past.stage, past.update, past.epochs, past.tokens, None)
+            self.epochs[old] = replace(self.epochs[old], losses=None)
         return record
 
     def probed(self, losses: Mapping[str, tuple[float, float]]) -> Probed:

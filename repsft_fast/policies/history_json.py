@@ -21,7 +21,7 @@ def dump(fields: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": dict(fields["tasks"]),
         "stages": [asdict(s) for s in fields["stages"]],
         "evaluations": [_dump_evaluation(e) for e in fields["evaluations"]],
-        "epochs": [{**asdict(e), "losses": _pack_losses(e.losses)} for e in fields["epochs"]],
+        "epochs": [_dump_epoch(e) for e in fields["epochs"]],
         "probes": [_dump_probe(p) for p in fields["probes"]],
         "decisions": [{**asdict(t), "decision": to_json(t.decision)} for t in fields["decisions"]],
         "position": asdict(fields["position"]),
@@ -66,10 +66,16 @@ def _parse_evaluation(e: Mapping[str, Any]) -> Evaluation:
     return Evaluation(e["stage"], e[_SNAPSHOT], e["update"], e["epochs"], scores)
 
 
+def _dump_epoch(e: Epoch) -> dict[str, Any]:
+    values = {**asdict(e), "losses": _pack_losses(e.losses)}
+    return values if e.own is not None else {name: v for name, v in values.items() if name != "own"}
+
+
 def _parse_epoch(e: Mapping[str, Any]) -> Epoch:
     tokens = {task: (int(c), int(n)) for task, (c, n) in e["tokens"].items()}
     losses = None if e["losses"] is None else {int(i): _or_nan(loss) for i, loss in e["losses"]}
-    return Epoch(**{**e, "tokens": tokens, "losses": losses})
+    own = None if e.get("own") is None else (int(e["own"][0]), int(e["own"][1]))
+    return Epoch(**{**e, "tokens": tokens, "losses": losses, "own": own})
 
 
 def _dump_probe(p: Probed) -> dict[str, Any]:

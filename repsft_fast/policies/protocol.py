@@ -51,6 +51,11 @@ class Policy(Protocol):
         shares: their scores are right or wrong."""
         return []
 
+    def wants_own(self, history: History, correct: int, total: int) -> bool:
+        """Whether the epoch that ends now, with these counts of its training pass, wants a look at the model
+        itself (Epoch.own). The same on every rank."""
+        return False
+
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         """The next decision, the same on every rank. Asked again after each one until it is Continue or
         Stop."""

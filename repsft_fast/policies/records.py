@@ -32,6 +32,8 @@ class Epoch:
     epochs: float
     tokens: dict[str, tuple[int, int]]  # task → (correct, total) trained tokens
     losses: dict[int, float] | None  # sample id → its mean loss, for IES; dropped after KEEP_LOSSES epochs
+    # (correct, total) of the model itself at the end, on the same training samples each time; None: no look
+    own: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

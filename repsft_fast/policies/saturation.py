@@ -10,19 +10,24 @@ stops at once. A budget is hard: the decay is started early enough to end with i
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from repsft_fast.errors import describe
+from repsft_fast.policies import foresight
 from repsft_fast.policies.decisions import Code, Continue, Decay, Decision, NewStage, Reset, Stop
 from repsft_fast.policies.history import History
 from repsft_fast.policies.protocol import Policy
 from repsft_fast.policies.records import Epoch
 from repsft_fast.policies.statistics import as_ratio, reaches
 
+PREDICTED_FROM = 0.9  # below it nothing was measured, and the plain rule holds
+
 
 @dataclass(frozen=True)
 class SaturationSettings:
     token_accuracy: float | None = 0.97  # stop at correct / total >= this; None: never
+    # where a decay is triggered, it begins at this one; auto: where the finished model is predicted there
+    decay_token_accuracy: float | Literal["auto"] = "auto"
     plateau_epochs: int | None = None  # stop when accuracy has not risen for this many epochs; None: never
     plateau_min_delta: float = 0.001  # a smaller rise than this does not count
     budget_updates: int | None = None
@@ -40,6 +45,10 @@ class SaturationSettings:
         if accuracy is not None and not 0 < accuracy <= 1:
             wrong, expected = "is not an accuracy", "above 0, at most 1"
             found.append(describe("stop.token_accuracy", wrong, expected=expected, got=accuracy))
+        begins = self.decay_token_accuracy
+        if begins != "auto" and not (isinstance(begins, int | float) and 0 < begins <= 1):
+            wrong, expected = "is not an accuracy", "auto, or above 0, at most 1"
+            found.append(describe("stop.decay_token_accuracy", wrong, expected=expected, got=begins))
         if epochs is not None and epochs < 1:
             found.append(describe("stop.plateau_epochs", "is too small", expected="at least 1", got=epochs))
         if not (math.isfinite(rise) and rise >= 0):
@@ -77,6 +86,13 @@ class Saturation(Policy):
     @property
     def accuracy_target(self) -> float | None:
         return self.settings.token_accuracy
+
+    def wants_own(self, history: History, correct: int, total: int) -> bool:
+        """From the first epoch on whose pass got far enough, while a decay is still to begin by a
+        prediction."""
+        if not self._predicts or _decay_of(history) is not None or total == 0:
+            return False
+        return reaches(correct, total, foresight.FROM) or any(e.own is not None for e in history.epochs)
 
     def decide(self, history: History, active: frozenset[str]) -> Decision:
         if not history.stages:
@@ -131,11 +147,8 @@ class Saturation(Policy):
         s, last = self.settings, history.epochs[-1] if history.epochs else None
         if last is None or last.update != history.position.update:
             return None
-        correct, total = _counts(last)
-        if s.token_accuracy is not None and reaches(correct, total, s.token_accuracy):
-            reached = f"token accuracy {100 * correct / total:.2f} % reached {100 * s.token_accuracy:.4g} %"
-            after = f"after epoch {last.epochs:.4g} ({correct:,} of {total:,} tokens)"
-            return _Fired("token_accuracy", f"{reached} {after}")
+        if fired := self._memorised(history, last) or self._foreseen(history, last):
+            return fired
         if s.plateau_epochs is None:
             return None
         since = epochs_without_rise(history.epochs, s.plateau_min_delta)
@@ -143,6 +156,39 @@ class Saturation(Policy):
             reason = f"token accuracy has not risen by {s.plateau_min_delta:g} for {since} epochs"
             return _Fired("plateau", reason)
         return None
+
+    @property
+    def _predicts(self) -> bool:
+        s = self.settings
+        known = s.token_accuracy is not None and PREDICTED_FROM <= s.token_accuracy < 1
+        return s.decays and s.decay_token_accuracy == "auto" and known
+
+    def _memorised(self, history: History, last: Epoch) -> _Fired | None:
+        s, (correct, total) = self.settings, _counts(last)
+        wanted = s.token_accuracy
+        if wanted is not None and s.decays and s.decay_token_accuracy != "auto":
+            wanted = s.decay_token_accuracy
+        if wanted is None or not reaches(correct, total, wanted):
+            return None
+        reached = f"token accuracy {100 * correct / total:.2f} % reached {100 * wanted:.4g} %"
+        after = f"after epoch {last.epochs:.4g} ({correct:,} of {total:,} tokens)"
+        return _Fired("token_accuracy", f"{reached} {after}")
+
+    def _foreseen(self, history: History, last: Epoch) -> _Fired | None:
+        """A decay that begins now is predicted to end at the accuracy that is wanted, or nearer to it than
+        one that begins an epoch later."""
+        looks = [epoch.own for epoch in history.epochs if epoch.own is not None and epoch.own[1]]
+        target = self.settings.token_accuracy
+        if not self._predicts or last.own is None or not looks or target is None:
+            return None
+        length = self._decay_length(last.update) * last.epochs / last.update
+        now, half_later = foresight.predicted(looks, length)
+        if half_later < target:
+            return None
+        at = f"token accuracy {100 * last.own[0] / last.own[1]:.2f} % after epoch {last.epochs:.4g}"
+        begins = f"{at}, decaying now so that the finished model is predicted at {100 * now:.1f} %"
+        ended = f"{at}; a decay from there was predicted to end at {100 * now:.1f} %"
+        return _Fired("token_accuracy", begins, ended)
 
     def _budget_nearly_spent(self, history: History) -> _Fired | None:
         """Under a schedule whose decay is triggered: the budget that would be spent before a later decay is

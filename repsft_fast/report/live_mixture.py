@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repsft_fast.report.format import MISSING, number, percent
+from repsft_fast.report.records import is_number
 from repsft_fast.report.visible import columns, one_line, padded
 
 BAR = 28  # columns, at most
@@ -108,9 +109,10 @@ def ending(standing: Mapping[str, Any], more: Mapping[str, Any]) -> list[str]:
 
     more: of result.json. A run that ended without a result shows how its tasks stood.
     """
-    result = (more.get("mixture") or {}).get("result")
+    mixture = more.get("mixture") or {}
+    result, room = mixture.get("result"), headroom_line(mixture.get("headroom"))
     if result is None:
-        return lines(standing)
+        return [*lines(standing), *room]
     metric, test = str(standing["metric"]), more.get("test") or {}
     tested = test.get("scores") or {}
     where = f"stage {result['stage']}, {result['epochs']:.2f} epochs"
@@ -122,7 +124,24 @@ def ending(standing: Mapping[str, Any], more: Mapping[str, Any]) -> list[str]:
         figures = [f"validation {score_text(result['tasks'][name]['score'], metric):>7}"]
         figures += [f"test {score_text(tested.get(name), metric):>7}"] if test else []
         found.append(f"    {padded(one_line(name), longest)}  {'  '.join(figures)}  {task['state']}")
-    return found
+    return [*found, *room]
+
+
+def headroom_line(found: Any) -> list[str]:
+    """One line: `an ideal schedule could have won at most 1.7 ± 0.4 points here`; none of a run without a
+    value, and of a record that is not whole.
+
+    found: `more.mixture.headroom` of result.json.
+    """
+    if not isinstance(found, Mapping) or not is_number(found.get("value")):
+        return []
+    loss = found.get("unit") == "nats"
+    figure, unit = (lambda x: f"{x:.2g}", "nats") if loss else (lambda x: f"{100 * x:.1f}", "points")
+    half = f" ± {figure(found['interval'])}" if is_number(found.get("interval")) else ""
+    text = f"an ideal schedule could have won at most {figure(found['value'])}{half} {unit} here"
+    if is_number(found.get("by_chance")):
+        text += f" (noise alone shows {figure(found['by_chance'])} or more)"
+    return [text]
 
 
 def lines(standing: Mapping[str, Any]) -> list[str]:

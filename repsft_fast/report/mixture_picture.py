@@ -14,6 +14,7 @@ from typing import Any
 
 from repsft_fast.report import timeline
 from repsft_fast.report.format import count, duration, number, percent
+from repsft_fast.report.live_mixture import headroom_line
 from repsft_fast.report.picture import FAINT, GRID, INK, drawing, new_figure, save, say_damage
 from repsft_fast.report.records import is_number, result_or_nothing, setting
 from repsft_fast.report.result import FILE as RESULT_FILE
@@ -56,6 +57,8 @@ def _figure_of(folder: Path, data: Mapping[str, Any], metric: str) -> Any:
         "each task by itself · grey: thrown away · dashed: left the mixture, still evaluated · band: ± 1"
         " standard error"
     )
+    for line in headroom_line(data["result"].get("headroom")):
+        words += f"\n{line} · ring: a task's own best, dotted: the best for all, smoothed"
     below.suptitle(words, fontsize=9, color=FAINT, x=0.01, ha="left")
     # Places that no task fills are hidden, and the lowest panel of each column says the unit.
     panels = below.subplots(lines, columns, squeeze=False, sharex=True)
@@ -220,6 +223,7 @@ def _task(axes: Any, task: str, data: Mapping[str, Any], paths: Any, metric: str
             xs, ys, errors = zip(*band, strict=True)
             low, high = ([y + sign * s for y, s in zip(ys, errors, strict=True)] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=KEPT, alpha=0.10, linewidth=0, zorder=1)
+    _own_best(axes, task, data, metric)
     # The moment gone back to is why the task left: it was at its best there.
     if dropped is not None:
         peak = next((e for e in data["evaluations"] if e["moment"] == dropped["to"]), None)
@@ -228,6 +232,29 @@ def _task(axes: Any, task: str, data: Mapping[str, Any], paths: Any, metric: str
             axes.annotate(f"out at {peak['epoch']:.2f}", (peak["epoch"], y), xytext=(0, 6),
                           textcoords="offset points", ha="center", fontsize=8, color=LEFT)  # fmt: skip
             axes.margins(y=0.22)
+
+
+def _own_best(axes: Any, task: str, data: Mapping[str, Any], metric: str) -> None:
+    """A ring at the task's best, smoothed over looks, and a line at the checkpoint that is best for all."""
+    found = data["result"].get("headroom") or {}
+    by_moment = {e["moment"]: e for e in data["evaluations"]}
+    common = by_moment.get(_moment_of(found.get("common")))
+    if common is not None:
+        axes.axvline(common["epoch"], color=BEST, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    tasks = found.get("tasks")
+    room = tasks.get(task) if isinstance(tasks, Mapping) else None
+    if not isinstance(room, Mapping) or not is_number(room.get("own_best")):
+        return
+    at, y = by_moment.get(_moment_of(room.get("at"))), _shown(room["own_best"], metric)
+    if at is not None and y is not None:
+        axes.plot([at["epoch"]], [y], "o", markersize=5, markerfacecolor="white",
+                  markeredgecolor=BEST, markeredgewidth=1.2, zorder=4)  # fmt: skip
+
+
+def _moment_of(place: Any) -> Any:
+    """The moment that a place in result.json names."""
+    moment = place.get("moment") if isinstance(place, Mapping) else None
+    return moment if isinstance(moment, str) else None
 
 
 def _left_at(task: str, data: Mapping[str, Any]) -> float | None:

@@ -63,6 +63,7 @@ def build(folder: Path | str) -> dict[str, Any]:
             "reason": result.get("reason"),
             "test": _finite(more.get("test")),
             "account": _finite(more.get("account")),
+            "headroom": _headroom(more.get("mixture")),
         },
     }
 
@@ -108,6 +109,12 @@ def write(folder: Path | str) -> Path:
     text = json.dumps(build(folder), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     # half a surrogate pair as JSON spells it
     return write_whole(Path(folder) / FILE, text.encode("utf-8", "backslashreplace"))
+
+
+def _headroom(mixture: Any) -> dict[str, Any] | None:
+    """Of result.json, where it has a value."""
+    found = mixture.get("headroom") if isinstance(mixture, dict) else None
+    return _finite(found) if isinstance(found, dict) and is_number(found.get("value")) else None
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ BUDGET = "budget"
 _OF_THE_TESTED_RULE = tuple(
     f"mixture.{name}" for name in ("alpha", "z", "min_looks", "min_progress", "min_delta", "patience")
 )
+DECAY_AT = "stop.decay_token_accuracy"  # says nothing where no accuracy triggers a decay
 _SPELL = ("transformers", "tokenizers")  # what a tokenizer is written down by
 # In a config.json, what does not say how the model computes.
 _SAID_BY_THE_LIBRARY = (
@@ -256,6 +257,8 @@ def check(
     names = saved.keys() & now.keys() if old else saved.keys() | now.keys()
     if not (_is_tested(saved) or _is_tested(now)):
         names = names - set(_OF_THE_TESTED_RULE)
+    if not (_triggers_decay(saved) or _triggers_decay(now)):
+        names = names - {DECAY_AT}
     found = [
         _difference(name, saved.get(name), now.get(name))
         for name in sorted(names)
@@ -276,7 +279,17 @@ def check(
 def _as_it_was(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says, and what its version did where it had no setting yet."""
     saturation = saved.get("mixture.policy") == "msft" and saved.get("mixture.exclude_on") == "saturation"
-    return {"mixture.pool": "items", "mixture.keep": "best" if saturation else None} | dict(saved)
+    older = {
+        "mixture.pool": "items",
+        "mixture.keep": "best" if saturation else None,
+        DECAY_AT: saved.get("stop.token_accuracy"),
+    }
+    return older | dict(saved)
+
+
+def _triggers_decay(settings: Mapping[str, Any]) -> bool:
+    by_accuracy = settings.get("stop.token_accuracy") is not None
+    return settings.get("schedule.name") == "wsd" and settings.get("mixture.policy") is None and by_accuracy
 
 
 def _is_tested(settings: Mapping[str, Any]) -> bool:

@@ -50,10 +50,8 @@ BUDGET = "the budget is spent"
 
 class Conductor:
     """Owns the policy's history, which a checkpoint holds beside the closed list of state (`values`, `load`).
-
-    end_reason  why the run ended, once it has
-    last_epoch  means over the last judged epoch, as metrics.jsonl says them
-    looks_at    the update at which the policy is asked though no epoch ends
+    end_reason: why the run ended, once it has. last_epoch: means over the last judged epoch, as metrics.jsonl
+    says them. looks_at: the update at which the policy is asked though no epoch ends.
     """
 
     def __init__(self, parts: Parts, reporter: Reporter, policy: Policy, snapshots: Snapshots):
@@ -148,11 +146,13 @@ class Conductor:
         # The cursor moves on before the policy is asked, so that what it decides is of the next epoch.
         skipped, kept = progress.skip, {"kept_share": progress.kept_most, "kept_guess": progress.kept_guess}
         progress.next_epoch()
-        self.history.epoch_ended(counts, self.evaluation.sample_losses(skipped))
+        looks = self.policy.wants_own(self.history, correct, total)
+        own = self.evaluation.own_counts(correct, total) if looks else None
+        self.history.epoch_ended(counts, self.evaluation.sample_losses(skipped), own)
         self.last_epoch = summarise(totals, names)
-        self.reporter.epoch(
-            {**self.last_epoch, **(kept if self.parts.config.loss.skip_below else {})}, source
-        )
+        said: dict[str, Any] = {"own_token_accuracy": own[0] / own[1]} if own and own[1] else {}
+        said |= kept if self.parts.config.loss.skip_below else {}
+        self.reporter.epoch({**self.last_epoch, **said}, source)
         self.parts.ledger.start_epoch()
         self._ask()
 

@@ -94,6 +94,17 @@ class Evaluation:
             losses |= {int(i): float(loss) for i, loss in passed}
         return losses
 
+    def own_counts(self, correct: int, total: int) -> tuple[int, int] | None:
+        """(correct, total) trained tokens of the model as it stands, on the same few training samples each
+        time; None where its numbers are not finite. Given: `training_counts`, which with a probe are these.
+        All ranks call it."""
+        if self.parts.probe is not None:
+            return correct, total
+        data = self.parts.data.train
+        samples = look_samples(len(data.index), int(data.index.trained.sum()))
+        sums = self._look(_own_scorer(self.parts, samples)).by_task(self.parts.num_tasks)
+        return None if int(sums.nonfinite.sum()) else (int(sums.correct.sum()), int(sums.total.sum()))
+
     def _look(self, scorer: TeacherForced) -> SampleScores:
         """A forward-only pass over training samples."""
         started = time.perf_counter()
@@ -123,6 +134,19 @@ class Saved:
         return self.correct / self.total if self.total and not self.nonfinite else None
 
 
+def look_samples(samples: int, tokens: int) -> int:
+    """How many training samples an epoch's look at the model takes: an eighth, so that it costs a
+    twenty-fourth of the epoch; more where that is not 50 samples or not 1,000 trained tokens; at most
+    SAVED_SAMPLES."""
+    enough = math.ceil(1_000 * samples / max(tokens, 1))
+    return min(samples, SAVED_SAMPLES, max(math.ceil(samples / 8), 50, enough))
+
+
+def _own_scorer(parts: Parts, samples: int) -> TeacherForced:
+    chosen = seeded.choice(parts.config.run.seed, len(parts.data.train.index), samples)
+    return parts.scorer(parts.data.train, [int(one) for one in chosen])
+
+
 def saved_accuracy(parts: Parts, reporter: Reporter) -> Saved | None:
     """One forward pass of the model as it stands over the probe's samples, or at most SAVED_SAMPLES training
     samples fixed by the seed. All ranks call it. Draws nothing, trains nothing, is counted as no work.
@@ -132,11 +156,7 @@ def saved_accuracy(parts: Parts, reporter: Reporter) -> Saved | None:
     """
     started, count = time.perf_counter(), len(parts.data.train.index)
     try:
-        scorer = parts.probe
-        if scorer is None:
-            chosen = seeded.choice(parts.config.run.seed, count, min(SAVED_SAMPLES, count))
-            scorer = parts.scorer(parts.data.train, sorted(int(one) for one in chosen))
-        found = scorer(parts.model)
+        found = (parts.probe or _own_scorer(parts, min(SAVED_SAMPLES, count)))(parts.model)
     except torch.OutOfMemoryError as error:
         if parts.world.size > 1:
             raise

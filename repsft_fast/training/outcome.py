@@ -9,6 +9,7 @@ from typing import Any
 
 from repsft_fast.config.sections import Mixture
 from repsft_fast.policies.decisions import RollBack
+from repsft_fast.policies.headroom import headroom
 from repsft_fast.policies.history import History
 from repsft_fast.policies.msft import MsftSettings
 from repsft_fast.policies.overfit import bound, looks
@@ -177,6 +178,7 @@ def mixture_result(
         "standing": stood,
         "evaluations": len(history.evaluations),
         "stages": len(history.stages),
+        "headroom": headroom_result(history, mixture),
     }
     # The last state is the result: its scores are those of the evaluation made there, if one was.
     snapshot_id = snapshot_id or history.here
@@ -200,3 +202,18 @@ def mixture_result(
         "tasks": tasks,
     }
     return {"mixture": found}
+
+
+def headroom_result(history: History, mixture: Mixture) -> dict[str, Any]:
+    """What an ideal schedule could have won at most, as JSON (`policies.headroom`), or why nobody knows.
+
+    Scores are higher-is-better, as in `standing`. It only reports: whatever goes wrong in it is its reason.
+    """
+    unit = "nats" if mixture.metric == "nll" else "share"
+    try:
+        found = headroom(history)
+    except Exception as error:
+        found = f"it could not be computed: {type(error).__name__}: {error}"
+    if isinstance(found, str):
+        return {"value": None, "reason": found, "unit": unit}
+    return {**found.values(), "unit": unit}

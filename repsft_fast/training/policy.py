@@ -165,6 +165,7 @@ def _saturation(config: Config, budget_updates: int | None = None, decays: bool 
     """budget_updates and decays are known only with the run's data: without them, not what the run has."""
     return SaturationSettings(
         token_accuracy=config.stop.token_accuracy,
+        decay_token_accuracy=config.stop.decay_token_accuracy,
         plateau_epochs=config.stop.plateau_epochs,
         plateau_min_delta=config.stop.plateau_min_delta,
         budget_updates=budget_updates,

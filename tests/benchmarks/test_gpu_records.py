@@ -25,9 +25,17 @@ class TestParts:
         assert [part.letter for part in gpu_records.chosen(None)] == list("ABCDEFGHIJ")
         assert [part.letter for part in gpu_records.chosen("e, C")] == list("ACE")
         assert [part.letter for part in gpu_records.chosen("P")] == list("AP")
+        assert [part.letter for part in gpu_records.chosen("A,M")] == list("AM")
 
     @pytest.mark.parametrize(
-        ("letters", "words"), [("C,X", "X is not a part"), ("P,C", "P runs alone"), (",", "names no part")]
+        ("letters", "words"),
+        [
+            ("C,X", "X is not a part"),
+            ("P,C", "P runs alone"),
+            ("M,C", "M runs alone"),
+            ("M,P", "M, P runs alone"),
+            (",", "names no part"),
+        ],
     )
     def test_what_cannot_be_chosen_is_said(self, letters, words, capsys, tmp_path):
         with pytest.raises(ValueError, match=words):

@@ -18,6 +18,7 @@ LORA = {"rank": 4, "dropout": 0.2}
 # before the last kill
 SCENARIOS = {
     "plain": ({"stop__token_accuracy": 0.4, "budget__epochs": 30}, (8, 15), "epoch"),
+    "a decay that a prediction began": ({"stop__token_accuracy": 0.95, "budget__epochs": 60}, (170, 190), "decay"),
     "before the first checkpoint": ({}, (1, 2), None),
     "lora with dropout": ({"model__lora": LORA}, (7, 14), "epoch"),
     "adamw8bit": ({"optim__name": "adamw8bit"}, (7, 14), "epoch"),

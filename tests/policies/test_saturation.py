@@ -1,5 +1,6 @@
 """The stopping rules: exact thresholds, decay before stop, budgets that end exactly where they say."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repsft_fast.policies import Continue, Decay, History, NewStage, Saturation, SaturationSettings, Stop
+from repsft_fast.policies.foresight import predicted
 from repsft_fast.policies.saturation import epochs_without_rise
 from repsft_fast.schedule import Schedule
 from tests.helpers.policies_simulation import Driver, script, simulate
@@ -112,6 +114,98 @@ class TestDecay:
             history.tick(update, update / 100, 9900)
             reason = f"{decay.reason}; the budget of 9900 tokens is spent before the decay was done"
             assert policy.decide(history, history.active) == Stop(code, reason)
+
+
+class TestForeseen:
+    """A decay that begins where the finished model is predicted at the accuracy that is wanted."""
+
+    LOOKS = (800, 850, 890, 920)
+
+    def run(self, looks=LOOKS, passes=None, **given):
+        policy = Saturation(SaturationSettings(**given))
+        history = History.start([("a", 64)])
+        history.took(policy.decide(history, history.active))
+        for k, own in enumerate(looks, start=1):
+            history.tick(k * 100, float(k), k * 1000)
+            passed = passes[k - 1] if passes else 700
+            look = (own, 1000) if policy.wants_own(history, passed, 1000) else None
+            history.epoch_ended({"a": (passed, 1000)}, None, look)
+        return policy, history
+
+    def decided(self, *args, **given):
+        policy, history = self.run(*args, **given)
+        return policy.decide(history, history.active)
+
+    def test_begins_before_the_accuracy_is_reached(self):
+        now, later = predicted([(n, 1000) for n in self.LOOKS], 0.4)
+        assert 0.92 < now < later < 1
+        assert self.decided(token_accuracy=math.nextafter(later, 1)) == Continue()
+        fired = self.decided(token_accuracy=math.nextafter(later, 0))
+        at, percent = "token accuracy 92.00 % after epoch 4", f"{100 * now:.1f} %"
+        begins = f"{at}, decaying now so that the finished model is predicted at {percent}"
+        ended = f"{at}; a decay from there was predicted to end at {percent}"
+        assert fired == Decay("token_accuracy", begins, 40, ended)
+
+    def test_epochs_of_the_decay_are_counted_in_this_runs(self):
+        """A longer decay brings further."""
+        _, later = predicted([(n, 1000) for n in self.LOOKS], 0.4)
+        above = math.nextafter(later, 1)
+        assert isinstance(self.decided(token_accuracy=above, decay_updates=50), Decay)
+        assert self.decided(token_accuracy=above, decay_updates=40) == Continue()
+
+    def test_looks_begin_with_a_pass_that_got_far_and_go_on(self):
+        _, history = self.run(passes=[699, 700, 600, 710])
+        assert [e.own for e in history.epochs] == [None, (850, 1000), (890, 1000), (920, 1000)]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"decays": False},
+            {"decay_token_accuracy": 0.97},
+            {"token_accuracy": 0.89},
+            {"token_accuracy": 1.0},
+            {"token_accuracy": None, "budget_updates": 10**6},
+        ],
+    )
+    def test_no_looks_where_nothing_is_predicted(self, given):
+        policy, history = self.run(**given)
+        assert [e.own for e in history.epochs] == [None] * 4
+        assert policy.decide(history, history.active) == Continue()
+
+    def test_no_looks_once_it_decays(self):
+        policy, history = self.run(token_accuracy=0.92)
+        history.took(policy.decide(history, history.active))
+        assert not policy.wants_own(history, 950, 1000)
+
+    def test_nothing_trained_is_no_look(self):
+        policy, history = self.run()
+        assert not policy.wants_own(history, 0, 0)
+
+    def test_a_look_of_an_epoch_before_says_nothing_now(self):
+        """Its numbers were not finite this time."""
+        policy, history = self.run(token_accuracy=0.92)
+        history.tick(500, 5.0, 5000)
+        history.epoch_ended({"a": (700, 1000)})
+        assert policy.decide(history, history.active) == Continue()
+
+    def test_at_the_latest_where_the_pass_reaches_it(self):
+        decay = self.decided(looks=(500,), passes=[970])
+        assert decay.reason.startswith("token accuracy 97.00 % reached 97 % after epoch 1")
+
+    def test_a_number_is_the_plain_trigger(self):
+        decay = self.decided(passes=[700, 800, 850, 900], decay_token_accuracy=0.9)
+        assert decay.reason == "token accuracy 90.00 % reached 90 % after epoch 4 (900 of 1,000 tokens)"
+        assert self.decided(passes=[700, 800, 850, 899], decay_token_accuracy=0.9) == Continue()
+        assert self.decided(passes=[970] * 4, decay_token_accuracy=0.99) == Continue()
+
+    def test_a_number_says_nothing_without_a_decay(self):
+        assert self.decided(passes=[900] * 4, decay_token_accuracy=0.9, decays=False) == Continue()
+
+    def test_goes_on_the_same_from_its_json(self):
+        policy, history = self.run(token_accuracy=0.92)
+        again = History.load(json.loads(json.dumps(history.values())))
+        assert again == history
+        assert policy.decide(again, again.active) == policy.decide(history, history.active)
 
 
 class TestPlateau:

@@ -387,3 +387,19 @@ class TestSettingsThatAnOlderVersionHadNot:
         with pytest.raises(ForeignCheckpoint, match=r"mixture\.keep was best and is null"):
             identity.check("w", self.OLDER | run, self.NOW | run)
         assert identity.check("w", self.OLDER | run, self.NOW | run | {"mixture.keep": "best"}) is None
+
+    TRIGGERED: ClassVar = {"mixture.policy": None, "schedule.name": "wsd", "stop.token_accuracy": 0.97}
+
+    def test_where_the_decay_began(self):
+        """At the accuracy that ended the run."""
+        older, now = self.OLDER | self.TRIGGERED, self.NOW | self.TRIGGERED
+        with pytest.raises(ForeignCheckpoint, match=r"decay_token_accuracy was 0\.97 and is auto"):
+            identity.check("w", older, now | {"stop.decay_token_accuracy": "auto"})
+        assert identity.check("w", older, now | {"stop.decay_token_accuracy": 0.97}) is None
+
+    @pytest.mark.parametrize(
+        "run", [{"stop.token_accuracy": None}, {"schedule.name": "cosine"}, {"mixture.policy": "sft"}]
+    )
+    def test_where_no_accuracy_begins_a_decay_it_is_not_compared(self, run):
+        older, now = self.OLDER | self.TRIGGERED | run, self.NOW | self.TRIGGERED | run
+        assert identity.check("w", older, now | {"stop.decay_token_accuracy": "auto"}) is None

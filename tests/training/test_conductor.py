@@ -94,9 +94,9 @@ class Run:
             self.scored.append((split, done))
             return call(scorer, model)
 
-        def ended(history: History, tokens: Any, losses: Any = None) -> Any:
+        def ended(history: History, tokens: Any, losses: Any = None, own: Any = None) -> Any:
             self.losses.append(losses)
-            return epoch_ended(history, tokens, losses)
+            return epoch_ended(history, tokens, losses, own)
 
         watch.setattr(trainer, "finish", ending)
         watch.setattr(History, "epoch_ended", ended)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from repsft_fast import train
@@ -108,3 +109,56 @@ def test_numbers_that_are_none_make_no_share(tmp_path):
     assert evaluation.Saved(3, 4, 1, nonfinite=0, seconds=0.1).token_accuracy == 0.75
     assert evaluation.Saved(3, 4, 1, nonfinite=1, seconds=0.1).token_accuracy is None
     assert evaluation.Saved(0, 0, 0, nonfinite=0, seconds=0.1).token_accuracy is None
+
+
+class TestLooksAtTheModel:
+    """Before a decay that a prediction begins, and never counted as training."""
+
+    def test_are_of_the_model_at_the_epochs_end(self, tmp_path):
+        """And change nothing: the same updates without looks end in the same weights."""
+        settings = {"budget__epochs": 60, "optim__warmup_fraction": None, "optim__warmup_updates": 5}
+        train(runs.settings(tmp_path, **settings, stop__token_accuracy=0.95))
+        begun = runs.metrics(tmp_path, "decay")[0]
+        seen = [line for line in runs.metrics(tmp_path, "epoch") if "own_token_accuracy" in line]
+        assert "decaying now so that the finished model is predicted at " in begun["reason"]
+        assert (
+            f"{100 * seen[-1]['own_token_accuracy']:.2f} % after epoch {begun['epoch']:g}" in begun["reason"]
+        )
+        plain = {
+            **settings,
+            "budget__epochs": None,
+            "budget__updates": begun["update"],
+            "stop__token_accuracy": None,
+        }
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "train.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+        train(runs.settings(other, **plain, schedule__name="constant"))
+        correct, total = read_again(other)
+        assert seen[-1]["own_token_accuracy"] == correct / total
+
+    def test_without_a_number_there_are_none(self, tmp_path):
+        train(
+            runs.settings(
+                tmp_path, budget__epochs=60, stop__token_accuracy=0.95, stop__decay_token_accuracy=0.9
+            )
+        )
+        assert not [line for line in runs.metrics(tmp_path, "epoch") if "own_token_accuracy" in line]
+        assert "reached 90 %" in runs.metrics(tmp_path, "decay")[0]["reason"]
+
+    def test_a_probe_is_the_look(self, tmp_path):
+        settings = {"budget__epochs": 60, "stop__token_accuracy": 0.95, "stop__probe_samples": 12}
+        train(runs.settings(tmp_path, **settings))
+        lines = [line for line in runs.metrics(tmp_path, "epoch") if "own_token_accuracy" in line]
+        assert lines
+        assert all(line["own_token_accuracy"] == line["token_accuracy"] for line in lines)
+
+    @pytest.mark.parametrize(
+        ("samples", "tokens", "looked_at"),
+        [
+            (1600, 10**6, 200), (10**5, 10**8, 200), (800, 10**6, 100), (801, 10**6, 101), (400, 10**6, 50),
+            (60, 10**6, 50), (30, 10**6, 30), (400, 1084, 200), (400, 4000, 100), (10, 0, 10),
+        ],
+    )  # fmt: skip
+    def test_how_many_samples(self, samples, tokens, looked_at):
+        assert evaluation.look_samples(samples, tokens) == looked_at

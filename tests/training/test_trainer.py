@@ -19,7 +19,7 @@ def test_stops_when_the_data_is_memorised_after_a_decay(tmp_path):
     result = train(runs.settings(tmp_path, budget__epochs=80))
     assert result.code == "token_accuracy"
     assert result.success
-    assert result.token_accuracy >= 0.97
+    assert result.token_accuracy < 0.97 <= result.saved_token_accuracy
     decay = runs.metrics(tmp_path, "decay")
     assert len(decay) == 1
     assert decay[0]["ends_at"] == result.updates < 80 * 6

@@ -45,6 +45,44 @@ def test_exclusions_are_read_from_a_runs_lines():
     ]
 
 
+def test_a_task_of_weight_0_is_no_exclusion():
+    lines = [
+        {"kind": "stage", "stage": 0, "active": ["b"], "start": None},
+        {"kind": "evaluation", "moment": "0.0", "epoch": 0.0, "scores": {"a": 0.1, "b": 0.1}},
+        {"kind": "stage", "stage": 1, "active": [], "start": "0.0"},
+    ]
+    assert [gone["task"] for gone in msft_study.exclusions(lines, ["a", "b"], lines[1])] == ["b"]
+
+
+def test_the_oracle_weighs_by_the_epoch_of_the_smoothed_best():
+    curve = [[f"0.{n}", 0, n / 4, 0.1 * n, 0.9 - 0.1 * n, 0.5 - 0.1 * abs(n - 3)] for n in range(7)]
+    weights = msft_study.own_best_weights(record(tasks=["a", "b", "c"], curve=curve))
+    assert weights == {"a": 1.0, "b": 0.0, "c": 0.5}
+    with pytest.raises(ValueError, match="no weights: no unbroken stretch of 5"):
+        msft_study.own_best_weights(record())
+
+
+def test_the_oracle_needs_its_seeds_baseline(tmp_path):
+    with pytest.raises(ValueError, match="needs sft C=6 of seed 2"):
+        msft_study.run_cell(tmp_path, msft_study.ORACLE, 2, [record(seed=1)])
+
+
+def test_the_control_with_resets_is_what_msft_is_when_nobody_leaves(tmp_path):
+    def evaluations(policy):
+        held = {"data__validation_fraction": 0.25, "schedule__name": "constant", "budget__epochs": 60}
+        mixture = {"mixture__policy": policy, "mixture__max_stages": 2, "mixture__metric": "nll"}
+        config = Config.of(runs.settings(tmp_path / policy, samples=48, tasks=2, **held, **mixture))
+        with RunFolder(config):
+            run(build(config))
+        lines = runs.metrics(tmp_path / policy, "evaluation")
+        return [(line["moment"], line["stage"], line["loss"], line["scores"]) for line in lines]
+
+    found = evaluations("sft_resets")
+    assert found == evaluations("msft")
+    assert {stage for _, stage, _, _ in found} == {0, 1}
+    assert found[0][2] > found[-1][2]
+
+
 def test_every_cell_is_a_setting_the_trainer_knows(tmp_path):
     from repsft_fast.config import Config
 

@@ -1,27 +1,9 @@
 """The arithmetic of the study's tables."""
 
-import math
-
 import pytest
 
 from benchmarks.studies import msft_table
 from tests.benchmarks.studies.study_records import record
-
-
-def test_intervals_are_students():
-    assert msft_table.interval([0.5]) == (0.5, math.inf)
-    middle, half = msft_table.interval([1.0, 2.0, 3.0])
-    assert middle == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-12)
-    with pytest.raises(ValueError, match="no values"):
-        msft_table.interval([])
-
-
-def test_differences_are_taken_seed_by_seed():
-    middle, half = msft_table.paired({1: 0.5, 2: 0.7, 9: 0.0}, {1: 0.4, 2: 0.6, 3: 1.0})
-    assert middle == pytest.approx(0.1)
-    assert half == pytest.approx(0.0, abs=1e-12)  # the same difference in both common seeds
-    assert msft_table.paired({1: 0.5}, {2: 0.5}) is None
 
 
 def test_a_peak_is_the_first_maximum():
@@ -53,3 +35,14 @@ def test_stages_are_counted_by_the_curve():
         msft_table.stages(record(curve=[["0.0", 0, 0.0, 0.1, 0.3], ["2.1", 2, 0.25, 0.6, 0.2]], stages=4))
         == 3
     )
+
+
+def test_head_room_stands_where_the_runs_told_it():
+    bare = msft_table.table([record(), record(seed=2, headroom=None)])
+    assert "head-room" not in bare
+    assert "who left" not in bare, "nobody did"
+    room = {"value": 0.02, "interval": 0.01, "by_chance": 0.004, "unit": "share", "common": {"moment": "0.1"}}
+    none = {"value": None, "reason": "no unbroken stretch", "unit": "share"}
+    rooms = [room, room | {"value": 0.04, "interval": None, "by_chance": 0.006}, none]
+    made = msft_table.table([record(seed=seed, headroom=found) for seed, found in enumerate(rooms, 1)])
+    assert made.endswith("| sft C=6 | share | 0.030 ± 0.127 | 0.005 | seed 1: 0.020 ± 0.010; seed 2: 0.040 |")
