@@ -27,7 +27,7 @@ from statistics import NormalDist
 from typing import Any
 
 from repsft_fast.policies.history import History
-from repsft_fast.policies.overfit import DF_PER_DIFFERENCE, wobble_of
+from repsft_fast.policies.overfit import DF_PER_DIFFERENCE, branches, wobble_of
 from repsft_fast.policies.records import Evaluation
 from repsft_fast.policies.statistics import Score
 from repsft_fast.policies.student import student_quantile
@@ -77,21 +77,6 @@ class Headroom:
 def headroom(history: History) -> Headroom | str:
     """Of a run so far; in words why there is none. Tasks without a score take no part."""
     return of_branches(branches(history), history.measured_tasks())
-
-
-def branches(history: History) -> list[Branch]:
-    """Every evaluation once, a list for each unbroken branch. One that goes back begins with its start's."""
-    found: list[Branch] = []
-    for evaluation in history.evaluations:
-        last = found[-1][-1] if found else None
-        opens = last is None or (
-            evaluation.stage != last.stage and not history.stages[evaluation.stage].follows
-        )
-        if opens:
-            found.append([evaluation])
-        elif last is not None and evaluation.snapshot_id != last.snapshot_id:  # else: its start, repeated
-            found[-1].append(evaluation)
-    return found
 
 
 def of_records(

@@ -79,24 +79,30 @@ def looks_seen(history: History, task: str) -> int:
     return len({e.snapshot_id for e in history.evaluations if e.scores[task].defined})
 
 
-def looks(history: History, task: str) -> list[list[float]]:
-    """The task's scores look by look, a list per branch; NaN where a score is undefined.
+def branches(history: History) -> list[list[Evaluation]]:
+    """Every evaluation once, a list for each unbroken branch.
 
-    A stage that follows on goes on with its branch; one that goes back begins another, at its start's score.
+    A stage that follows on goes on with its branch; one that goes back begins another, with its start's look.
     """
-    branches: list[list[float]] = []
-    last: Evaluation | None = None
+    found: list[list[Evaluation]] = []
     for evaluation in history.evaluations:
-        repeats = last is not None and evaluation.snapshot_id == last.snapshot_id
-        new_stage = last is None or evaluation.stage != last.stage
-        if last is None or (new_stage and not history.stages[evaluation.stage].follows):
-            branches.append([])
-            repeats = False
-        if not repeats:
-            score = evaluation.scores[task]
-            branches[-1].append(score.value if score.defined else math.nan)
-        last = evaluation
-    return branches
+        last = found[-1][-1] if found else None
+        opens = last is None or (
+            evaluation.stage != last.stage and not history.stages[evaluation.stage].follows
+        )
+        if opens:
+            found.append([evaluation])
+        elif last is not None and evaluation.snapshot_id != last.snapshot_id:  # else: its start, repeated
+            found[-1].append(evaluation)
+    return found
+
+
+def looks(history: History, task: str) -> list[list[float]]:
+    """The task's scores look by look, a list per branch; NaN where a score is undefined."""
+    return [
+        [e.scores[task].value if e.scores[task].defined else math.nan for e in branch]
+        for branch in branches(history)
+    ]
 
 
 def wobble_of(branches: list[list[float]], since: int = 0) -> tuple[float, int]:
