@@ -23,6 +23,7 @@ from repsft_fast.report.result import FILE as RESULT_FILE
 from repsft_fast.report.visible import one_line
 
 FILE = "run.png"
+TITLE_WIDTH = 105  # letters that fit a line of it
 INK, FAINT, GRID = "#1f2328", "#8b949e", "#e6e8eb"
 LOSS, ACCURACY, HELD_OUT, DECAY = "#0b6e99", "#1a7f37", "#bc6c25", "#8250df"
 DAMAGE = "#b42318"
@@ -90,7 +91,8 @@ def _figure(
             place = "lower left" if axes is left else "lower right"  # where no training curve runs
             axes.legend(loc=place, framealpha=1, edgecolor="none", fontsize=9, labelcolor=INK)
     # An error's words may hold anything: a $ in them begins no formula.
-    figure.suptitle(one_line(_title(result)), fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
+    title = "\n".join(one_line(line) for line in _title(result))
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
     say_damage(figure, found.words)
     return figure
 
@@ -245,7 +247,8 @@ def _mark_moments(
         )
 
 
-def _title(result: Record) -> str:
+def _title(result: Record) -> list[str]:
+    """One line, or two where all facts are too wide for it."""
     facts = [str(result["reason"])] if result.get("reason") else ["unfinished run"]
     if is_number(result.get("saved_token_accuracy")):
         facts.append(f"saved model {percent(result['saved_token_accuracy'], 2)}")
@@ -253,5 +256,7 @@ def _title(result: Record) -> str:
         facts.append(f"{count(result['updates'])} updates")
     if is_number(result.get("seconds")):
         facts.append(duration(result["seconds"]))
-    title = " · ".join(facts)
-    return title if len(title) <= 140 else f"{title[:139]}…"
+    lines = [" · ".join(facts)]
+    if len(lines[0]) > TITLE_WIDTH:
+        lines = [facts[0], " · ".join(facts[1:])]
+    return [line if len(line) <= TITLE_WIDTH else f"{line[: TITLE_WIDTH - 1]}…" for line in lines if line]

@@ -239,3 +239,9 @@ class TestOddRuns:
     def test_no_run_is_said(self, tmp_path):
         with pytest.raises(RepsftError, match="run's folder"):
             picture.draw(tmp_path)
+
+
+def test_a_title_too_wide_for_a_line_takes_two_and_loses_no_figure():
+    found = picture._title({"reason": "r" * 90, "saved_token_accuracy": 0.984, "updates": 726, "seconds": 56})
+    assert found == ["r" * 90, "saved model 98.40 % · 726 updates · 0:56"]
+    assert [len(line) for line in picture._title({"reason": "r" * 300, "updates": 3})] == [105, 9]
