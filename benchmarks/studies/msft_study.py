@@ -130,9 +130,6 @@ def run_cell(work: Path, cell: str, seed: int, records: Sequence[Mapping[str, An
     records: where the oracle finds its seed's baseline.
     """
     from repsft_fast.config import Config
-    from repsft_fast.rundir.folder import RunFolder
-    from repsft_fast.training.build import build
-    from repsft_fast.training.trainer import quiet_libraries, run
 
     mixture = CELLS[cell]
     if cell == ORACLE:
@@ -153,16 +150,26 @@ def run_cell(work: Path, cell: str, seed: int, records: Sequence[Mapping[str, An
             budget={"epochs": 1000}, mixture=mixture,
         )
     )  # fmt: skip
+    made = train_and_sum_up(config)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    start = hashlib.sha256((warm / "model.safetensors").read_bytes()).hexdigest()[:16]
+    return made | {
+        "cell": cell, "seed": seed, "study": STUDY, "mixture": mixture, "start": start,
+    }  # fmt: skip
+
+
+def train_and_sum_up(config: Any) -> dict[str, Any]:
+    """A run of this `Config`, and its `summary`, with how it ended as `ended`."""
+    from repsft_fast.rundir.folder import RunFolder
+    from repsft_fast.training.build import build
+    from repsft_fast.training.trainer import quiet_libraries, run
+
     quiet_libraries()
     with RunFolder(config):
         parts = build(config)
         result = run(parts)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    start = hashlib.sha256((warm / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return summary(lines, result, parts) | {
-        "cell": cell, "seed": seed, "study": STUDY, "mixture": mixture, "start": start,
-    }  # fmt: skip
+    text = (Path(config.run.folder) / "metrics.jsonl").read_text()
+    return summary([json.loads(line) for line in text.splitlines()], result, parts) | {"ended": result.code}
 
 
 def summary(lines: list[dict[str, Any]], result: Any, parts: Any) -> dict[str, Any]:

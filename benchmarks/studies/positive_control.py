@@ -111,9 +111,6 @@ def run_arm(
     """Train one arm on one seed and return its record. The run's folder is made anew: only finished runs
     count."""
     from repsft_fast.config import Config
-    from repsft_fast.rundir.folder import RunFolder
-    from repsft_fast.training.build import build
-    from repsft_fast.training.trainer import quiet_libraries, run
 
     warm, files = prepare(work, mixture), positive_control_tasks.write(work / "data", mixture, seed)
     folder = work / "runs" / f"{mixture}_{arm.replace(' ', '_')}_{seed}"
@@ -125,16 +122,12 @@ def run_arm(
             model={"path": str(warm)}, data={"validation": files["validation"], "test": files["test"]}, **own,
         )
     )  # fmt: skip
-    quiet_libraries()
-    with RunFolder(config):
-        parts = build(config)
-        result = run(parts)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    made = msft_study.train_and_sum_up(config)
     shutil.rmtree(folder, ignore_errors=True)
     start = hashlib.sha256((warm / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return msft_study.summary(lines, result, parts) | {
+    return made | {
         "study": STUDY, "mixture": mixture, "arm": arm, "seed": seed, "settings": own["mixture"],
-        "start": start, "token_budget": tokens(mixture), "ended": result.code,
+        "start": start, "token_budget": tokens(mixture),
     }  # fmt: skip
 
 
