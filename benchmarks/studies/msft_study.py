@@ -47,7 +47,8 @@ WARM_EPOCHS, WARM_LR, LR, BATCH, ROW_TOKENS = 4, 1e-3, 3e-4, 16, 512
 
 
 def msft(rule: str, budget: float, **more: Any) -> dict[str, Any]:
-    return {"policy": "msft", "rule": rule, "compute_budget": budget, "max_stages": STAGES[budget], **more}
+    fixed = {"policy": "msft", "rule": rule, "compute_budget": budget, "max_stages": STAGES[budget]}
+    return fixed | {"rehearsal": 0.0} | more
 
 
 BASELINE, ORACLE = "sft C=6", "sft weights C=6"

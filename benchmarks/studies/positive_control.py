@@ -44,7 +44,8 @@ SEEDS = {"A": range(12), "B": range(100, 112)}
 
 
 def msft(rule: str, **more: Any) -> dict[str, Any]:
-    return {"policy": "msft", "rule": rule, "compute_budget": STAGE, "max_stages": STAGES, **more}
+    fixed = {"policy": "msft", "rule": rule, "compute_budget": STAGE, "max_stages": STAGES, "rehearsal": 0.0}
+    return fixed | more
 
 
 ARMS: dict[str, dict[str, Any]] = {

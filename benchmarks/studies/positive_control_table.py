@@ -89,8 +89,9 @@ def tables(records: Sequence[Record], rehearsals: Mapping[float, str]) -> str:
         found.append("")
         if mixture == "B":
             arm = rehearsals[chosen_rehearsal(records, rehearsals)]
-            passed = verdict(paired(records, "B", arm), room)
-            found.append(f"Verdict ({arm} minus sft): {'passed' if passed else 'not passed'}.")
+            gains = paired(records, "B", arm)
+            said = ("passed" if verdict(gains, room) else "not passed") if gains else "open"
+            found.append(f"Verdict ({arm} minus sft): {said}.")
     return "\n".join(found)
 
 

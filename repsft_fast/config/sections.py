@@ -289,8 +289,9 @@ class Mixture(Section):
     exclude_on: Literal["overfit", "saturation"] = "overfit"
     """A task leaves when its validation score falls, or when its training data is memorised
     (stop.token_accuracy)."""
-    rehearsal: Part = 0.0
-    """Weight that excluded tasks keep; 0: none."""
+    rehearsal: Part | None = None
+    """Part of their samples that excluded tasks keep; 0: none; null: 0.05 under rule tested with exclude_on
+    overfit, else none."""
     metric: Literal["exact_match", "nll", "token_accuracy", "answer"] = "exact_match"
     """What decides, on the validation rows; answer generates the reply and compares its final answer (for
     rationales)."""

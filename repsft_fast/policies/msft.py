@@ -33,6 +33,8 @@ from repsft_fast.policies.records import Evaluation
 from repsft_fast.policies.statistics import Pool, difference, reaches
 from repsft_fast.policies.student import normal_quantile
 
+REHEARSAL = 0.05  # rule tested's; docs/positive_control.md has what it is from
+
 
 @dataclass(frozen=True)
 class MsftSettings:
@@ -44,7 +46,7 @@ class MsftSettings:
     optimizer: Literal["reset", "restore"] = "reset"  # at every stage
     schedule: Literal["continue", "rewind"] = "continue"  # after a roll-back
     data: Literal["continue", "rewind"] = "continue"  # after a roll-back
-    rehearsal: float = 0.0  # sampling rate that excluded tasks keep, relative to their own; 0: none
+    rehearsal: float | None = None  # sampling rate that excluded tasks keep, relative to their own; 0: none
     weights: dict[str, float] = field(default_factory=dict)  # sampling rate of a task, where it is not 1
     pool: Pool = "items"  # the mean that names the result: over items (the paper's), or over tasks
     keep: Literal["last", "best"] | None = None  # which moment is the result; None: best, saturation's last
@@ -61,6 +63,13 @@ class MsftSettings:
     def looks(self) -> int:
         """Looks at every task that a whole run makes at most, the one before training left out."""
         return max(1, round(self.compute_budget * self.evaluations_per_epoch * self.max_stages))
+
+    @property
+    def rehearsed(self) -> float:
+        """The rate of `rehearsal`; where that is None REHEARSAL under rule "tested", else none."""
+        if self.rehearsal is not None:
+            return self.rehearsal
+        return REHEARSAL if (self.rule, self.exclude_on) == ("tested", "overfit") else 0.0
 
     @property
     def keeps_best(self) -> bool:
@@ -86,7 +95,7 @@ class MsftSettings:
             [
                 ("max_stages", self.max_stages, 1, math.inf),
                 ("patience", self.patience, 1, math.inf),
-                ("rehearsal", self.rehearsal, 0.0, 1.0),
+                ("rehearsal", self.rehearsed, 0.0, 1.0),
                 ("min_delta", self.min_delta, 0.0, math.inf),
                 ("min_looks", self.min_looks, 0, math.inf),
                 *([] if self.z is None else [("z", self.z, 0.0, math.inf)]),
@@ -221,9 +230,9 @@ class Msft(Policy):
         s = self.settings
         active = trained(active, s.weights)
         rates = {task: s.weights.get(task, 1.0) for task in sorted(active)}
-        if s.rehearsal > 0:
+        if s.rehearsed > 0:
             gone = trained(set(history.tasks) - active, s.weights)
-            rates |= {task: s.rehearsal * s.weights.get(task, 1.0) for task in sorted(gone)}
+            rates |= {task: s.rehearsed * s.weights.get(task, 1.0) for task in sorted(gone)}
         plain = set(rates) == active and all(rate == 1.0 for rate in rates.values())
         went_back = isinstance(history.last_decision, RollBack)
         reset = Reset(s.optimizer, s.schedule, s.data) if went_back else Reset(s.optimizer)

@@ -6,7 +6,7 @@ import pytest
 
 from repsft_fast.policies import Continue, History, Msft, MsftSettings, NewStage, Reset, RollBack, Score, Stop
 from repsft_fast.policies.msft import kept_snapshots, last_peak
-from tests.helpers.policies_simulation import World, script, simulate
+from tests.helpers.policies_simulation import Curve, World, curves, script, simulate
 
 NAN = float("nan")
 
@@ -316,6 +316,25 @@ class TestNewStage:
         assert decision.weights == {"b": 1.0, "a": 0.05}
         _, decision = self.after_roll_back(rehearsal=0.05, weights={"a": 2.0, "b": 3.0})
         assert decision.weights == {"b": 3.0, "a": 0.1}
+
+    @pytest.mark.parametrize(
+        ("settings", "rate"),
+        [
+            ({"rule": "tested"}, 0.05),
+            ({"rule": "tested", "rehearsal": 0.0}, 0.0),
+            ({"rule": "paper"}, 0.0),
+            ({"rule": "paper", "rehearsal": 0.3}, 0.3),
+            ({"rule": "tested", "exclude_on": "saturation"}, 0.0),
+        ],
+    )
+    def test_rule_tested_alone_rehearses_by_itself(self, settings, rate):
+        assert MsftSettings(**settings).rehearsed == rate
+
+    def test_what_it_rehearses_by_itself_is_drawn(self):
+        world = curves({"a": Curve(0.9, 0.9, 0.1, 0.3), "b": Curve(0.1, 0.9, 20, 0)}, 200, 1)
+        run = simulate(Msft(MsftSettings(compute_budget=4.0, max_stages=3)), world)
+        (*_, last) = [d for d in run.log if isinstance(d, NewStage)]
+        assert (last.active, last.weights) == (("b",), {"b": 1.0, "a": 0.05})
 
     def test_going_on_from_the_end_rewinds_nothing(self):
         decision = decide(

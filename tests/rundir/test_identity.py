@@ -378,6 +378,16 @@ class TestSettingsThatAnOlderVersionHadNot:
         with pytest.raises(ForeignCheckpoint, match=r"mixture\.z was null and is 3\.0"):
             identity.check("w", self.NOW | run, self.NOW | run | {"mixture.z": 3.0})
 
+    def test_rehearsal_that_nobody_named_is_the_rules_own(self):
+        run, older = {"mixture.policy": "msft"}, {"mixture.rehearsal": 0.0}
+        now = self.NOW | {"mixture.rehearsal": None}
+        paper = run | {"mixture.rule": "paper"}
+        assert identity.check("w", self.NOW | paper | older, now | paper) is None
+        with pytest.raises(ForeignCheckpoint, match=r"mixture\.rehearsal was 0\.0 and is null"):
+            identity.check("w", self.NOW | run | older, now | run)
+        with pytest.raises(ForeignCheckpoint, match=r"mixture\.rehearsal was 0\.3 and is 0\.0"):
+            identity.check("w", self.NOW | paper | {"mixture.rehearsal": 0.3}, now | paper)
+
     def test_another_mean_is_another_run(self):
         with pytest.raises(ForeignCheckpoint, match=r"mixture\.pool was items and is tasks"):
             identity.check("w", self.OLDER, self.NOW | {"mixture.pool": "tasks"})

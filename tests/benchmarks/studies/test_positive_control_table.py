@@ -77,3 +77,8 @@ def test_tables_name_head_room_arms_and_verdict():
     assert "| tested 0.1 | 3 | 0.801 | +0.300 ± 0.000 | 100 | 10 | 0.0 |" in found
     assert "Verdict (tested 0.1 minus sft): passed." in found
     assert fmean(table.paired(records, "B", "tested")) == pytest.approx(0.1)
+
+
+def test_while_b_has_plain_runs_alone_the_verdict_is_open():
+    records = [record("sft", 0, 0.5, "A"), record("tested 0.1", 0, 0.7, "A"), record("sft", 100, 0.5, "B")]
+    assert table.tables(records, ARMS).endswith("Verdict (tested 0.1 minus sft): open.")
