@@ -89,6 +89,33 @@ def test_paths_leave_when_the_policy_says_so(kind):
     assert left >= 50, f"{left} of 300 left: little was compared"
 
 
+def tied(counts: list[int], rows: int, turned: tuple[int, ...] = ()) -> np.ndarray:
+    """So many rows right at every look; at the looks named, others than before as far as there are any."""
+    items, order = [], np.arange(rows)
+    for look, count in enumerate(counts):
+        order = order[::-1] if look in turned else order
+        items.append(np.isin(np.arange(rows), order[:count]))
+    return np.array(items, float)
+
+
+@pytest.mark.parametrize(
+    ("counts", "turned", "leaves"),
+    [
+        # The last look at the top has other rows right: half of these fall, all of the first's.
+        ([32] * 10 + [16] * 4, (9,), 11),
+        ([32] * 10 + [16] * 4, (9, 10), NEVER),  # and the other way round
+        # Two equal steps down. The first is left out: its neighbours were 0 and the other; or gentle ones.
+        ([64] * 8 + [40, 16, 16, 16], (), 9),
+        ([64] * 8 + [60, 52, 44, 48, 44, 44], (), NEVER),
+    ],
+)
+def test_ties_are_broken_as_the_policy_breaks_them(counts, turned, leaves):
+    """64 rows, so that equal steps of the curve are equal numbers."""
+    items, cell = tied(counts, 64, turned), Cell(1, 6, 3)
+    assert by_the_policy(items, cell) == leaves
+    assert leaving(Given(items[:, None, None], 1 / 64), cell.last, [cell]).tolist() == [[[leaves]]]
+
+
 def test_cells_together_decide_as_each_alone():
     cells = [Cell(tasks, looks, 3, 0.9) for looks in (4, 12) for tasks in (1, 5)]
     items = histories("exact match", 7, 25, 200, 40)
