@@ -8,12 +8,13 @@ from repsft_fast.policies import History, NewStage, Score
 
 
 def test_moves_by_hand():
-    """Row 0 turns at look 1 and row 1 at look 3; then the losses 0, 1, 4 of which the last rows move by 1 and 3."""
+    """Row 0 turns at look 1 and row 1 at look 3."""
     exact = np.array([[0, 0, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]], float)
     assert [item_noise.moved(exact, lag)[0] for lag in (1, 2, 3)] == [2 / 12, 2 / 8, 2 / 4]
-    nll = np.array([[0.0, 0.0], [1.0, 3.0], [4.0, 4.0]])
-    assert item_noise.moved(nll, 1)[1] == pytest.approx(1.0)  # moves (1, 3), (3, 1): 1 from their mean, each
-    assert item_noise.moved(nll, 2)[1] == 0.0, "all rows alike"
+    nll = np.array([[0.0, 0.0], [1.0, 3.0], [5.0, 7.0]])
+    # Moves (1, 3) and (4, 4): 1 from their mean, and 0. That the second is larger as a whole counts nowhere.
+    assert item_noise.moved(nll, 1)[1] == pytest.approx(0.5**0.5)
+    assert item_noise.moved(nll, 2)[1] == 1.0
 
 
 def test_the_table_names_each_task_and_the_range():
