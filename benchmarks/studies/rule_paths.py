@@ -239,7 +239,7 @@ def leaving(world: World, looks: int, cells: Sequence[Cell]) -> NDArray[np.int64
             values = world.look()
         world.keep(curves.add(values))
         fall = curves.top - values
-        past = [*past[-(patience - 1) :], (fall - world.correction, np.sqrt(world.squares()) / world.rows)]
+        past = [*past, (fall - world.correction, np.sqrt(world.squares()) / world.rows)][-patience:]
         if now < first:
             continue
         wobble, count = curves.wobble()

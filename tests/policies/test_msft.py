@@ -118,6 +118,11 @@ class TestTested:
         assert self.decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}, z=1.0) == RollBack("m1", "a")
         assert self.decide({"a": [0.1, 0.6, 0.4, 0.59, 0.4, 0.4]}) == Continue(), "it wobbles as much"
 
+    def test_of_several_found_the_earliest_peak_leaves_and_of_equals_the_first_by_name(self):
+        late, early = [0.5, 0.6, 0.9, 0.2, 0.2], [0.5, 0.9, 0.2, 0.2, 0.2]
+        assert self.decide({"a": late, "b": early}) == RollBack("m1", "b")
+        assert self.decide({"a": late, "b": early, "c": early}) == RollBack("m1", "b")
+
     def test_ties_go_to_the_later_peak(self):
         assert self.decide({"a": [0.5, 0.6, 0.6, 0.6, 0.3, 0.3]}) == RollBack("m3", "a")
 

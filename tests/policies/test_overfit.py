@@ -44,6 +44,10 @@ class TestWobble:
         assert wobble_of([line], since=1)[1] == 4, "the last step has one neighbour; -4 lies before the peak"
         assert wobble_of([[0.0, -9.0, 0.0], line], since=3)[1] == 4, "of the last branch alone"
 
+    def test_of_equal_steps_the_first_is_left_out(self):
+        """Second differences 0, -1, 0: the first step to fall lies in the last two, the other in one."""
+        assert wobble_of([[0.0, 0.0, 0.0, -1.0, -2.0]], since=2) == (0.0, 1)
+
     def test_it_estimates_the_wobble_of_a_curve(self):
         rng = random.Random(3)
         line = [0.001 * k + rng.gauss(0, 0.02) for k in range(4000)]

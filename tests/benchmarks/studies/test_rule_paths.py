@@ -37,7 +37,11 @@ def by_the_policy(items: np.ndarray, cell: Cell) -> int:
     """The look at which the policy's own code excludes the task with these items, [looks, rows]; every other
     task is one score forever."""
     names = ["a", *(f"b{n}" for n in range(cell.tasks - 1))]
-    policy = Msft(MsftSettings(compute_budget=cell.looks / 4, max_stages=cell.stages, alpha=cell.alpha))
+    policy = Msft(
+        MsftSettings(
+            compute_budget=cell.looks / 4, max_stages=cell.stages, alpha=cell.alpha, patience=cell.patience
+        )
+    )
     history = History.start([(name, 64) for name in names])
     history.took(NewStage(None, tuple(names)))
     still = Score.of([1.0, 0.0, 1.0])
@@ -75,10 +79,11 @@ def histories(kind: str, seed: int, looks: int, paths: int, rows: int) -> np.nda
 
 @pytest.mark.parametrize("kind", ["exact match", "nll"])
 def test_paths_leave_when_the_policy_says_so(kind):
-    """300 histories under three runs each, look by look: the first exclusion is at the same one."""
+    """100 histories under each of four runs, look by look: the first exclusion is at the same one."""
     left, paths = 0, 100
-    for seed, (tasks, looks, alpha) in enumerate([(1, 4, 0.1), (3, 12, 0.1), (2, 5, 0.9)]):
-        cell = Cell(tasks, looks, 3, alpha)
+    runs = [(1, 4, 0.1, 2), (3, 12, 0.1, 2), (2, 5, 0.9, 2), (2, 12, 0.1, 1)]
+    for seed, (tasks, looks, alpha, patience) in enumerate(runs):
+        cell = Cell(tasks, looks, 3, alpha, patience)
         items = histories(kind, seed, cell.last + looks + 1, paths, 40)
         found = leaving(Given(items, 1 / 40 if kind == "exact match" else 0.0), cell.last + looks, [cell])[
             0, 0
@@ -86,7 +91,34 @@ def test_paths_leave_when_the_policy_says_so(kind):
         literal = [by_the_policy(items[:, 0, path], cell) for path in range(paths)]
         assert found.tolist() == literal
         left += int((found < NEVER).sum())
-    assert left >= 50, f"{left} of 300 left: little was compared"
+    assert left >= 50, f"{left} of 400 left: little was compared"
+
+
+def tied(counts: list[int], rows: int, turned: tuple[int, ...] = ()) -> np.ndarray:
+    """So many rows right at every look; at the looks named, others than before as far as there are any."""
+    items, order = [], np.arange(rows)
+    for look, count in enumerate(counts):
+        order = order[::-1] if look in turned else order
+        items.append(np.isin(np.arange(rows), order[:count]))
+    return np.array(items, float)
+
+
+@pytest.mark.parametrize(
+    ("counts", "turned", "leaves"),
+    [
+        # The last look at the top has other rows right: half of these fall, all of the first's.
+        ([32] * 10 + [16] * 4, (9,), 11),
+        ([32] * 10 + [16] * 4, (9, 10), NEVER),  # and the other way round
+        # Two equal steps down. The first is left out: its neighbours were 0 and the other; or gentle ones.
+        ([64] * 8 + [40, 16, 16, 16], (), 9),
+        ([64] * 8 + [60, 52, 44, 48, 44, 44], (), NEVER),
+    ],
+)
+def test_ties_are_broken_as_the_policy_breaks_them(counts, turned, leaves):
+    """64 rows, so that equal steps of the curve are equal numbers."""
+    items, cell = tied(counts, 64, turned), Cell(1, 6, 3)
+    assert by_the_policy(items, cell) == leaves
+    assert leaving(Given(items[:, None, None], 1 / 64), cell.last, [cell]).tolist() == [[[leaves]]]
 
 
 def test_cells_together_decide_as_each_alone():
