@@ -16,7 +16,8 @@ quantiles   noise alone may exclude somebody in a share alpha of whole runs. A r
             second difference for the wobble, which few looks tell (neighbours share looks: 0.6, measured)
 
 A fall counts above sqrt((z · item error)² + (t · √2 · wobble)²): the two add, as independent errors do.
-docs/policies.md has what noise alone does under it, and which falls it sees.
+docs/policies.md has what noise alone does under it (alpha is held up to about 400 looks a run, not in longer
+ones), and which falls it sees.
 """
 
 import math
