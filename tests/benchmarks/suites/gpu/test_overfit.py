@@ -97,7 +97,7 @@ class TestDifferences:
             loss = losses[seed] if losses else 1.0
             made = (
                 self.record("sft", seed, 0.2, room=room),
-                self.record("msft tested", seed, 0.2 + gain, loss),
+                self.record("msft tested", seed, 0.2 + gain, loss, room=9.0),
             )
             for record in made:
                 append_line(tmp_path / RECORDS, {**record, "run": "r"})
