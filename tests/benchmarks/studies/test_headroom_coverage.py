@@ -32,7 +32,7 @@ def test_a_run_is_the_curve_its_rows_and_its_wobble():
 
 
 def test_cells_are_means_and_shares_of_the_runs(monkeypatch):
-    rooms = iter([(0.0, 0.02, 0.01), (0.04, 0.01, 0.03), (0.02, 0.01, 0.01), (0.02, 0.01, 0.03)])
+    rooms = iter([(0.0, 0.01, 0.01), (0.04, 0.01, 0.03), (0.02, 0.01, 0.01), (0.02, 0.01, 0.03)])
 
     def one(r, tasks, curve):
         value, half, chance = next(rooms)
@@ -41,7 +41,7 @@ def test_cells_are_means_and_shares_of_the_runs(monkeypatch):
     monkeypatch.setattr(study, "noisy", one)
     monkeypatch.setattr(study, "truth", lambda tasks, curve: 0.01)
     cells = study.line("flat", 4, 4)
-    assert cells == ["flat", "4", "1.0", "2.0", "2.0", "1.2", "0.75", "1.00", "1.00"]
+    assert cells == ["flat", "4", "1.0", "2.0", "2.0", "1.0", "0.75", "1.00", "1.00"]
     rooms = iter([(0.0, 0.002, 0.001), (0.04, 0.01, 0.01), (0.02, 0.01, 0.0), (0.012, 0.01, 0.0)])
     assert study.line("flat", 4, 4)[6:] == ["0.50", "0.75", "0.75"]
 
