@@ -75,8 +75,13 @@ class Headroom:
 
 
 def headroom(history: History) -> Headroom | str:
-    """Of a run so far; in words why there is none. Tasks without a score take no part."""
-    return of_branches(branches(history), history.measured_tasks())
+    """Of a run so far; in words why there is none.
+
+    Tasks without a score take no part, nor those that no stage trains (weight 0): no schedule sets when they
+    stop.
+    """
+    trained = {task for stage in history.stages for task in stage.active}
+    return of_branches(branches(history), [t for t in history.measured_tasks() if t in trained])
 
 
 def of_records(
@@ -113,7 +118,7 @@ def of_branches(found: Sequence[Branch], tasks: Iterable[str]) -> Headroom | str
         return f"no unbroken stretch of {WINDOW} evaluations"
     if len(smooth) < 2:
         few = next(iter(smooth), None)
-        return f"only `{few}` has scores to compare" if few else "no task has scores to compare"
+        return f"only `{few}` is trained and scored" if few else "no task has scores to compare"
 
     # Ties go to the earliest: places come in order, and max keeps the first of equals.
     places = [place for place in next(iter(smooth.values())) if all(place in s for s in smooth.values())]

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pytest
 
+from benchmarks.studies.headroom_coverage import noisy
 from repsft_fast.policies import NewStage, RollBack
 from repsft_fast.policies.headroom import WINDOW, branches, headroom, of_branches, of_records
 from repsft_fast.policies.history import History
@@ -27,6 +28,16 @@ def looks_of(curves, score=lambda value: Score(value, 10)):
 
 def room_of(curves, score=lambda value: Score(value, 10)):
     return of_branches([looks_of(curves, score)], list(curves))
+
+
+def history_of(curves, active):
+    """One stage that trains these tasks, with these scores look by look."""
+    history = History.start((task, 8) for task in curves)
+    history.took(NewStage(None, active))
+    for i in range(len(curves["a"])):
+        history.tick(i, i / 4, 0)
+        history.evaluated(f"m{i}", {task: Score(curve[i], 10) for task, curve in curves.items()})
+    return history
 
 
 def bump(at, length=21, top=0.8, steep=0.002):
@@ -89,8 +100,8 @@ class TestGaps:
         five = [0.1] * WINDOW
         assert not isinstance(room_of({"a": five, "b": five}), str)
         assert room_of({"a": five[1:], "b": five[1:]}) == "no unbroken stretch of 5 evaluations"
-        assert room_of({"a": five, "b": [NAN] * 5}) == "only `a` has scores to compare"
-        assert room_of({"a": five}) == "only `a` has scores to compare"
+        assert room_of({"a": five, "b": [NAN] * 5}) == "only `a` is trained and scored"
+        assert room_of({"a": five}) == "only `a` is trained and scored"
         assert room_of({"a": [NAN] * 5}) == "no task has scores to compare"
         assert of_branches([], ["a", "b"]) == "no unbroken stretch of 5 evaluations"
         apart = {"a": [0.1] * 5 + [NAN] * 5, "b": [NAN] * 5 + [0.1] * 5}
@@ -99,6 +110,20 @@ class TestGaps:
     def test_a_task_never_measured_takes_no_part(self):
         curves = {"a": bump(6), "b": bump(14)}
         assert room_of(curves | {"dark": [NAN] * 21}) == room_of(curves)
+
+    def test_a_task_that_no_stage_trains_takes_no_part(self):
+        """`watched` would be best at the first look, and move the common best: no schedule sets its training."""
+        curves = {"a": bump(6), "b": bump(14), "watched": [0.9 - 0.02 * i for i in range(21)]}
+        found = headroom(history_of(curves, ("a", "b")))
+        assert found == room_of({t: curves[t] for t in "ab"})
+        assert headroom(history_of(curves, ("a", "b", "watched"))).value > found.value
+        assert headroom(history_of(curves, ("a",))) == "only `a` is trained and scored"
+
+    def test_a_task_that_left_or_came_later_takes_part(self):
+        curves = {"a": bump(6), "b": bump(14)}
+        history = history_of(curves, ("a",))
+        history.took(NewStage("m20", ("b",)))
+        assert set(headroom(history).tasks) == {"a", "b"}
 
     def test_an_undefined_score_leaves_its_look_out_and_no_more(self):
         curves = {"a": bump(6), "b": bump(14)}
@@ -156,20 +181,6 @@ class TestBranches:
         assert all(task.error is None for task in found.tasks.values())
         gap = [("x", 0, 0.0, {"a": None, "b": 0.5}), *lines]
         assert of_records(gap, {0: None, 1: "m2"}).common.moment == "m2"
-
-
-def noisy(r, tasks, length, curve, rows, wobble):
-    """0/1 items, each redrawn at every look with odds of 0.3, over a curve that wobbles."""
-    base = {t: [r.random() for _ in range(rows)] for t in range(tasks)}
-    found = []
-    for i in range(length):
-        scores = {}
-        for t, draws in base.items():
-            share = curve(t, i / (length - 1)) + r.gauss(0.0, wobble)
-            draws[:] = [r.random() if r.random() < 0.3 else u for u in draws]
-            scores[f"t{t}"] = Score.of([float(u < share) for u in draws])
-        found.append(Evaluation(0, f"m{i}", i, i / 4, scores))
-    return of_branches([found], [f"t{t}" for t in range(tasks)])
 
 
 class TestInterval:
@@ -233,14 +244,14 @@ class TestInterval:
             return 0.7 - 0.4 * (x - task / 3) ** 2
 
         truth = room_of({f"t{t}": [peaks(t, i / 24) for i in range(25)] for t in range(4)}).value
-        found = [noisy(random.Random(seed), 4, 25, peaks, 100, 0.02) for seed in range(60)]
+        found = [noisy(random.Random(seed), 4, peaks) for seed in range(60)]
         inside = [abs(f.value - truth) <= f.interval for f in found]
         assert fmean(inside) >= 0.90
         assert truth < fmean(f.value for f in found) < truth + 0.02
         assert fmean(f.interval for f in found) < truth, "and it says something"
 
     def test_at_most_holds_on_flat_curves(self):
-        found = [noisy(random.Random(seed), 4, 25, lambda t, x: 0.5, 100, 0.02) for seed in range(60)]
+        found = [noisy(random.Random(seed), 4, lambda t, x: 0.5) for seed in range(60)]
         assert all(f.value >= 0.0 for f in found)
         assert fmean(f.value - f.by_chance - f.interval <= 0 for f in found) >= 0.95
         assert 0.005 < fmean(f.by_chance for f in found) < fmean(f.value for f in found) < 0.04

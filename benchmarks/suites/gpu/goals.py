@@ -7,6 +7,7 @@ session, or from a table per kind of card. A measurement far from it, in either 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,20 +81,22 @@ Predict = Callable[[Card], float | None]
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table. most, least: what is aimed at; neither: a figure to be known. predicted: in the
-    same unit."""
+    """One line of the table. most, least: what is aimed at; neither: a figure to be known. strict: met beyond
+    them alone, not by them. predicted: in the same unit."""
 
     name: str
     read: Read  # None = not measured
     most: float | None = None
     least: float | None = None
+    strict: bool = False
     predicted: Predict | None = None
 
     @property
     def aim(self) -> str:
+        at_most, at_least = ("<", ">") if self.strict else ("≤", "≥")
         parts = [
-            f"≤ {self.most:g}" if self.most is not None else "",
-            f"≥ {self.least:g}" if self.least is not None else "",
+            f"{at_most} {self.most:g}" if self.most is not None else "",
+            f"{at_least} {self.least:g}" if self.least is not None else "",
         ]
         return " ".join(part for part in parts if part) or "to be known"
 
@@ -102,7 +105,10 @@ class Goal:
             return "open"
         if self.most is None and self.least is None:
             return "measured"
-        met = (self.most is None or measured <= self.most) and (self.least is None or measured >= self.least)
+        within = operator.lt if self.strict else operator.le
+        met = (self.most is None or within(measured, self.most)) and (
+            self.least is None or within(self.least, measured)
+        )
         return "met" if met else "MISSED"
 
 

@@ -1,9 +1,27 @@
-"""Rows of part M: four tasks for a pretrained model that overfit at different times, made here from a seed.
+"""Rows of part M: four tasks for a pretrained model that are to overfit at different times, made here from
+a seed.
 
 Fast: `larger` and `mood` ask what the model nearly knows, but a share of their training replies is wrong. The
-rule is learnt within an epoch; after that only the wrong replies are left to learn, which harms. Slow:
+rule is to be learnt within an epoch; then only the wrong replies are left to learn, which harms. Slow:
 `backward` and `sum` are exact skills whose training replies are all right. Replies of validation and test are
 right in all.
+
+Measured at this size: nothing yet. On a cut-down deal, the real weights by plain SFT in fp32 on a CPU (seed
+0; 48 training and 40 validation rows a task, batches of 16, a system prompt of one word, five epochs of 12
+updates; one look an epoch, the standard error of exact match is up to 8 %):
+
+          exact match, %                        nll
+epoch         0     1     2     3     4     5       0     1     2     3     4     5
+larger      0.0  75.0  80.0  77.5  75.0  72.5    4.48  0.19  0.13  0.15  0.16  0.17
+mood        0.0  87.5  35.0  85.0  77.5  90.0    6.14  0.22  0.50  0.26  0.24  0.21
+backward    0.0  35.0  37.5  57.5  72.5  57.5    4.03  0.62  0.34  0.47  0.16  0.32
+sum         0.0   7.5  17.5  20.0  20.0  30.0    3.80  1.02  0.84  1.35  1.04  1.25
+
+So the fast ones are there after an epoch, and the slow ones are not. `larger` falls from the second epoch on,
+in nll at every look; in exact match by no more than the noise of 40 rows. `mood` swings, and does not fall in
+five epochs. `backward` and `sum` rise with swings; with seven times the rows an epoch `backward` may be fast,
+and how far `sum` gets is not known. Whether whole runs have head-room is for part M to say: it has lines for
+it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Goals read the records: met, missed, open and measured are told apart."""
 
+import pytest
+
 from benchmarks.suites.gpu import goals
 
 
@@ -39,3 +41,13 @@ class TestTable:
         assert lines[1].split()[-3:-1] == ["2", "3"]
         assert lines[2].split()[-3:-1] == ["-", "1"]
         assert lines[3].split()[-2] == "-"  # nothing was predicted for this card
+
+    @pytest.mark.parametrize(("bound", "value"), [("least", 0.5), ("most", -0.5)])
+    def test_a_strict_goal_is_missed_on_its_bound(self, bound, value):
+        strict, plain = (goals.Goal("g", lambda f: None, strict=s, **{bound: 0.0}) for s in (True, False))
+        assert [goal.verdict(0.0) for goal in (strict, plain)] == ["MISSED", "met"]
+        assert [goal.verdict(value) for goal in (strict, plain)] == ["met", "met"]
+        assert [goal.verdict(-value) for goal in (strict, plain)] == ["MISSED", "MISSED"]
+        assert [goal.aim for goal in (strict, plain)] == [
+            {"least": "> 0", "most": "< 0"}[bound], {"least": "≥ 0", "most": "≤ 0"}[bound]
+        ]  # fmt: skip
