@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "msft tested": {**_MSFT, "rule": "tested"},
     "msft paper": {**_MSFT, "rule": "paper"},
     "sft_resets": {"policy": "sft_resets", "compute_budget": C, "max_stages": STAGES},
-    "msft tested, rehearsal 0.1": {**_MSFT, "rule": "tested", "rehearsal": 0.1},
+    "msft tested, rehearsal 0": {**_MSFT, "rule": "tested", "rehearsal": 0.0},
 }
 PAIR = ("sft", "msft tested")
 # A record's fields of head-room, and where result.json → more.mixture.headroom has them.
