@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from repsft_fast.config import Config
 from repsft_fast.distributed import Pace, keep_gathered
@@ -101,11 +102,33 @@ def passes(world, given, places, stay):
 @pytest.mark.parametrize("stay", [False, True], ids=["dropped", "gathered stay"])
 def test_both_ranks_meet_wherever_it_is(stay, tmp_path):
     given = runs.settings(tmp_path, model__config=MODEL, distributed__keep_gathered=stay)
-    places = [(place, row) for place in PLACES for row in (1, 2, 3)]
+    places = [*((place, 2) for place in PLACES), ("row", 1), ("layer 2", 1), ("gather 0", 3), ("norm", 3)]
     (left, same), (right, same_too) = ranks.run_ranks(passes, given, places, stay, timeout_s=120)
     assert left == [(0, "memory ran out on 1 of 2 ranks")] * len(places)
     assert right == [(1, "CUDA out of memory. Tried to allocate 2.00 GiB")] * len(places)
     assert all(same + same_too)
+
+
+def gathered_at_once(world, given):
+    """Most layers whose parameters are whole at a time, where none of a row's gathers was made."""
+    model, most = build(Config.of(given), world=world).model, 0
+    reshard = FSDPModule.reshard
+
+    def counted(module):
+        nonlocal most
+        groups = [layer._get_fsdp_state()._fsdp_param_group for layer in model.model.layers]
+        most = max(most, sum(group.is_unsharded for group in groups))
+        reshard(module)
+
+    with patch.object(FSDPModule, "reshard", counted), Pace(model) as pace:
+        pace.begin_row()
+        pace.finish_row()
+    return most
+
+
+def test_one_layer_at_a_time(tmp_path):
+    given = runs.settings(tmp_path, model__config=MODEL)
+    assert ranks.run_ranks(gathered_at_once, given) == [1, 1]
 
 
 def test_nothing_is_done_to_a_model_of_one_rank():
