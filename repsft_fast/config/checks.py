@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from repsft_fast.config.model_checks import Finding, of_the_model
 from repsft_fast.config.sections import Settings
+from repsft_fast.config.unused import without_effect
 from repsft_fast.config.values import Sources
 from repsft_fast.errors import describe, did_you_mean
 from repsft_fast.policies import policy_class
@@ -48,29 +49,7 @@ def warnings(config: Settings) -> list[str]:
             " rounds stochastically"
         )
 
-    # Settings that do nothing: whoever wrote them expects something of them.
-    if config.model.save_dtype != "auto" and config.model.lora is not None and not config.model.lora.merge:
-        found.append(
-            "model.save_dtype: has no effect on adapters, saved as they are kept; set model.lora.merge, or"
-            " drop it"
-        )
-    if config.mixture.policy is None:
-        plain = type(config.mixture)()
-        unused = [
-            name for name in type(plain).model_fields if getattr(config.mixture, name) != getattr(plain, name)
-        ]
-        for name in unused:
-            if name not in ("weights", "temperature"):
-                found.append(f"mixture.{name}: has no effect without mixture.policy")
-        return found
-    policy = f"mixture.policy: {config.mixture.policy}"
-    if config.evaluate.keep == "best":
-        found.append(f"evaluate.keep: has no effect with {policy}, which names the result itself; drop it")
-    if config.evaluate.every_epochs != type(config.evaluate)().every_epochs:
-        found.append(f"evaluate.every_epochs: has no effect with {policy}; set mixture.evaluations_per_epoch")
-    if stop.plateau_epochs is not None:
-        found.append(f"stop.plateau_epochs: has no effect with {policy}, which ends the run itself; drop it")
-    return found
+    return found + without_effect(config)
 
 
 def _data(config: Settings) -> Iterator[Finding]:

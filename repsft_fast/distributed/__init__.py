@@ -1,6 +1,6 @@
 """Ranks: which one this is (launch, world), how they meet and part (lifecycle; listening, handshake,
 meeting), who is gone (watch, hub; lost), what they tell each other (collectives), the model over them
-(sharding, reset)."""
+(sharding, reset, pace)."""
 
 from repsft_fast.distributed.collectives import (
     DEFAULT_TIMEOUT_S,
@@ -24,6 +24,7 @@ from repsft_fast.distributed.lost import (
     lost_rank,
     on_rank_death,
 )
+from repsft_fast.distributed.pace import Pace
 from repsft_fast.distributed.reset import unfinished
 from repsft_fast.distributed.sharding import (
     abort_pass,
@@ -50,6 +51,7 @@ __all__ = [
     "LaunchError",
     "Links",
     "LostRank",
+    "Pace",
     "World",
     "abort_launch",
     "abort_pass",

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repsft_fast.data.packing import TOGETHER, Apart, pack, planned_row
 from repsft_fast.data.planned import PlannedRow
 from repsft_fast.data.row_lengths import RowLengths
 from repsft_fast.data.store import TokenStore
-from repsft_fast.distributed import World, all_sum
+from repsft_fast.distributed import Pace, World, all_sum
 from repsft_fast.stats import TokenStats
 
 DOCUMENTS = 16  # least of a row that takes few shapes: one number for the whole run
@@ -110,25 +110,47 @@ class TeacherForced:
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> SampleScores:
         """Run the model (in eval mode, restored afterwards) over all rows. Waits for the device once, at the
-        end."""
-        device = self.store.device
-        table = TokenStats.zeros(len(self.samples), device).table
+        end. torch.OutOfMemoryError on every rank where memory runs out on one."""
+        # One line more than samples: the ranks whose memory ran out.
+        table = TokenStats.zeros(len(self.samples) + 1, self.store.device).table
         was_training = model.training
         model.eval()
         try:
-            for planned, line in zip(self._rows, self._lines, strict=True):
-                row = self.store.row(planned, denominator=1.0, average="token")
-                _, stats = model.loss(row)  # type: ignore[operator]
-                if row.num_segments:
-                    table.index_add_(0, line, stats.sum_by(row.position_segments, row.num_segments).table)
+            problem = self._add_rows(model, table)
         finally:
             model.train(was_training)
+        sums = table.cpu()
+        sums[-1, 0] = problem is not None
+        if ranks := int(all_sum(sums)[-1, 0]):
+            raise torch.OutOfMemoryError(problem or f"memory ran out on {ranks} of {self.world.size} ranks")
         index = self.store.index
         return SampleScores(
             samples=self.samples,
             tasks=index.tasks[self.samples],
-            stats=TokenStats(all_sum(table.cpu())),
+            stats=TokenStats(sums[:-1]),
             tokens=int(index.lengths[self.samples].sum()),
             trained=int(index.trained[self.samples].sum()),
             sum_squared_lengths=self._sum_squared,
         )
+
+    def _add_rows(self, model: nn.Module, table: Tensor) -> str | None:
+        """This rank's rows. Where memory runs out: why, once the others can be met at the end of theirs."""
+        problem = None
+        with Pace(model) as pace:
+            for planned, line in zip(self._rows, self._lines, strict=True):
+                pace.begin_row()
+                if problem is None:
+                    try:
+                        self._add_row(model, planned, line, table)
+                    except torch.OutOfMemoryError as error:
+                        problem = str(error) or "no words"
+                # Not above: the error would keep what its frames hold.
+                if problem is not None:
+                    pace.finish_row()
+        return problem
+
+    def _add_row(self, model: nn.Module, planned: PlannedRow, line: Tensor, table: Tensor) -> None:
+        row = self.store.row(planned, denominator=1.0, average="token")
+        _, stats = model.loss(row)  # type: ignore[operator]
+        if row.num_segments:
+            table.index_add_(0, line, stats.sum_by(row.position_segments, row.num_segments).table)

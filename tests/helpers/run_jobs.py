@@ -57,6 +57,7 @@ def train(
     forget: str | None = None,
     poison: tuple[int, ...] = (),
     full_after: int | None = None,
+    full_at_end: bool = False,
     again: float | None = None,
     block_checkpoints: bool = False,
     fsdp: bool = False,
@@ -67,7 +68,8 @@ def train(
     comes once more, so many seconds later. passings: a file for how often each of run_points was passed.
     forget: the item of the closed list that a resumed run does not put back. poison: after these many updates
     (of all branches) the next one's loss is NaN. full_after: after that many updates memory runs out in the
-    next one, unless its rows are shorter than the settings'. block_checkpoints: a file lies where their
+    next one, unless its rows are shorter than the settings'; full_at_end: it runs out in every pass once the
+    run has ended. block_checkpoints: a file lies where their
     folder should be. fsdp: one rank by FSDP2 too.
 
     Returns the result and the hash of the closed list of state as it was when the loop ended.
@@ -80,6 +82,8 @@ def train(
         found["hash"] = closed_list(run.parts).hash()
         table = run.conductor.history.values()
         found["history"] = hash_bytes(json.dumps(table, sort_keys=True).encode())
+        if full_at_end:
+            run.parts.model.model.layers[0].mlp.register_forward_hook(full)
         result = finish(run)
         weights = dict(held_parameters(run.parts.model))
         found["result_hash"] = state_hash(weights, {})  # the policy's choice or the best ones, put back
@@ -145,6 +149,10 @@ def train(
         "work": result.more["work"],
         "vetoed": result.more["vetoed"],
     }
+
+
+def full(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
 
 def command_line(settings: dict[str, Any], folder: str, signal_after: int = -1, resume: bool = False) -> None:

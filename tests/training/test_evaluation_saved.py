@@ -105,6 +105,20 @@ def test_no_memory_for_it_costs_the_figure_and_not_the_run(tmp_path, monkeypatch
     assert any("own token accuracy is not known: out of" in n["text"] for n in runs.metrics(tmp_path, "note"))
 
 
+@pytest.mark.parametrize(
+    ("full", "reason"), [(0, "CUDA out of memory"), (1, "memory ran out on 1 of 2 ranks")]
+)
+def test_nor_where_one_of_several_ranks_has_none(full, reason, server, tmp_path):
+    settings = runs.settings(tmp_path, **{**SHORT, "budget__epochs": 2})
+    outcomes = [child.wait(90) for child in start(server, settings, **{f"rank{full}": {"full_at_end": True}})]
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (written["success"], written["saved_token_accuracy"], counts(tmp_path)) == (True, None, None)
+    noted = [line["text"] for line in runs.metrics(tmp_path, "note")]
+    assert f"the saved model's own token accuracy is not known: out of memory ({reason})" in noted
+    assert read_again(tmp_path)[1], "the model is there"
+
+
 def test_numbers_that_are_none_make_no_share(tmp_path):
     assert evaluation.Saved(3, 4, 1, nonfinite=0, seconds=0.1).token_accuracy == 0.75
     assert evaluation.Saved(3, 4, 1, nonfinite=1, seconds=0.1).token_accuracy is None

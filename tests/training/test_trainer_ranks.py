@@ -161,6 +161,27 @@ def test_a_mixture_is_decided_alike_and_as_on_one_rank(server, tmp_path):
     alike(tmp_path / "one" / "run", tmp_path / "two" / "run", rel=1e-3)  # dozens of updates at a high rate
 
 
+def test_a_decay_is_predicted_alike_and_as_on_one_rank(server, tmp_path):
+    """Looks at the model, the update at which its decay begins, and the end: integers, so equal."""
+    changes = {
+        "samples": 9, "budget__epochs": 40, "optim__warmup_fraction": None, "optim__warmup_updates": 2,
+        "stop__token_accuracy": 0.95,
+    }  # fmt: skip
+    alone = run(server, runs.settings(tmp_path / "one", **changes), ranks=1)
+    both = run(server, runs.settings(tmp_path / "two", **changes))
+    epochs, decays = (
+        [runs.metrics(tmp_path / n, kind) for n in ("one", "two")] for kind in ("epoch", "decay")
+    )
+    looks = [[line.get("own_token_accuracy") for line in lines] for lines in epochs]
+    assert sum(look is not None for look in looks[0]) >= 3
+    assert looks[1] == looks[0]
+    assert decays[1] == decays[0]
+    same = ("updates", "reason", "history")
+    assert [both[name] for name in same] == [alone[name] for name in same]
+    assert alone["updates"] == decays[0][0]["ends_at"]
+    assert "was predicted to end at" in alone["reason"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"model__lora": {"rank": 4, "dropout": 0.2}}, {"optim__name": "adamw8bit"}],
