@@ -35,13 +35,12 @@ ROOT = HERE.parent
 KEPT = HERE / "golden.json"
 # Names that users see and that the new tree has changed: old → new. Keys of JSON, YAML and settings (a key, or its whole
 # dotted path), and parts of the paths of files.
-RENAMED: dict[str, str] = {"mixture.min_progress": "mixture.min_looks"}
+RENAMED: dict[str, str] = {}
 # Keys that the new tree writes and the old one did not: of a decision in a checkpoint why it was taken, as a code;
 # what a run decided once beside the head's chunks.
 ADDED = re.compile(
     r"conductor\.history\.decisions\.\d+\.decision\.(code|stop_reason)|decided\.choices(\..*)?"
     r"|model\.cuda_graphs|batch\.row_lengths|distributed\.keep_gathered"
-    r"|(.*\.)?mixture\.(alpha|pool|keep|min_looks)|(more\.)?saved_token_accuracy(\..*)?"
 )
 # Keys of the clock, of its rates and of this machine's memory: they are not compared, nor is anything below them.
 LEFT_OUT = re.compile(r"seconds|.*_seconds|.*_per_second|mfu|memory_bytes|data_wait_fraction|metrics_bytes")
