@@ -48,6 +48,9 @@ CONFIGURATIONS: dict[str, tuple[Any, tuple[int, int], int, float, str, Any]] = {
     "large_batch": (SOLUTIONS.format(100, 23), (192, 4), 32, 3e-3, "sample", None),
     "tuned": (SOLUTIONS.format(40, 24), (128, 3), 4, 3e-4, "sample", SOLUTIONS.format(300, 77)),
     "tuned_fast": (SOLUTIONS.format(80, 25), (128, 3), 8, 1e-3, "sample", SOLUTIONS.format(300, 77)),
+    # Few updates, so that a decay has one to three: judged alone, no constant was chosen on them.
+    "three_updates": (SOLUTIONS.format(24, 27), (128, 3), 8, 3e-3, "sample", SOLUTIONS.format(300, 77)),
+    "two_updates": (SOLUTIONS.format(40, 28), (192, 4), 20, 4e-3, "sample", SOLUTIONS.format(300, 77)),
 }
 
 

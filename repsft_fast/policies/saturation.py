@@ -181,8 +181,8 @@ class Saturation(Policy):
         target = self.settings.token_accuracy
         if not self._predicts or last.own is None or not looks or target is None:
             return None
-        length = self._decay_length(last.update) * last.epochs / last.update
-        now, half_later = foresight.predicted(looks, length)
+        updates = self._decay_length(last.update)
+        now, half_later = foresight.predicted(looks, updates * last.epochs / last.update, updates)
         if half_later < target:
             return None
         at = f"token accuracy {100 * last.own[0] / last.own[1]:.2f} % after epoch {last.epochs:.4g}"

@@ -137,7 +137,7 @@ class TestForeseen:
         return policy.decide(history, history.active)
 
     def test_begins_before_the_accuracy_is_reached(self):
-        now, later = predicted([(n, 1000) for n in self.LOOKS], 0.4)
+        now, later = predicted([(n, 1000) for n in self.LOOKS], 0.4, 40)
         assert 0.92 < now < later < 1
         assert self.decided(token_accuracy=math.nextafter(later, 1)) == Continue()
         fired = self.decided(token_accuracy=math.nextafter(later, 0))
@@ -148,7 +148,7 @@ class TestForeseen:
 
     def test_epochs_of_the_decay_are_counted_in_this_runs(self):
         """A longer decay brings further."""
-        _, later = predicted([(n, 1000) for n in self.LOOKS], 0.4)
+        _, later = predicted([(n, 1000) for n in self.LOOKS], 0.4, 40)
         above = math.nextafter(later, 1)
         assert isinstance(self.decided(token_accuracy=above, decay_updates=50), Decay)
         assert self.decided(token_accuracy=above, decay_updates=40) == Continue()
