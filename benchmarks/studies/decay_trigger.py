@@ -2,7 +2,8 @@
 
     python -m benchmarks.studies.decay_trigger [names]   runs what is missing, appends its records
     python -m benchmarks.studies.decay_trigger --table   finished accuracy by trigger
-    python -m benchmarks.studies.decay_trigger --judge 3 4   whole runs of these seeds under the default
+    python -m benchmarks.studies.decay_trigger --judge 3 4 [names]   whole runs of these seeds under the
+                                                         default
 
 One run a configuration under the constant rate. At every epoch's end its state is kept, the decay is
 triggered there, made to its end and measured, and the state is put back: so one run says what every trigger
@@ -254,11 +255,13 @@ def judge(name: str, seed: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def judged(seeds: list[str]) -> str:
-    """What of the seeds is missing is run; the table of all."""
+def judged(arguments: list[str]) -> str:
+    """What of these seeds and names (none: all) is missing is run; the table of all."""
+    seeds = [int(each) for each in arguments if each.isdigit()]
+    names = [each for each in arguments if not each.isdigit()] or list(CONFIGURATIONS)
     known = records.read(JUDGED) if JUDGED.exists() else []
     done = {(r["implementation"], r["shape"]["seed"]) for r in known}
-    for seed, name in ((int(seed), name) for seed in seeds for name in CONFIGURATIONS):
+    for seed, name in ((seed, name) for seed in seeds for name in names):
         if (name, seed) not in done:
             records.append(JUDGED, [judge(name, seed)])
             known = records.read(JUDGED)
