@@ -159,7 +159,8 @@ MIXTURE = {
 EAGER = {
     "mixture.z": 0.0,
     "mixture.patience": 1,
-    "mixture.min_progress": 0.0,
+    "mixture.min_looks": 0,
+    "mixture.rehearsal": 0.0,
     "mixture.compute_budget": 3,
     "optim.lr": 3e-2,
 }

@@ -34,7 +34,7 @@ TESTED = {
 # name → settings, and which decisions the run must hold, so that no test passes on an empty run
 POLICIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "msft-paper": ({"mixture__policy": "msft"}, {"NewStage", "RollBack", "Stop"}),
-    "msft-tested": ({"mixture__policy": "msft", "mixture__compute_budget": 3, **TESTED}, {"NewStage", "RollBack", "Stop"}),
+    "msft-tested": ({"mixture__policy": "msft", "mixture__compute_budget": 3, "mixture__rehearsal": 0.0, **TESTED}, {"NewStage", "RollBack", "Stop"}),
     "msft-rehearsal": ({"mixture__policy": "msft", "mixture__rehearsal": 0.3}, {"NewStage", "RollBack", "Stop"}),
     "msft-restore-rewind": (
         {"mixture__policy": "msft", "mixture__optimizer": "restore", "mixture__schedule": "rewind", "mixture__data": "rewind"},
