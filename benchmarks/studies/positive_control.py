@@ -4,11 +4,12 @@
     python -m benchmarks.studies.positive_control WORK --mixture B        the verdict, with what A chose
     python -m benchmarks.studies.positive_control --table                 docs/positive_control.md's tables
 
-One record a run in benchmarks/records/positive_control.jsonl; what has one is not run again. WORK may be deleted
-at any time. The protocol stands in docs/positive_control.md and was committed before the runs it speaks of.
+One record a run in benchmarks/records/positive_control.jsonl; what has one is not run again. WORK may be
+deleted at any time. The protocol stands in docs/positive_control.md, committed before the runs it speaks of.
 All arms of a seed train on the same rows from the same weights and end at the same number of tokens
-(`budget.tokens`, discarded work included) or before, by their own end. Decisions read the validation rows by exact
-match; the test rows are read once, at a run's end, by the weights that the run's own settings name as its result.
+(`budget.tokens`, discarded work included) or before, by their own end. Decisions read the validation rows by
+exact match; the test rows are read once, at a run's end, by the weights that the run's settings name as its
+result.
 """
 
 import argparse
@@ -29,15 +30,15 @@ from benchmarks.studies.positive_control_table import (
 )
 
 RECORDS = ROOT / "benchmarks" / "records" / "positive_control.jsonl"
-STUDY = 1  # raise it when the same run would give other numbers
+STUDY = 2  # raise it when the same run would give other numbers
 MODEL = msft_study.MODEL | {
     "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
 # 0.25M parameters
 WARM_EPOCHS, WARM_LR, LR = 15, 1e-3, 5e-4
-EPOCHS = 15  # of the whole mixture: every arm's tokens are those of so many
-STAGE, STAGES = 2.0, 12  # C, and stages at most: more than the tokens allow
+EPOCHS = 30  # of the whole mixture: every arm's tokens are those of so many
+STAGE, STAGES, LOOKS = 3.0, 14, 4  # C; stages at most, more than the tokens allow; looks an epoch
 LEAST = 0.25  # epochs that a task's static weight stands for at least, where its best is the start
 SEEDS = {"A": range(12), "B": range(100, 112)}
 
@@ -66,7 +67,7 @@ def sections(mixture: str, arm: str, weights: dict[str, float] | None = None) ->
     tasks = positive_control_tasks.MIXTURES[mixture]
     # Equal weights: what is few is seen often.
     even = dict.fromkeys(tasks, 1.0)
-    shared = {"metric": "exact_match", "evaluations_per_epoch": 2, "weights": weights or even}
+    shared = {"metric": "exact_match", "evaluations_per_epoch": LOOKS, "weights": weights or even}
     return {
         "optim": {"lr": LR, "max_norm": None, "warmup_updates": 20},
         "schedule": {"name": "constant"},
@@ -132,8 +133,8 @@ def run_arm(
     shutil.rmtree(folder, ignore_errors=True)
     start = hashlib.sha256((warm / "model.safetensors").read_bytes()).hexdigest()[:16]
     return msft_study.summary(lines, result, parts) | {
-        "study": STUDY, "mixture": mixture, "arm": arm, "seed": seed, "settings": own["mixture"], "start": start,
-        "token_budget": tokens(mixture), "ended": result.code,
+        "study": STUDY, "mixture": mixture, "arm": arm, "seed": seed, "settings": own["mixture"],
+        "start": start, "token_budget": tokens(mixture), "ended": result.code,
     }  # fmt: skip
 
 
@@ -197,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         room = f", head-room {head_room_of(record):.3f}" if arm == "sft" else ""
         left = ", ".join(f"{e['task']} back to {e['epoch']:g}" for e in record["exclusions"])
         print(
-            f"{mixture} {arm}, seed {seed}: test {record['test_macro']:.3f}{room}, {record['tokens']:,} tokens, "
-            f"{record['seconds']:.0f} s; left: {left or 'nobody'}",
+            f"{mixture} {arm}, seed {seed}: test {record['test_macro']:.3f}{room}, "
+            f"{record['tokens']:,} tokens, {record['seconds']:.0f} s; left: {left or 'nobody'}",
             flush=True,
         )
 

@@ -56,6 +56,7 @@ def test_b_runs_what_a_chose_beside_none():
 def test_first_arms_come_first_in_every_seed():
     found = study.order(list(study.ARMS), [0, 1])
     assert found[:4] == [(arm, 0) for arm in list(study.ARMS)[:4]]
+    assert found[4:8] == [(arm, 1) for arm in list(study.ARMS)[:4]]
     assert len(found) == 2 * len(study.ARMS)
 
 

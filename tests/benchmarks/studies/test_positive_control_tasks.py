@@ -1,5 +1,7 @@
 """The positive control's tasks: deterministic, disjoint, wrong exactly where they should be."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.studies import positive_control_tasks as tasks
@@ -16,6 +18,8 @@ def test_rows_are_enough_and_no_prompt_lies_in_two_splits(mixture, task):
     }  # fmt: skip
     prompts = [prompt for some in rows.values() for prompt, _ in some]
     assert len(set(prompts)) == len(prompts)
+    # Rows of one length: a budget in tokens is one in rows.
+    assert {(len(prompt), len(reply)) for some in rows.values() for prompt, reply in some} == {(5, 1)}
 
 
 @pytest.mark.parametrize(("mixture", "task"), EACH)
@@ -48,6 +52,6 @@ def test_mixtures_share_no_task_and_no_mark():
 def test_written_rows_are_those_dealt(tmp_path):
     files = tasks.write(tmp_path, "B", 7)
     assert set(files) == {"pool", "train", "validation", "test"}
-    lines = open(files["train"]["slow"], encoding="utf-8").read().splitlines()
+    lines = Path(files["train"]["slow"]).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 600
     assert tasks.deal("B", "slow", 7)["train"][0][0] in lines[0]
