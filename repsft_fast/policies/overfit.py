@@ -10,9 +10,10 @@ wobble      how far a task as a whole moves from one look to the next, whatever 
             steepest step down since the peak is the fall in question, so the (at most two) second differences
             that hold it are left out: else a sudden fall would hide itself
 quantiles   noise alone may exclude somebody in a share alpha of whole runs. A run compares every task at
-            every look and both errors may deceive, so each gets p = alpha / (2 · tasks · looks): the normal
-            quantile z for the items, which are many; Student's t with 0.6 degrees of freedom for each second
-            difference for the wobble, which few looks tell (neighbours share looks: 0.6, measured)
+            every look and both errors may deceive, so each gets p = alpha / (2 · 2 · tasks · looks), one 2
+            for the two errors and one, measured, for the peak, which is the best of all looks before it: the
+            normal quantile z for the items, which are many; Student's t with 0.6 degrees of freedom for each
+            second difference for the wobble, which few looks tell (neighbours share looks: 0.6, measured)
 
 A fall counts above sqrt((z · item error)² + (t · √2 · wobble)²): the two add, as independent errors do.
 docs/policies.md has what noise alone does under it, and which falls it sees.
@@ -29,6 +30,8 @@ from repsft_fast.policies.statistics import Score, difference
 from repsft_fast.policies.student import normal_quantile, student_quantile
 
 DF_PER_DIFFERENCE = 0.6
+ERRORS = 2  # of items and of the wobble
+PEAKS = 2  # a run compares pairs of looks: without it up to 19 % of whole runs lose a task that stands still
 PERCENT_SEEN = 0.05  # the fall of a share that `said_of_rows` counts rows for
 
 
@@ -63,7 +66,7 @@ def bound(
 
 def chance(alpha: float, tasks: int, looks_of_run: int) -> float:
     """The share of alpha that one error of one comparison gets."""
-    return alpha / (2 * max(1, tasks) * max(1, looks_of_run))
+    return alpha / (ERRORS * PEAKS * max(1, tasks) * max(1, looks_of_run))
 
 
 def compared(history: History) -> int:
