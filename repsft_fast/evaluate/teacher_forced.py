@@ -121,7 +121,8 @@ class TeacherForced:
             model.train(was_training)
         sums = table.cpu()
         sums[-1, 0] = problem is not None
-        if ranks := int(all_sum(sums)[-1, 0]):
+        sums = all_sum(sums)
+        if ranks := int(sums.numpy()[-1, 0]):
             raise torch.OutOfMemoryError(problem or f"memory ran out on {ranks} of {self.world.size} ranks")
         index = self.store.index
         return SampleScores(
