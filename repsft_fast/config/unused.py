@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 from repsft_fast.config.sections import Mixture, Settings
 
-_OF_THE_TESTED_RULE = tuple(
-    f"mixture.{name}" for name in ("alpha", "z", "min_looks", "min_delta", "patience")
-)
-_OF_A_FALL = ("mixture.rule", "mixture.schedule", "mixture.data", *_OF_THE_TESTED_RULE)
+# Settings of msft that say nothing where another rule decides.
+OF_THE_TESTED_RULE = tuple(f"mixture.{name}" for name in ("alpha", "z", "min_looks", "min_delta", "patience"))
+_OF_A_FALL = ("mixture.rule", "mixture.schedule", "mixture.data", *OF_THE_TESTED_RULE)
 _OF_MSFT = ("mixture.exclude_on", "mixture.rehearsal", "mixture.optimizer", *_OF_A_FALL)
 
 
@@ -69,7 +68,7 @@ def _of_a_mixture(config: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
     elif mixture.exclude_on == "saturation":
         yield _OF_A_FALL, "on training with mixture.exclude_on: saturation, which looks for no fall"
     elif mixture.rule == "paper":
-        yield _OF_THE_TESTED_RULE, "on training with mixture.rule: paper"
+        yield OF_THE_TESTED_RULE, "on training with mixture.rule: paper"
     elif mixture.z is not None:
         yield ("mixture.alpha",), "beside mixture.z, which replaces it"
     if mixture.metric != "answer":

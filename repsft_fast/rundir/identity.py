@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from repsft_fast import checkpoint
 from repsft_fast.checkpoint.hostsum import host_checksums
 from repsft_fast.config import Config
+from repsft_fast.config.unused import OF_THE_TESTED_RULE
 from repsft_fast.data.cache import tokenizer_fingerprint
 from repsft_fast.distributed import World, broadcast_from_main
 from repsft_fast.errors import describe, open_plain
@@ -53,9 +54,8 @@ _FREE = (
 _PLACES = ("model.path", "model.gguf_file", "model.lora.from", "data", "tokenizer")
 BUDGET = "budget"
 # Settings of msft's rule "tested", which say nothing where another decides.
-_OF_THE_TESTED_RULE = tuple(
-    f"mixture.{name}" for name in ("alpha", "z", "min_looks", "min_progress", "min_delta", "patience")
-)
+_GONE = ("min_progress",)  # an older version's
+_OF_THE_TESTED_RULE = (*OF_THE_TESTED_RULE, *(f"mixture.{name}" for name in _GONE))
 DECAY_AT = "stop.decay_token_accuracy"  # says nothing where no accuracy triggers a decay
 _SPELL = ("transformers", "tokenizers")  # what a tokenizer is written down by
 # In a config.json, what does not say how the model computes.
