@@ -89,6 +89,7 @@ THROUGH = {
     },
     "evaluate": {
         "answered": ["evaluate/test_teacher_forced"],
+        "asked": ["evaluate/test_teacher_forced"],
         "generate": ["evaluate/test_teacher_forced"],
     },
     "models": {

@@ -4,26 +4,18 @@ rationale."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from repsft_fast.distributed import all_sum
+from repsft_fast.evaluate.asked import Generation
 
 # How far padding may move logits, in their own spread: rounding in fp32, and in half precision. Too strict
 # costs time alone.
 EXACT, ROUNDED = 1e-3, 0.05
 PADDED = 5  # tokens of padding it is tried with
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One reply. `finished` = it ended by itself, not by the length limit (paper A's termination)."""
-
-    ids: list[int]  # generated tokens, the end token included when it came
-    finished: bool
 
 
 @torch.no_grad()
