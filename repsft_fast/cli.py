@@ -103,6 +103,11 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     options = _options(verb, values, problems)
     problems += _unknown_arguments(left, list(options), issubclass(verb, Settings))
+    for option, setting in getattr(verb, "ALIASES", {}).items():
+        if (short := options.pop(option)) is not None:
+            values[setting] = short
+    if options.get("config", "") is None and hasattr(verb, "settings_file"):
+        options["config"] = verb.settings_file(options)
     defaults = getattr(verb, "DEFAULTS", {})
     config = _settings(options, values, problems, defaults) if issubclass(verb, Settings) else None
     if problems and issubclass(verb, Train) and not options["dry_run"]:

@@ -13,7 +13,11 @@ from repsft_fast.commands.verbs import Repsft
 from repsft_fast.config import reference
 from repsft_fast.config.sections import Settings
 
-_POSITIONAL = {"export": "RUN ", "compare": "RUN [RUN ...] "}  # what a verb takes without a flag
+_POSITIONAL = {
+    "eval": "MODEL ",
+    "export": "RUN ",
+    "compare": "RUN [RUN ...] ",
+}  # what a verb takes without a flag
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +43,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def _add_verb(verbs: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
     takes_settings = issubclass(Repsft.VERBS[name], Settings)
     usage = (
-        f"repsft {name} [--config FILE] [--section.setting VALUE ...] [options]"
+        f"repsft {name} {_POSITIONAL.get(name, '')}[--config FILE] [--section.setting VALUE ...] [options]"
         if takes_settings
         else f"repsft {name} {_POSITIONAL.get(name, '')}[options]"
     )
@@ -75,11 +79,15 @@ def _add_argument(parser: Any, *names: str, **kwargs: Any) -> None:
             "help": _without_default(kwargs),
         }
     elif "metavar" in kwargs:
-        words = {"str": "TEXT", "int": "N"}
+        words = {"str": "TEXT", "int": "N", "float": "X"}
+        if names[0].startswith("-"):
+            names = tuple(f"--{name.lstrip('-').replace('_', '-')}" for name in names)
         kwargs |= {
             "metavar": words.get(kwargs["metavar"], kwargs["metavar"]),
             "help": _without_default(kwargs),
         }
+    if kwargs.get("metavar") == "OF":  # of `eval`, whose settings have a section called model
+        kwargs["metavar"] = "MODEL"
     parser.add_argument(*names, **kwargs)
 
 

@@ -75,6 +75,59 @@ class Inspect(Settings, WithSettings):
         return inspect(config, show=options["show"])
 
 
+class Eval(Settings, WithSettings):
+    """Judge a model by what it says: accuracy over several replies, Pass@k, termination, lengths, entropy.
+
+    MODEL: a run's folder, a model's, one of adapters, or a hub id. Tasks are files, hub ids or
+    reasoning-gym:TASK?size=50&seed=9; a run's folder brings its own settings. Every reply is kept in a file;
+    an evaluation that was killed goes on when the same command is given again. docs/evaluation.md has the
+    forms of files and what each figure means.
+    """
+
+    # which only a run needs
+    DEFAULTS: ClassVar[Mapping[str, str]] = {
+        "run.folder": "not-written",
+        "data.train": "not-read",
+        "budget.epochs": "1",
+        "model.path": "not-loaded",
+    }
+    # short names of settings
+    ALIASES: ClassVar[Mapping[str, str]] = {"tasks": "evaluate.tasks", "engine": "evaluate.engine"}
+
+    of: CliPositionalArg[str] = Field(description="The model: a folder or a hub id")
+    tasks: str | None = Field(
+        None, description="What it is asked: a source, {name: source}, or more of them [evaluate.tasks]"
+    )
+    engine: str | None = Field(None, description="auto, loop, batching or vllm [evaluate.engine]")
+    n: int | None = Field(None, description="Replies to each problem, of tasks that do not say")
+    temperature: float | None = Field(None, description="0: greedy; of tasks that do not say")
+    top_p: float | None = Field(None, description="Nucleus that is drawn from; of tasks that do not say")
+    max_tokens: int | None = Field(None, description="Longest reply in tokens; of tasks that do not say")
+    limit: int | None = Field(None, description="This many problems of a task, of tasks that do not say")
+    rows: str | None = Field(
+        None, description="Rows of data, as in data.train: loss, token accuracy, entropy … without generating"
+    )
+    base: str | None = Field(
+        None, description="A second model beside it, with differences; auto: what the run began with"
+    )
+    to: str | None = Field(None, description="Folder of the results; without it evals/ and the model's name")
+    as_json: bool = Field(False, alias="json", description="Print the results as JSON")
+
+    @staticmethod
+    def settings_file(options: Options) -> str | None:
+        """A run's folder brings the settings of the run."""
+        from repsft_fast.commands.evaluate_models import settings_file
+
+        return settings_file(options["of"])
+
+    @staticmethod
+    def call(config: Config, options: Options) -> Any:
+        from repsft_fast.commands.evaluate import evaluate
+
+        named = ("n", "temperature", "top_p", "max_tokens", "limit", "rows", "base", "to", "as_json")
+        return evaluate(config, options["of"], **{name: options[name] for name in named})
+
+
 class Demo(Verb):
     """A small model memorises generated reasoning tasks and stops by itself. Nothing is downloaded; minutes
     on a CPU."""
@@ -204,6 +257,7 @@ class Repsft(BaseSettings):
     train: CliSubCommand[Train] = Field(description="train a model")
     msft: CliSubCommand[Msft] = Field(description="train a model on several tasks, each until it overfits")
     demo: CliSubCommand[Demo] = Field(description="a small run on generated data, from nothing to its stop")
+    eval: CliSubCommand[Eval] = Field(description="judge a model by tasks: accuracy, Pass@k, termination")
     export: CliSubCommand[Export] = Field(description="write the model of a run from a checkpoint")
     inspect: CliSubCommand[Inspect] = Field(description="show samples as the model sees them")
     compare: CliSubCommand[Compare] = Field(description="one table over finished runs")
@@ -215,6 +269,7 @@ class Repsft(BaseSettings):
         "train": Train,
         "msft": Msft,
         "demo": Demo,
+        "eval": Eval,
         "export": Export,
         "inspect": Inspect,
         "compare": Compare,

@@ -12,7 +12,14 @@ from repsft_fast.config.values import Sources
 from repsft_fast.errors import describe, did_you_mean
 from repsft_fast.policies import policy_class
 
-EXTRACTORS = ("final", "boxed", "hashes", "last_number", "whole")  # evaluate.answers has the functions
+EXTRACTORS = (
+    "final",
+    "boxed",
+    "hashes",
+    "choice",
+    "last_number",
+    "whole",
+)  # evaluate.answers has the functions
 # a row of them takes 100 MB before a model has seen it; no row of samples is so long
 MOST_BUCKET_TOKENS = 1 << 22
 
@@ -26,6 +33,7 @@ def contradictions(config: Settings) -> Iterator[Finding]:
     yield from _what_is_kept(config)
     yield from _mixture(config)
     yield from _own_code(config)
+    yield from _of_tasks(config)
 
 
 def warnings(config: Settings) -> list[str]:
@@ -235,25 +243,42 @@ def _what_is_kept(config: Settings) -> Iterator[Finding]:
 
 
 def _own_code(config: Settings) -> Iterator[Finding]:
-    """mixture.extractor may name code: seen here by its name alone, before anything is imported."""
-    name = config.mixture.extractor
-    module, colon, _ = name.partition(":")
-    wrong, todo = None, None
-    if not colon and name not in EXTRACTORS:
-        near = did_you_mean(name, EXTRACTORS)
-        wrong, todo = "is not known", f"did you mean {near}?" if near else None
-    elif colon and module.partition(".")[0] in sys.stdlib_module_names:
-        wrong = f"is of {module}, a module of Python's own library, which reads no answers"
-        todo = "write a function in a module of your own, under another name"
-    elif colon and not config.model.trust_remote_code:
-        wrong = "names code, which is not run unasked"
-        todo = "read it, and set model.trust_remote_code to true if it may run here"
-    if wrong is not None:
-        expected = f"one of {', '.join(EXTRACTORS)} or package.module:function"
-        yield (
-            ("mixture.extractor", "model.trust_remote_code"),
-            describe("mixture.extractor", wrong, expected=expected, got=name, todo=todo),
-        )
+    """Extractors may name code: seen here by their names alone, before anything is imported."""
+    asked = {"mixture.extractor": config.mixture.extractor}
+    for task, settings in (config.evaluate.tasks or {}).items():
+        if settings.extractor is not None:
+            asked[f"evaluate.tasks [{task}.extractor]"] = settings.extractor
+    for where, name in asked.items():
+        module, colon, _ = name.partition(":")
+        wrong, todo = None, None
+        if not colon and name not in EXTRACTORS:
+            near = did_you_mean(name, EXTRACTORS)
+            wrong, todo = "is not known", f"did you mean {near}?" if near else None
+        elif colon and module.partition(".")[0] in sys.stdlib_module_names:
+            wrong = f"is of {module}, a module of Python's own library, which reads no answers"
+            todo = "write a function in a module of your own, under another name"
+        elif colon and not config.model.trust_remote_code:
+            wrong = "names code, which is not run unasked"
+            todo = "read it, and set model.trust_remote_code to true if it may run here"
+        if wrong is not None:
+            expected = f"one of {', '.join(EXTRACTORS)} or package.module:function"
+            setting = where.partition(" ")[0]
+            yield (
+                (setting, "model.trust_remote_code"),
+                describe(where, wrong, expected=expected, got=name, todo=todo),
+            )
+
+
+def _of_tasks(config: Settings) -> Iterator[Finding]:
+    """What a task's settings say together."""
+    for name, task in (config.evaluate.tasks or {}).items():
+        where = f"evaluate.tasks [{name}]"
+        if task.n > 1 and task.temperature == 0:
+            wrong = f"asks for {task.n} replies at temperature 0, which are one reply {task.n} times"
+            yield ("evaluate.tasks",), describe(where, wrong, todo="n: 1, or a temperature above 0")
+        if task.by == "likelihood" and task.n > 1:
+            wrong = "compares choices by likelihood, which generates no replies"
+            yield ("evaluate.tasks",), describe(where, wrong, got=f"n: {task.n}", todo="drop n")
 
 
 def _mixture(config: Settings) -> Iterator[Finding]:

@@ -14,6 +14,9 @@ from pydantic_core import PydanticUndefined
 
 from repsft_fast.config.names import inner_section
 from repsft_fast.config.sections import Section, Settings
+from repsft_fast.config.task_sections import EvalTask
+
+OF_A_TASK = "evaluate.tasks.NAME"
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,20 @@ def sections() -> dict[str, str]:
 @functools.cache
 def settings() -> dict[str, Setting]:
     """Dotted name → the setting, in order."""
-    found = {}
-    for above, section in _walk(Settings, ""):
-        for name, info in section.model_fields.items():
-            if inner_section(info.annotation)[0] is None:
-                kind = _kind(info.annotation, tuple(info.metadata))
-                default = None if info.default is PydanticUndefined else _yaml(info.default)
-                dotted = f"{above}.{name}"
-                meaning = " ".join((info.description or "").split())  # a line break would end the table's row
-                found[dotted] = Setting(dotted, kind, _short(info.annotation), default, meaning)
-    return found
+    return {
+        setting.name: setting
+        for above, section in _walk(Settings, "")
+        for setting in _of_section(above, section)
+    }
+
+
+def _of_section(above: str, section: type[Section]) -> Iterator[Setting]:
+    for name, info in section.model_fields.items():
+        if inner_section(info.annotation)[0] is None:
+            kind = _kind(info.annotation, tuple(info.metadata))
+            default = None if info.default is PydanticUndefined else _yaml(info.default)
+            meaning = " ".join((info.description or "").split())  # a line break would end the table's row
+            yield Setting(f"{above}.{name}", kind, _short(info.annotation), default, meaning)
 
 
 _ABOUT = """# Settings
@@ -67,21 +74,23 @@ def settings_page() -> str:
     """docs/settings.md."""
     lines = [_ABOUT]
     for section, about in sections().items():
-        lines += [
-            "",
-            f"## {section}",
-            "",
-            about,
-            "",
-            "| setting | value | default | meaning |",
-            "|---|---|---|---|",
-        ]
-        for name, setting in settings().items():
-            if name.rpartition(".")[0] == section:
-                default = "*required*" if setting.default is None else f"`{setting.default}`"
-                cells = (f"`{name}`", setting.kind, default, setting.meaning)
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines += _table(section, about, [s for s in settings().values() if _above(s) == section])
+        if section == "evaluate":
+            lines += _table(OF_A_TASK, _first_paragraph(EvalTask), [*_of_section(OF_A_TASK, EvalTask)])
     return "\n".join(lines) + "\n"
+
+
+def _above(setting: Setting) -> str:
+    return setting.name.rpartition(".")[0]
+
+
+def _table(title: str, about: str, rows: list[Setting]) -> Iterator[str]:
+    yield from ("", f"## {title}", "", about, "")
+    yield from ("| setting | value | default | meaning |", "|---|---|---|---|")
+    for setting in rows:
+        default = "*required*" if setting.default is None else f"`{setting.default}`"
+        cells = (f"`{setting.name}`", setting.kind, default, setting.meaning)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _walk(section: type[Section], above: str) -> Iterator[tuple[str, type[Section]]]:
@@ -133,6 +142,8 @@ def _kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"list of {len(arguments)} × {_kind(arguments[0])}"
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping to {_kind(arguments[1])}"
+    if issubclass(annotation, Section):
+        return "settings"
     return _PLAIN[annotation] + _bounds(metadata)
 
 

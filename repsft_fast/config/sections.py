@@ -10,6 +10,7 @@ from pydantic import ByteSize, model_validator
 
 from repsft_fast.config.model_sections import Model, Tokenizer
 from repsft_fast.config.section import Section, instead
+from repsft_fast.config.task_sections import Tasks
 from repsft_fast.config.values import (
     AtLeastTwo,
     Bytes,
@@ -194,7 +195,7 @@ class Stop(Section):
 
 
 class Evaluate(Section):
-    """Validation during the run."""
+    """Validation and tasks, during the run."""
 
     every_epochs: Positive = 1.0
     """Epochs between validations, when there is validation data; the end of a run is always one."""
@@ -204,6 +205,16 @@ class Evaluate(Section):
     """Longest answer in tokens."""
     keep: Literal["last", "best"] = "last"
     """Which weights are saved at the end: the last, or those with the lowest validation loss."""
+    tasks: Tasks | None = None
+    """Tasks that the model answers in its own words: {name: source}, or {name: {source: …, n: 4, …}}
+    (docs/evaluation.md)."""
+    tasks_every_epochs: Positive | None = None
+    """Epochs between evaluations by tasks; null: once, of the result, at the end."""
+    engine: Literal["auto", "loop", "batching", "vllm"] = "auto"
+    """What generates: our own loop, transformers' continuous batching, or vLLM (repsft eval alone); auto: the
+    loop on a CPU and on several ranks, batching on a GPU where it serves the model."""
+    batch_replies: Count = 32
+    """Replies that the loop generates at once."""
 
 
 class Numbers(Section):

@@ -46,6 +46,9 @@ def _elsewhere(config: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
             ends if by_accuracy else (*ends, "stop.token_accuracy"),
             (f"with {policy}, which ends the run itself; drop it"),
         )
+    if config.evaluate.tasks is None:
+        of_tasks = tuple(f"evaluate.{name}" for name in ("tasks_every_epochs", "engine", "batch_replies"))
+        yield of_tasks, "without evaluate.tasks; drop it"
     if config.stop.token_accuracy is None:
         yield ("stop.decay_token_accuracy",), "without stop.token_accuracy; drop it"
     if config.stop.plateau_epochs is None:

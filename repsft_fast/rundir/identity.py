@@ -49,6 +49,7 @@ _FREE = (
     "run.folder", "model.trust_remote_code", "model.save_dtype", "model.lora.merge", "tokenizer",
     "numbers", "log", "checkpoint", "distributed", "snapshot",
     "evaluate.generate_samples", "evaluate.generate_tokens",
+    "evaluate.tasks", "evaluate.tasks_every_epochs", "evaluate.engine", "evaluate.batch_replies",
 )  # fmt: skip
 # Settings that say where content lies, which has digests of its own.
 _PLACES = ("model.path", "model.gguf_file", "model.lora.from", "data", "tokenizer")
