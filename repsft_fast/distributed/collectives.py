@@ -82,6 +82,25 @@ def broadcast_from_main(world: World, value: Any) -> Any:
     return json.loads(bytes(message.tolist()))
 
 
+def gather_everywhere(world: World, value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank. All ranks call it. value: as in `broadcast_from_main`."""
+    text = json.dumps(value).encode()
+    if world.size == 1:
+        return [json.loads(text)]
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(world.size)]
+    longest = max_over_hosts(world, len(text))[0]
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    everyones = [torch.empty_like(mine) for _ in range(world.size)]
+    with naming_the_lost(world):
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=world.control)
+        dist.all_gather(everyones, mine, group=world.control)
+    return [
+        json.loads(one[: int(length)].numpy().tobytes())
+        for one, length in zip(everyones, lengths, strict=True)
+    ]
+
+
 @contextmanager
 def raise_together(world: World) -> Iterator[None]:
     """What fails inside on one rank fails on all, at once and with the reason; nobody waits for a rank that

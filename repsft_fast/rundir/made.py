@@ -40,10 +40,11 @@ FILE = ".made.json"
 SETTINGS, METRICS = "run.yaml", "metrics.jsonl"
 LEFT_BY_A_RUN = (METRICS, results.FILE, SETTINGS, "checkpoints")
 PICTURES = ("run.png", "timeline.json")
+TASKS = "tasks"  # replies to evaluate.tasks, a folder for each look
 TRACKERS = ("tensorboard", "wandb")  # those that write into the folder
 STAGED = ".writing-model-"
 # of the names a run claims; all others are files
-FOLDERS = frozenset({"checkpoints", "adapter", "tensorboard", "wandb"})
+FOLDERS = frozenset({"checkpoints", "adapter", TASKS, "tensorboard", "wandb"})
 # What a model is saved as, and what would make its folder be read as another model, as a quantised one or not
 # at all: transformers adds adapters it finds beside a model, and there and in vLLM some names go before those
 # that are written.

@@ -19,7 +19,7 @@ from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError, describe
 from repsft_fast.rundir import made
 from repsft_fast.rundir.lock import NAME as LOCK
-from repsft_fast.rundir.made import LEFT_BY_A_RUN, PICTURES, TRACKERS, is_model_name
+from repsft_fast.rundir.made import LEFT_BY_A_RUN, PICTURES, TASKS, TRACKERS, is_model_name
 
 _GENERATION = re.compile(r"^(\.writing-|\.trash-)?gen-\d+")
 # of a folder that is read by what these name, not by what is in it
@@ -34,6 +34,7 @@ def names_of(config: Config) -> list[str]:
         PICTURES[0],
         *([PICTURES[1]] if config.mixture.policy is not None else []),
         *(["adapter"] if lora is not None and lora.merge else []),
+        *([TASKS] if config.evaluate.tasks is not None else []),
         *(name for name in TRACKERS if name in config.log.trackers),
     ]
 

@@ -34,6 +34,7 @@ class TestAlone:
     @pytest.mark.parametrize(("value", "comes_back"), TOLD)
     def test_a_value_of_the_main_rank_comes_back_as_ranks_would_get_it(self, value, comes_back):
         assert repr(distributed.broadcast_from_main(ALONE, value)) == repr(comes_back)
+        assert repr(distributed.gather_everywhere(ALONE, value)) == repr([comes_back])
 
 
 def messages(world):
@@ -50,6 +51,14 @@ def told_by_main(world):
     """Every value twice: with others of the other ranks, and with what JSON cannot say on them."""
     found = [distributed.broadcast_from_main(world, value if world.is_main else "other") for value, _ in TOLD]
     return found, [distributed.broadcast_from_main(world, 7 if world.is_main else object())]
+
+
+def everyones(world):
+    """Of every length: shorter than the other's, longer, and none."""
+    return [
+        distributed.gather_everywhere(world, values[world.rank])
+        for values in ((1, [0.1, "ü"]), ("x" * 70_000, ""), ({}, {"a": None}))
+    ]
 
 
 def main_goes_on(world):
@@ -87,6 +96,10 @@ class TestTwoRanks:
     def test_a_value_of_the_main_rank_is_everywhere(self):
         found, number = [value for _, value in TOLD], [7]
         assert repr(ranks.run_ranks(told_by_main)) == repr([(found, number)] * 2)
+
+    def test_everyones_value_is_everywhere_by_rank(self):
+        found = [[1, [0.1, "ü"]], ["x" * 70_000, ""], [{}, {"a": None}]]
+        assert ranks.run_ranks(everyones) == [found, found]
 
     def test_different_configurations_are_refused_on_every_rank(self):
         for text in ranks.run_ranks(disagree):

@@ -1,0 +1,2 @@
+"""The evaluation suite: from settings to tasks, an engine for a model, replies, judgement, and results; what a run
+and `repsft eval` share."""
