@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from repsft_fast.errors import DataError, describe
@@ -11,15 +11,17 @@ from repsft_fast.errors import DataError, describe
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
-def csv_rows(lines: Iterator[str], name: str, kind: str, limit: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """({column: text or null}, "file:line") for every row; limit: of characters in a cell. DataError names
-    the line.
+def csv_rows(
+    lines: Iterator[str], name: str, kind: str, limit: int, columns: Sequence[str] | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """({column: text or null}, "file:line") for every row; limit: of characters in a cell; columns: None where
+    the first line names them. DataError names the line.
 
     A column without a name, as data frames write their index, is called "Unnamed: N".
     """
     csv.field_size_limit(limit)  # of the whole process, by the module's design
     reader = csv.reader(lines, delimiter=DELIMITERS[kind], strict=True)
-    header: list[str] | None = None
+    header = None if columns is None else list(columns)
     while True:
         where = f"{name}:{reader.line_num + 1}"
         try:

@@ -258,9 +258,11 @@ def without_copies(opened: Sequence[tuple[Source, Any, str]]) -> None:
             raise DataError(describe(source.name, f"is a copy of {first.name}, byte for byte", todo=todo))
 
 
-def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], str]:
+def open_rows(
+    source: Source, split: str, *, columns: Sequence[str] | None = None
+) -> tuple[Iterator[tuple[Any, str]], str]:
     """(rows with their places, hash of the content). Row numbers are 1-based; in JSONL and CSV they are
-    lines.
+    lines. columns: of a CSV file without a header.
 
     A row may be a BadRow, which says what is wrong with it.
     """
@@ -270,7 +272,7 @@ def open_rows(source: Source, split: str) -> tuple[Iterator[tuple[Any, str]], st
     else:
         digest = _hash_files(source.path)
         if source.kind in ("jsonl", "json", "csv", "tsv"):
-            return text_rows(source, split), digest
+            return text_rows(source, split, columns), digest
         if source.kind == "arrow":
             dataset = open_saved(source.path, source.name, split, source.held_out)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from repsft_fast.data.csv_rows import csv_rows
@@ -18,9 +18,9 @@ MAX_LINE_BYTES = 64 * 2**20
 MAX_JSON_BYTES = 2 * 2**30  # .json is read whole
 
 
-def text_rows(source: Source, split: str) -> Iterator[tuple[Any, str]]:
+def text_rows(source: Source, split: str, columns: Sequence[str] | None = None) -> Iterator[tuple[Any, str]]:
     """(row, "file:row") of a jsonl, json, csv or tsv file. Row numbers are 1-based; they are lines, but in an
-    array.
+    array. columns: of a csv or tsv file without a header.
 
     A row may be a BadRow. Raises DataError for what cannot be read, at its place; split: of a .json file that
     holds several.
@@ -34,7 +34,7 @@ def text_rows(source: Source, split: str) -> Iterator[tuple[Any, str]]:
             yield from _json_lines(source, place)
         else:
             lines = (_text(line, where) for line, where in _lines(source, place))
-            yield from csv_rows(lines, source.name, source.kind, MAX_LINE_BYTES)
+            yield from csv_rows(lines, source.name, source.kind, MAX_LINE_BYTES, columns)
     except TORN as error:
         raise torn(place[0], source.path, error) from error
 

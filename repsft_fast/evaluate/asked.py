@@ -24,6 +24,8 @@ class Problem:
     choices: tuple[str, ...] = ()  # texts of a multiple choice, in the order of their letters
     where: str = ""  # file and line, for errors
     text: str | None = None  # asked as it is, without a chat template, in place of messages
+    # of a choice by log-likelihood: what is compared behind the text and one blank, in the order of choices
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
