@@ -1,0 +1,107 @@
+"""Does an engine hold the weights it is thought to hold? The log-probabilities of fixed prompts, its own and
+ours, side by side.
+
+Engines were seen to generate from base weights without a word (TRL #5312, #5313, #5355): every one is asked
+before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repsft_fast import seeded
+from repsft_fast.errors import ModelError, describe
+from repsft_fast.evaluate.untouched import left_as_it_was
+from repsft_fast.row import IGNORE_INDEX, Row
+
+PROMPTS, PROMPT_TOKENS = 8, 16
+# Mean difference of a token's log-probability that is allowed, in nats.
+BOUNDS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens and what an engine makes of the last of them."""
+
+    ids: tuple[int, ...]  # a prompt, and what was generated after it, if anything
+    logprobs: tuple[float, ...]  # of the last len(logprobs) of ids, each given all before it; nats
+
+
+def probe_prompts(vocabulary: int, avoid: Collection[int] = ()) -> list[tuple[int, ...]]:
+    """PROMPTS prompts of PROMPT_TOKENS ids below `vocabulary`, the same for every engine and machine.
+
+    avoid: special ids, which an engine may treat apart. ValueError where fewer than two ids are left.
+    """
+    allowed = [i for i in range(vocabulary) if i not in set(avoid)]
+    if len(allowed) < 2:
+        raise ValueError(f"vocabulary: expected at least two ids that are not special, got {len(allowed)}")
+    drawn = seeded.words(seeded.key_of("identity probe"), PROMPTS * PROMPT_TOKENS)
+    ids = [allowed[int(word) % len(allowed)] for word in drawn]
+    return [tuple(ids[n * PROMPT_TOKENS : (n + 1) * PROMPT_TOKENS]) for n in range(PROMPTS)]
+
+
+@torch.no_grad()
+def own_logprobs(model: Any, texts: Sequence[Scored]) -> list[tuple[float, ...]]:
+    """The same tokens' log-probabilities by `model.loss`, as training computes it. The model is left as it
+    was."""
+    device = next(model.parameters()).device
+    found = []
+    with left_as_it_was(model), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        for text in texts:
+            _, stats = model.loss(_row(text.ids, len(text.logprobs), device))
+            found.append(tuple((-stats.loss.double()).tolist()))
+    return found
+
+
+def check_identity(engine: str, got: Sequence[Scored], own: Sequence[Sequence[float]], bound: float) -> float:
+    """The mean difference per token, in nats. ModelError with both sums where it is above `bound`, where a
+    number is not finite, or where nothing was compared."""
+    pairs = [pair for text, ours in zip(got, own, strict=True) for pair in zip(text.logprobs, ours, strict=True)]
+    where = f"engine {engine}"
+    if not pairs:
+        raise ModelError(describe(where, "gave no log-probabilities for the probe", todo="use another engine"))
+    difference = math.fsum(abs(theirs - ours) for theirs, ours in pairs) / len(pairs)
+    if not difference <= bound:  # NaN is above
+        theirs, ours = (math.fsum(side) for side in zip(*pairs, strict=True))
+        wrong = f"does not compute with this model's weights: {len(pairs)} fixed tokens have the log-probability"
+        wrong += f" {theirs:.4f} there and {ours:.4f} here, {difference:.4g} nats apart a token"
+        todo = "save the model again and start the engine on that folder, or use another engine"
+        raise ModelError(describe(where, wrong, expected=f"at most {bound:g} nats a token", todo=todo))
+    return difference
+
+
+def bound_of(model: nn.Module) -> float:
+    """BOUNDS for the type it computes in."""
+    return BOUNDS[getattr(model, "compute_dtype", None) or next(model.parameters()).dtype]
+
+
+def _row(ids: Sequence[int], scored: int, device: torch.device) -> Row:
+    """One document whose last `scored` tokens are targets."""
+    length = len(ids) - 1
+    places = torch.arange(length, device=device)
+    trained = places[length - scored :]
+    targets = torch.tensor(ids[1:], dtype=torch.int64, device=device)
+    targets[: length - scored] = IGNORE_INDEX
+    weights = (targets != IGNORE_INDEX).float()
+    nothing: Tensor = torch.zeros_like(trained)
+    return Row(
+        tokens=torch.tensor([ids[:-1]], dtype=torch.int64, device=device),
+        positions=places[None],
+        targets=targets,
+        weights=weights,
+        trained_positions=trained,
+        position_tasks=nothing,
+        position_segments=nothing,
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=device),
+        segment_lengths=(length,),
+        max_seqlen=length,
+        samples=(0,),
+        real_tokens=length,
+    )
