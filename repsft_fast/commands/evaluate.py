@@ -1,24 +1,41 @@
-"""`repsft eval MODEL`: tasks answered, judged and counted; rows scored without generating; a base beside it."""
+"""`repsft eval MODEL`: tasks answered, judged and counted; rows scored without generating; a base beside
+it."""
 
 from __future__ import annotations
 
+import gc
 import json
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repsft_fast import distributed
-from repsft_fast.commands import evaluate_models
+from repsft_fast.commands import evaluate_models, evaluate_rows, evaluate_table
+from repsft_fast.commands.evaluate_models import Evaluated
+from repsft_fast.commands.evaluate_progress import Progress
 from repsft_fast.config import Config
+from repsft_fast.config.task_sections import EvalTask
+from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, describe
+from repsft_fast.evaluate.judging import Judge
 from repsft_fast.files import replace_file
+from repsft_fast.models import stops_of
+from repsft_fast.report import visible
+from repsft_fast.rundir.identity import base_of
 from repsft_fast.rundir.lock import RunLock
-from repsft_fast.suite.tasks import read_tasks
-from repsft_fast.training.build import seed_everything
+from repsft_fast.suite.engines import engine_of
+from repsft_fast.suite.evaluation import Under
+from repsft_fast.suite.results import result_of_task
+from repsft_fast.suite.tasks import Tasks, asked_of, digest, read_tasks
+from repsft_fast.training.build import seed_everything, versions
+from repsft_fast.training.samples import rows_asked
 from repsft_fast.training.trainer import quiet_libraries
 
 FILE = "results.json"
-_OF_A_TASK = ("n", "temperature", "top_p", "max_tokens", "limit")
 
 
 def evaluate(
@@ -29,24 +46,94 @@ def evaluate(
     base: str | None = None,
     to: str | None = None,
     as_json: bool = False,
-    **unsaid: Any,
+    **given: Any,
 ) -> None:
-    """Evaluate the model that `of` names and print its table. unsaid: n, temperature, top_p, max_tokens, limit
-    of tasks whose settings do not say. Raises RepsftError."""
+    """Evaluate the model that `of` names, print its table and keep results.json and every reply in a folder.
+
+    base: a second model, or auto. to: the folder; None: below evals/. given: n, temperature, top_p,
+    max_tokens and limit of every task. Raises RepsftError.
+    """
     quiet_libraries()
-    config = with_unsaid(config, unsaid)
+    config = with_flags(config, given)
     if config.evaluate.tasks is None and rows is None:
         todo = "name a task: --tasks FILE, or --tasks reasoning-gym:chain_sum?size=50; or rows: --rows FILE"
         raise ConfigError(describe("--tasks", "nothing is asked", todo=todo))
     models = [evaluate_models.evaluated(of, config)]
     if base is not None:
         models.append(evaluate_models.base(base, of, config))
-    seed_everything(config)
     tasks = read_tasks(config)
-    folder = Path(to if to is not None else Path("evals") / _name(of))
-    with distributed.lifecycle() as world, RunLock(folder) if world.is_main else nullcontext():
-        found = {one.name: _one(one, tasks, rows, folder, world) for one in models}
-        if world.is_main:
-            results = _results(of, config, found, world)
-            replace_file(folder / FILE, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode(), FILE)
-            _show(results, found, folder, as_json=as_json)
+    folder = Path(to if to is not None else Path("evals") / name_of(of))
+    with distributed.lifecycle() as world:
+        with distributed.raise_together(world):
+            lock = RunLock(folder) if world.is_main else nullcontext()
+        with lock:
+            seed_everything(config)
+            found = {one.name: _one(one, tasks, rows, folder, world) for one in models}
+            if world.is_main:
+                results = _results(of, base, config, found, world)
+                text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+                replace_file(folder / FILE, text.encode(), FILE)
+                _show(results, folder, as_json=as_json)
+
+
+def with_flags(config: Config, given: Mapping[str, Any]) -> Config:
+    """The settings, with these values of every task: flags win. ConfigError for what cannot be."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not changes or config.evaluate.tasks is None:
+        return config
+    tasks = {
+        name: {**settings.model_dump(mode="json"), **changes}
+        for name, settings in config.evaluate.tasks.items()
+    }
+    return Config.of(config, {"evaluate.tasks": tasks})
+
+
+def name_of(of: str) -> str:
+    """What the folder of a model's results is called.
+
+    >>> name_of("runs/smollm2/"), name_of("owner/name"), name_of("package:llm/x.Q4.gguf")
+    ('smollm2', 'name', 'x.Q4.gguf')
+    """
+    return of.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "model"
+
+
+def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: World) -> dict[str, Any]:
+    """Everything that is asked of one model, as JSON."""
+    config, console = one.config, visible.console()
+    with distributed.raise_together(world):
+        tokenizer = one.tokenizer()
+        asked, said = asked_of(tasks, tokenizer, config)
+        (folder / one.name).mkdir(parents=True, exist_ok=True)
+    distributed.same_everywhere(world, "--tasks", digest(asked))
+    alone = World(0, 1, world.local_rank, world.device)  # each rank holds the whole model
+    model = one.load(alone, tokenizer)
+    identity = base_of(model, config, alone)
+    found: dict[str, Any] = {"model": config.model.path, "digests": identity, "tasks": {}}
+    notes = [*tasks.notes, *said, *getattr(tokenizer, "load_said", ()), *model.load_said]
+    if asked:
+        engine, more = engine_of(config, model, alone, tokenizer)
+        notes += more
+        ends = {*stops_of(model), tokenizer.eos_token_id} - {None}
+        under = Under(
+            model, tokenizer, engine, world, tuple(sorted(ends)), rows_asked(config), config.batch.pack,
+            folder / one.name, identity, shared=True,
+        )  # fmt: skip
+        found["engine"] = engine.name
+        progress = Progress(world.is_main)
+        with Judge(note=notes.append) if world.is_main else nullcontext() as judge, progress:
+            for task in asked:
+                progress.begin(f"{one.name} {task.task.name}", len(task.requests((world.rank, world.size))))
+                result = result_of_task(
+                    under, task, judge, trusted=config.model.trust_remote_code, told=progress.told
+                )
+                found["tasks"][task.task.name] = result.as_json()
+    if rows is not None:
+        found["rows"] = evaluate_rows.score_rows(config, rows, model, tokenizer, world)
+    if world.is_main:
+        for text in dict.fromkeys(notes):
+            visible.show(console, visible.one_line(text), "yellow")
+    del model
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {**found, "notes": list(dict.fromkeys(notes))}

@@ -111,10 +111,10 @@ def _of_adapters(config: Config, folder: Path) -> Config:
     return _with(config, path=path, lora=Lora.model_validate({"from": str(folder)}))
 
 
-def _with(config: Config, **changes: Any) -> Config:
+def _with(settings: Config, **changes: Any) -> Config:
     """The settings with another model, computed with as nobody needs gradients for."""
     plain = {"compile": False, "activation_checkpointing": "none"}
-    return config.model_copy(update={"model": config.model.model_copy(update={**plain, **changes})})
+    return settings.model_copy(update={"model": settings.model.model_copy(update={**plain, **changes})})
 
 
 def _path(given: str, where: str) -> str:

@@ -99,11 +99,11 @@ class Eval(Settings, WithSettings):
         None, description="What it is asked: a source, {name: source}, or more of them [evaluate.tasks]"
     )
     engine: str | None = Field(None, description="auto, loop, batching or vllm [evaluate.engine]")
-    n: int | None = Field(None, description="Replies to each problem, of tasks that do not say")
-    temperature: float | None = Field(None, description="0: greedy; of tasks that do not say")
-    top_p: float | None = Field(None, description="Nucleus that is drawn from; of tasks that do not say")
-    max_tokens: int | None = Field(None, description="Longest reply in tokens; of tasks that do not say")
-    limit: int | None = Field(None, description="This many problems of a task, of tasks that do not say")
+    n: int | None = Field(None, description="Replies to each problem, of every task")
+    temperature: float | None = Field(None, description="0: greedy")
+    top_p: float | None = Field(None, description="Nucleus that is drawn from")
+    max_tokens: int | None = Field(None, description="Longest reply in tokens")
+    limit: int | None = Field(None, description="This many problems of a task")
     rows: str | None = Field(
         None, description="Rows of data, as in data.train: loss, token accuracy, entropy … without generating"
     )

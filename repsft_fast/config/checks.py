@@ -276,9 +276,6 @@ def _of_tasks(config: Settings) -> Iterator[Finding]:
         if task.n > 1 and task.temperature == 0:
             wrong = f"asks for {task.n} replies at temperature 0, which are one reply {task.n} times"
             yield ("evaluate.tasks",), describe(where, wrong, todo="n: 1, or a temperature above 0")
-        if task.by == "likelihood" and task.n > 1:
-            wrong = "compares choices by likelihood, which generates no replies"
-            yield ("evaluate.tasks",), describe(where, wrong, got=f"n: {task.n}", todo="drop n")
 
 
 def _mixture(config: Settings) -> Iterator[Finding]:

@@ -50,13 +50,13 @@ def as_tasks(value: Any) -> Any:
     if isinstance(value, list | tuple):
         named: dict[str, Any] = {}
         for source in value:
-            if not isinstance(source, str):
+            if not isinstance(source, str | Mapping):
                 raise refused(f"holds {source!r} in a list", expected="sources as text, or {name: source}")
-            name = name_of(source)
-            if name in named:
-                wrong = f"holds two sources that would both be called {name}"
+            several = {name_of(source): source} if isinstance(source, str) else source
+            if both := named.keys() & several.keys():
+                wrong = f"holds two sources that would both be called {next(iter(both))}"
                 raise refused(wrong, todo="name them: {name: source}")
-            named[name] = source
+            named |= several
         value = named
     if not isinstance(value, Mapping):
         raise refused(f"is {value!r}", expected="sources, or {name: source}")

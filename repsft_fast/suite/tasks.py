@@ -52,9 +52,17 @@ def read_tasks(config: Config) -> Tasks:
 def _task(name: str, settings: EvalTask, config: Config) -> tuple[Task, list[str]]:
     where = f"{SETTING} [{name}]"
     task, notes = read_task(
-        name, settings.source, layout=settings.layout, kind=_KINDS[settings.by], split=settings.split, limit=settings.limit,
-        prompt=settings.prompt, sampling=sampling_of(settings, config.run.seed), seed=config.run.seed, where=where,
-    )  # fmt: skip
+        name,
+        settings.source,
+        layout=settings.layout,
+        kind=_KINDS[settings.by],
+        split=settings.split,
+        limit=settings.limit,
+        prompt=settings.prompt,
+        sampling=sampling_of(settings, config.run.seed),
+        seed=config.run.seed,
+        where=where,
+    )
     if settings.extractor is not None:
         if task.kind == "choice":
             todo = "drop it, or set by: generation"
@@ -62,8 +70,7 @@ def _task(name: str, settings: EvalTask, config: Config) -> tuple[Task, list[str
             raise ConfigError(describe(where, wrong, got=f"extractor: {settings.extractor}", todo=todo))
         task = replace(task, extractor=settings.extractor)
     if task.kind == "choice" and settings.n > 1:
-        wrong = "compares choices by likelihood, which generates no replies"
-        raise ConfigError(describe(where, wrong, got=f"n: {settings.n}", todo="drop n, or set by: generation"))
+        notes.append(f"{name}: compares choices by likelihood, one look each: n does nothing")
     find_extractor(task.extractor, trusted=config.model.trust_remote_code)
     return task, notes
 

@@ -21,7 +21,9 @@ from repsft_fast.config import Config
 from repsft_fast.data.ends import Ends, problems
 from repsft_fast.data.template import find_template
 from repsft_fast.distributed import World
+from repsft_fast.errors import ConfigError, describe
 from repsft_fast.evaluate.answers import find_extractor
+from repsft_fast.evaluate.replies import Asked
 from repsft_fast.metrics import SampleStats
 from repsft_fast.models import check_head, check_no_leak, load_model, load_tokenizer, stop_at
 from repsft_fast.models.layers import compiles
@@ -31,6 +33,7 @@ from repsft_fast.optim import Optimizer, build_optimizer, masters
 from repsft_fast.policies import policy_class
 from repsft_fast.rundir.identity import base_of
 from repsft_fast.schedule import Schedule
+from repsft_fast.suite.tasks import asked_of, digest, read_tasks
 from repsft_fast.throughput import ModelShape, Work, peak_flops
 from repsft_fast.training import attention, chunks, compiled, gathered, row_tokens
 from repsft_fast.training.budget import Budget, budget_of
@@ -64,10 +67,11 @@ def build(
     world: the ranks of the launch (`distributed.lifecycle`), which all build; None: this process alone.
     """
     world = world if world is not None else distributed.alone()
-    tokenizer, data = _read(config, world)
+    tokenizer, data, asked = _read(config, world)
     # Ranks that were started from other files would train other models: seen before the weights are read.
     distributed.same_everywhere(world, "settings", json.dumps(config.to_dict(), sort_keys=True))
     distributed.same_everywhere(world, "data", data.digest)
+    distributed.same_everywhere(world, "evaluate.tasks", digest(asked))
     distributed.same_everywhere(world, "code", f"{repsft_fast.__version__} {torch.__version__}")
     rows = row_tokens.decide(config, world, data, lambda: model_on_meta(config, tokenizer))
     if rows.why is not None:
@@ -104,6 +108,7 @@ def build(
         base=base,
         sizes=sizes,
         on_update=on_update,
+        asked=asked,
         sample_stats=SampleStats(len(data.train.index), world.device) if judges_samples else None,
     )
     parts.make_scorers()
@@ -124,8 +129,8 @@ def _tell_sizes(parts: Parts) -> None:
         parts.data.warnings.append(f"memory: {line}")
 
 
-def _read(config: Config, world: World) -> tuple[Any, Data]:
-    """(tokenizer, data), once everything that can be wrong and is cheap to see was looked at."""
+def _read(config: Config, world: World) -> tuple[Any, Data, list[Asked]]:
+    """(tokenizer, data, tasks to be answered), once everything that can be wrong and is cheap to see was looked at."""
     with distributed.raise_together(world):
         distributed.check_groups(world.size, config.distributed.shard_ranks)
         seed_everything(config)
@@ -134,7 +139,30 @@ def _read(config: Config, world: World) -> tuple[Any, Data]:
         # Its shape alone: what is wrong with a folder is said before data is read for hours.
         if config.model.path is not None:
             model_on_meta(config, tokenizer)
-        return tokenizer, load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
+        asked, said = _asked(config, tokenizer)
+        data = load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
+        data.warnings += said
+        return tokenizer, data, asked
+
+
+def _asked(config: Config, tokenizer: Any) -> tuple[list[Asked], list[str]]:
+    """The prompts of evaluate.tasks, and what is to be said of them. ConfigError for what only `repsft eval`
+    can do."""
+    if config.evaluate.tasks is None:
+        return [], []
+    if tokenizer is None:
+        wrong = "are text, and there is no tokenizer"
+        raise ConfigError(describe("evaluate.tasks", wrong, todo="set tokenizer.path"))
+    if config.evaluate.engine == "vllm":
+        todo = "use it on the saved model: repsft eval FOLDER --engine vllm"
+        raise ConfigError(describe("evaluate.engine", "vllm reads a saved folder, and a run has none", todo=todo))
+    tasks = read_tasks(config)
+    if tasks.harness:
+        todo = "ask it of the saved model: repsft eval FOLDER"
+        where = f"evaluate.tasks [{next(iter(tasks.harness))}]"
+        raise ConfigError(describe(where, "is lm-eval's, which does not run inside a run", todo=todo))
+    asked, said = asked_of(tasks, tokenizer, config)
+    return asked, [*tasks.notes, *said]
 
 
 def _load_model(config: Config, world: World, tokenizer: Any, data: Data) -> Any:

@@ -55,10 +55,12 @@ def finish(run: Run) -> RunResult:
     what = "the model is saved, but its own token accuracy could not be measured"
     with _again_later(parts, run.saver, what):
         saved = saved_accuracy(parts, reporter)
+    tasks = run.tasks.look()
     more: dict[str, Any] = {
         "answers": show_answers(parts, reporter, parts.data.seen, parts.data.held_out),
         "moment": snapshot_id,
         "test": tested,
+        "tasks": tasks,
         "snapshots": run.snapshots.spent(),
         "saved_token_accuracy": saved and asdict(saved),
     }

@@ -20,6 +20,7 @@ from repsft_fast.data.rows_ahead import RowsAhead
 from repsft_fast.data.sample import Sample
 from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World
+from repsft_fast.evaluate.replies import Asked
 from repsft_fast.evaluate.teacher_forced import TeacherForced
 from repsft_fast.metrics import Ledger, SampleStats
 from repsft_fast.optim import Optimizer
@@ -90,6 +91,7 @@ class Parts:
     row_tokens: int = field(init=False)  # of the rows that the run begins with
     validation: TeacherForced | None = None
     probe: TeacherForced | None = None
+    asked: list[Asked] = field(default_factory=list)  # evaluate.tasks, as the tokenizer spells them
     # the few shapes rows take, as the run began with them, and evaluations' rows; None: padded to a bucket
     row_lengths: RowLengths | None = field(init=False)
     progress: Progress = field(default_factory=Progress)  # what a roll-back takes back

@@ -16,6 +16,7 @@ from repsft_fast.training.refusals import reverts
 from repsft_fast.training.reporter import Reporter
 from repsft_fast.training.saver import Saver, saves_on_the_way
 from repsft_fast.training.snapshots import Snapshots, closed_list
+from repsft_fast.training.task_evaluation import TaskEvaluation
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Run:
     conductor: Conductor
     recovery: Recovery
     saver: Saver
+    tasks: TaskEvaluation
     began: bool = True
 
     @staticmethod
@@ -49,7 +51,8 @@ class Run:
         conductor = Conductor(parts, reporter, policy, snapshots)
         recovery = Recovery(parts, snapshots, conductor, reporter)
         saver = Saver(parts, state, snapshots, conductor, reporter, signals, lock)
-        return Run(parts, state, snapshots, reporter, conductor, recovery, saver, began)
+        tasks = TaskEvaluation(parts, reporter, conductor.spans, lambda: signals.received)
+        return Run(parts, state, snapshots, reporter, conductor, recovery, saver, tasks, began)
 
     def between_updates(self) -> bool:
         """Called when an update and all that followed from it are done. True when the run must end here."""

@@ -214,6 +214,7 @@ def run_epoch(run: Run) -> None:
             run.reporter.add_data_wait(ahead.take_waited())
             if progress.ended_on(parts.config.evaluate.every_epochs):
                 conductor.validate()
+            run.tasks.when_due()
 
             # From here on the cursor may lie elsewhere: then this plan is not the one to go on with.
             if conductor.after_update(update, len(epoch)):
