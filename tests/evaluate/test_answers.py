@@ -76,7 +76,7 @@ def test_whole_and_final():
     assert final_answer("thinking #### 1") == "1"
     assert final_answer("just this") == "just this"
     assert final_answer("") is None
-    assert set(EXTRACTORS) == {"final", "boxed", "hashes", "last_number", "whole"}
+    assert set(EXTRACTORS) == {"final", "boxed", "hashes", "last_number", "choice", "whole"}
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_not_the_same(got, reference):
 
 
 EXPRESSIONS = [
-    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{3}", "0.333333"),
     ("x+1", "1+x"),
     ("(1,2)", "(1, 2)"),
     (r"\sqrt{4}", "2"),
-    ("3/4", "0.75"),
+    ("3/4x", "0.75x"),
     ("10^3", "1000"),
 ]
 
