@@ -39,34 +39,28 @@ _PLACE = re.compile(r"\{(question|choices)\}")
 _LIKE_A_PLACE = re.compile(r"(?:(?<![\\\w}^\]])|(?<=\n))\{([A-Za-z_]\w{2,})\}")
 
 
-def check_template(template: str, where: str, *, choices: bool) -> None:
-    """ConfigError for a template without {question}, one that names what is not there, and one for questions
-    without choices that shows {choices}. Every other brace is a brace."""
-    todo = "write {question} where the question goes"
+def check_template(template: str, where: str, *, choices: bool, shown: bool = False) -> None:
+    """ConfigError for a template without {question}, one that names what is not there, and one that shows
+    {choices} where the problems have none (choices) or does not where it must (shown). Every other brace is a
+    brace."""
     if doubled := re.search(r"\{\{\s*(\w+)\s*\}\}", template):
         todo = f"write {{{doubled[1]}}}, in single braces"
         raise ConfigError(describe(where, "has a place in double braces", got=doubled[0], todo=todo))
-    for name in _LIKE_A_PLACE.findall(template):
-        if name not in PLACES:
-            near = did_you_mean(name, PLACES)
-            todo = f"did you mean {{{near}}}?" if near else f"a brace of the text's own: {{ {name} }}"
-            expected = "{question}, {choices}"
-            raise ConfigError(
-                describe(
-                    where,
-                    "names what a problem does not have",
-                    expected=expected,
-                    got=f"{{{name}}}",
-                    todo=todo,
-                )
-            )
+    for name in _LIKE_A_PLACE.findall(_PLACE.sub(" ", template)):
+        near = did_you_mean(name, PLACES)
+        todo = f"did you mean {{{near}}}?" if near else f"a brace of the text's own: {{ {name} }}"
+        wrong, expected = "names what a problem does not have", "{question}, {choices}"
+        raise ConfigError(describe(where, wrong, expected=expected, got=f"{{{name}}}", todo=todo))
     found = set(_PLACE.findall(template))
     if "question" not in found:
+        todo = "write {question} where the question goes"
         raise ConfigError(describe(where, "has no place for the question", got=template, todo=todo))
     if "choices" in found and not choices:
-        raise ConfigError(
-            describe(where, "shows choices, and the problems have none", todo="remove {choices} from it")
-        )
+        todo = "remove {choices} from it"
+        raise ConfigError(describe(where, "shows choices, and the problems have none", todo=todo))
+    if shown and "choices" not in found:
+        todo = "write {choices} into the template"
+        raise ConfigError(describe(where, "does not show the choices", got=template, todo=todo))
 
 
 def fill(template: str, question: str, choices: Sequence[str] = (), *, mark: str = ")") -> str:
