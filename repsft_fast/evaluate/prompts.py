@@ -100,8 +100,8 @@ def prompt_ids(
         return _rendered(template, list(problem.messages), problem.where)
 
     answers = bounded_map(work, chats, lambda problem: problem.where, "the chat template")
-    specials = None if parse_special else special_pattern(tokenizer)
     pieces: list[list[Piece]] = []
+    specials = None if parse_special else special_pattern(tokenizer)
     for problem in problems:
         if problem.text is None and template is not None:
             answer = next(answers)
@@ -109,18 +109,31 @@ def prompt_ids(
                 raise answer
             pieces.append([Piece(*piece) for piece in answer])
         else:
-            said = _alone(problem)
-            pieces.append([Piece(said, False, raw=specials is not None and bool(specials.search(said)))])
+            pieces.append(_plain(_alone(problem), specials))
     next(answers, None)  # ends the child
     encoder = Encoder(tokenizer)
     ids = [row for row, _ in encoder(pieces)]
     for number, problem in enumerate(problems):
-        head = encoder.head if problem.text is not None or template is None else []
-        if head and ids[number][: len(head)] != head:
-            ids[number] = head + ids[number]
-        if len(ids[number]) <= len(head):
+        if not ids[number]:
             raise DataError(describe(problem.where, "is an empty prompt", todo="remove the row"))
+        if problem.text is not None or template is None:
+            ids[number] = _begun(ids[number], encoder)
     return ids, _notes(problems, pieces, template is None)
+
+
+def text_ids(texts: Sequence[str], tokenizer: Any, *, parse_special: bool = False) -> list[list[int]]:
+    """Token ids of texts without a chat template, behind the BOS that the tokenizer writes. Special tokens
+    inside a text stay text unless parse_special."""
+    encoder, specials = Encoder(tokenizer), None if parse_special else special_pattern(tokenizer)
+    return [_begun(ids, encoder) for ids, _ in encoder([_plain(text, specials) for text in texts])]
+
+
+def _plain(text: str, specials: re.Pattern[str] | None) -> list[Piece]:
+    return [Piece(text, False, raw=specials is not None and specials.search(text) is not None)]
+
+
+def _begun(ids: list[int], encoder: Encoder) -> list[int]:
+    return ids if ids[: len(encoder.head)] == encoder.head else encoder.head + ids
 
 
 def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], where: str) -> list[list[Any]]:
