@@ -14,8 +14,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 def csv_rows(
     lines: Iterator[str], name: str, kind: str, limit: int, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """({column: text or null}, "file:line") for every row; limit: of characters in a cell; columns: None where
-    the first line names them. DataError names the line.
+    """({column: text or null}, "file:line") for every row. limit: of characters in a cell. columns: their
+    names, where the first line does not say them. DataError names the line.
 
     A column without a name, as data frames write their index, is called "Unnamed: N".
     """

@@ -39,34 +39,28 @@ _PLACE = re.compile(r"\{(question|choices)\}")
 _LIKE_A_PLACE = re.compile(r"(?:(?<![\\\w}^\]])|(?<=\n))\{([A-Za-z_]\w{2,})\}")
 
 
-def check_template(template: str, where: str, *, choices: bool) -> None:
-    """ConfigError for a template without {question}, one that names what is not there, and one for questions
-    without choices that shows {choices}. Every other brace is a brace."""
-    todo = "write {question} where the question goes"
+def check_template(template: str, where: str, *, choices: bool, shown: bool = False) -> None:
+    """ConfigError for a template without {question}, one that names what is not there, and one that shows
+    {choices} where the problems have none (choices) or does not where it must (shown). Every other brace is a
+    brace."""
     if doubled := re.search(r"\{\{\s*(\w+)\s*\}\}", template):
         todo = f"write {{{doubled[1]}}}, in single braces"
         raise ConfigError(describe(where, "has a place in double braces", got=doubled[0], todo=todo))
-    for name in _LIKE_A_PLACE.findall(template):
-        if name not in PLACES:
-            near = did_you_mean(name, PLACES)
-            todo = f"did you mean {{{near}}}?" if near else f"a brace of the text's own: {{ {name} }}"
-            expected = "{question}, {choices}"
-            raise ConfigError(
-                describe(
-                    where,
-                    "names what a problem does not have",
-                    expected=expected,
-                    got=f"{{{name}}}",
-                    todo=todo,
-                )
-            )
+    for name in _LIKE_A_PLACE.findall(_PLACE.sub(" ", template)):
+        near = did_you_mean(name, PLACES)
+        todo = f"did you mean {{{near}}}?" if near else f"a brace of the text's own: {{ {name} }}"
+        wrong, expected = "names what a problem does not have", "{question}, {choices}"
+        raise ConfigError(describe(where, wrong, expected=expected, got=f"{{{name}}}", todo=todo))
     found = set(_PLACE.findall(template))
     if "question" not in found:
+        todo = "write {question} where the question goes"
         raise ConfigError(describe(where, "has no place for the question", got=template, todo=todo))
     if "choices" in found and not choices:
-        raise ConfigError(
-            describe(where, "shows choices, and the problems have none", todo="remove {choices} from it")
-        )
+        todo = "remove {choices} from it"
+        raise ConfigError(describe(where, "shows choices, and the problems have none", todo=todo))
+    if shown and "choices" not in found:
+        todo = "write {choices} into the template"
+        raise ConfigError(describe(where, "does not show the choices", got=template, todo=todo))
 
 
 def fill(template: str, question: str, choices: Sequence[str] = (), *, mark: str = ")") -> str:
@@ -106,8 +100,8 @@ def prompt_ids(
         return _rendered(template, list(problem.messages), problem.where)
 
     answers = bounded_map(work, chats, lambda problem: problem.where, "the chat template")
-    specials = None if parse_special else special_pattern(tokenizer)
     pieces: list[list[Piece]] = []
+    specials = None if parse_special else special_pattern(tokenizer)
     for problem in problems:
         if problem.text is None and template is not None:
             answer = next(answers)
@@ -115,18 +109,31 @@ def prompt_ids(
                 raise answer
             pieces.append([Piece(*piece) for piece in answer])
         else:
-            said = _alone(problem)
-            pieces.append([Piece(said, False, raw=specials is not None and bool(specials.search(said)))])
+            pieces.append(_plain(_alone(problem), specials))
     next(answers, None)  # ends the child
     encoder = Encoder(tokenizer)
     ids = [row for row, _ in encoder(pieces)]
     for number, problem in enumerate(problems):
-        head = encoder.head if problem.text is not None or template is None else []
-        if head and ids[number][: len(head)] != head:
-            ids[number] = head + ids[number]
-        if len(ids[number]) <= len(head):
+        if not ids[number]:
             raise DataError(describe(problem.where, "is an empty prompt", todo="remove the row"))
+        if problem.text is not None or template is None:
+            ids[number] = _begun(ids[number], encoder)
     return ids, _notes(problems, pieces, template is None)
+
+
+def text_ids(texts: Sequence[str], tokenizer: Any, *, parse_special: bool = False) -> list[list[int]]:
+    """Token ids of texts without a chat template, behind the BOS that the tokenizer writes. Special tokens
+    inside a text stay text unless parse_special."""
+    encoder, specials = Encoder(tokenizer), None if parse_special else special_pattern(tokenizer)
+    return [_begun(ids, encoder) for ids, _ in encoder([_plain(text, specials) for text in texts])]
+
+
+def _plain(text: str, specials: re.Pattern[str] | None) -> list[Piece]:
+    return [Piece(text, False, raw=specials is not None and specials.search(text) is not None)]
+
+
+def _begun(ids: list[int], encoder: Encoder) -> list[int]:
+    return ids if ids[: len(encoder.head)] == encoder.head else encoder.head + ids
 
 
 def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], where: str) -> list[list[Any]]:

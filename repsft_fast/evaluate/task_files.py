@@ -58,7 +58,9 @@ def read_task(
         wrong = "compares choices, and the problems have none"
         raise ConfigError(describe(where, wrong, got=f"{name} ({layout})", todo="let the model generate"))
     if prompt is not None:
-        check_template(prompt, where, choices=choices)
+        # Plain rows may show their choices in the question already, and texts may be compared in their place.
+        shown = choices and kind == "generate" and layout != "plain"
+        check_template(prompt, where, choices=choices, shown=shown)
     make = _compared if kind == "choice" else _generated
     named = zip(_names([item for item, _ in items], notes, name), items, strict=True)
     problems = [make(item, problem, place, layout, prompt) for problem, (item, place) in named]
@@ -215,14 +217,8 @@ def _names(items: Sequence[Item], notes: list[str], task: str) -> list[str]:
 
 
 def _generated(item: Item, name: str, place: str, layout: str, prompt: str | None) -> Problem:
-    template = prompt
-    if template is None:
-        style = LAYOUTS[layout].style
-        template = STYLES["choice" if item.choices and style == "plain" else style]
-    # The user's own rows may show their choices in the question already.
-    elif item.choices and layout != "plain" and "{choices}" not in template:
-        wrong, todo = "does not show the choices", "write {choices} into the template"
-        raise ConfigError(describe(name, wrong, got=template, todo=todo))
+    style = LAYOUTS[layout].style
+    template = prompt or STYLES["choice" if item.choices and style == "plain" else style]
     asked = fill(template, item.question, item.choices)
     messages = (*item.before, {"role": "user", "content": asked})
     return Problem(name, messages, item.answer, item.group, item.choices, place)
