@@ -211,7 +211,6 @@ def _share(device: torch.device) -> float:
 
 def _with_cache(model: Any, settings: GenerationConfig, options: ContinuousBatchingConfig, pages: int) -> Any:
     """A manager with a cache of so many pages, or of as many as there is memory for."""
-    # Shorter steps where little is cached: what a step may read and hold is planned for all of its tokens.
     for blocks in (pages, None):
         options.num_blocks = blocks
         manager = model.init_continuous_batching(settings, options)

@@ -47,15 +47,17 @@ def probe_prompts(vocabulary: int, avoid: Collection[int] = ()) -> list[tuple[in
 
 
 @torch.no_grad()
-def own_logprobs(model: Any, texts: Sequence[Scored]) -> list[tuple[float, ...]]:
-    """The same tokens' log-probabilities by `model.loss`, as training computes it. The model is left as it
-    was."""
+def own_logprobs(
+    model: Any, texts: Sequence[Sequence[int]], last: int | None = None
+) -> list[tuple[float, ...]]:
+    """Log-probabilities (nats) of the last `last` tokens of every text, None = all but the first, by
+    `model.loss` as training computes it. The model is left as it was."""
     device = next(model.parameters()).device
     found = []
     with left_as_it_was(model), torch.compiler.set_stance("force_eager"):
         model.eval()
         for text in texts:
-            _, stats = model.loss(_row(text.ids, len(text.logprobs), device))
+            _, stats = model.loss(_row(text, len(text) - 1 if last is None else last, device))
             found.append(tuple((-stats.loss.double()).tolist()))
     return found
 
@@ -75,6 +77,13 @@ def check_identity(engine: str, got: Sequence[Scored], own: Sequence[Sequence[fl
         todo = "save the model again and start the engine on that folder, or use another engine"
         raise ModelError(describe(where, wrong, expected=f"at most {bound:g} nats a token", todo=todo))
     return difference
+
+
+def check_engine(engine: Any, model: Any, avoid: Collection[int] = ()) -> float:
+    """`check_identity` of an engine that answers `probe(prompts)`, on the weights of `model`."""
+    got = engine.probe(probe_prompts(model.get_input_embeddings().weight.shape[0], avoid))
+    own = own_logprobs(model, [text.ids for text in got], len(got[0].logprobs))
+    return check_identity(engine.name, got, own, bound_of(model))
 
 
 def bound_of(model: nn.Module) -> float:
