@@ -307,7 +307,7 @@ class TestRefusals:
             (["trian"], "trian is not a verb; did you mean train?"),
             (
                 ["qqq"],
-                "qqq is not a verb; there are train, msft, demo, export, inspect, compare, doctor, selftest, bench",
+                "qqq is not a verb; there are train, msft, demo, eval, export, inspect, compare, doctor, selftest, bench",
             ),
             (["train", "--config", "none.yaml"], "none.yaml: no such settings file"),
             (["train", *LEAST, "--optim.lr"], "--optim.lr"),

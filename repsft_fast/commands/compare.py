@@ -12,7 +12,7 @@ from repsft_fast.report import compare as arithmetic
 from repsft_fast.report import finished, visible
 from repsft_fast.report.compare import Interval, Line
 from repsft_fast.report.format import MISSING, count, number
-from repsft_fast.report.visible import columns, one_line, padded
+from repsft_fast.report.visible import aligned, columns, one_line
 
 
 def compare(
@@ -162,13 +162,13 @@ def _markdown(table: list[list[str]]) -> list[str]:
 def _plain(table: list[list[str]], width: int | None) -> list[str]:
     """Columns side by side; where the terminal is too narrow for that, letters for the names; where it still
     is, an arm's figures below its name."""
-    side_by_side = _aligned(table)
+    side_by_side = aligned(table)
     if width is None or max(map(columns, side_by_side)) <= width:
         return side_by_side
     letters = [_letters(number) for number in range(len(table) - 1)]
     legend = [f"{letter}  {row[0]}" for letter, row in zip(letters, table[1:], strict=True)]
     short = [table[0], *([letter, *row[1:]] for letter, row in zip(letters, table[1:], strict=True))]
-    side_by_side = _aligned(short)
+    side_by_side = aligned(short)
     if max(map(columns, side_by_side)) <= width:
         return [*side_by_side, "", *legend]
     text: list[str] = []
@@ -176,14 +176,6 @@ def _plain(table: list[list[str]], width: int | None) -> list[str]:
         text.append(row[0])
         text += [f"  {head}: {cell or MISSING}" for head, cell in zip(table[0][1:], row[1:], strict=True)]
     return text
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
 
 
 def _letters(number: int) -> str:

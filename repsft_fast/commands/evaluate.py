@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import gc
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from repsft_fast.commands import evaluate_models, evaluate_rows, evaluate_table
 from repsft_fast.commands.evaluate_models import Evaluated
 from repsft_fast.commands.evaluate_progress import Progress
 from repsft_fast.config import Config
-from repsft_fast.config.task_sections import EvalTask
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, describe
 from repsft_fast.evaluate.judging import Judge
+from repsft_fast.evaluate.scores import difference
 from repsft_fast.files import replace_file
 from repsft_fast.models import stops_of
 from repsft_fast.report import visible
@@ -29,7 +29,7 @@ from repsft_fast.rundir.identity import base_of
 from repsft_fast.rundir.lock import RunLock
 from repsft_fast.suite.engines import engine_of
 from repsft_fast.suite.evaluation import Under
-from repsft_fast.suite.results import result_of_task
+from repsft_fast.suite.results import TaskResult, result_of_task
 from repsft_fast.suite.tasks import Tasks, asked_of, digest, read_tasks
 from repsft_fast.training.build import seed_everything, versions
 from repsft_fast.training.samples import rows_asked
@@ -70,10 +70,10 @@ def evaluate(
             seed_everything(config)
             found = {one.name: _one(one, tasks, rows, folder, world) for one in models}
             if world.is_main:
-                results = _results(of, base, config, found, world)
+                results = _results(of, base, found, world)
                 text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
                 replace_file(folder / FILE, text.encode(), FILE)
-                _show(results, folder, as_json=as_json)
+                _show(results, found, folder, as_json=as_json)
 
 
 def with_flags(config: Config, given: Mapping[str, Any]) -> Config:
@@ -97,9 +97,18 @@ def name_of(of: str) -> str:
     return of.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "model"
 
 
-def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: World) -> dict[str, Any]:
-    """Everything that is asked of one model, as JSON."""
-    config, console = one.config, visible.console()
+@dataclass(frozen=True)
+class _Of:
+    """What one model made of everything."""
+
+    said: dict[str, Any]  # as JSON
+    results: list[TaskResult]
+    rows: dict[str, Any] | None
+
+
+def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: World) -> _Of:
+    """Everything that is asked of one model. Its memory is free afterwards."""
+    config = one.config
     with distributed.raise_together(world):
         tokenizer = one.tokenizer()
         asked, said = asked_of(tasks, tokenizer, config)
@@ -107,33 +116,63 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
     distributed.same_everywhere(world, "--tasks", digest(asked))
     alone = World(0, 1, world.local_rank, world.device)  # each rank holds the whole model
     model = one.load(alone, tokenizer)
-    identity = base_of(model, config, alone)
-    found: dict[str, Any] = {"model": config.model.path, "digests": identity, "tasks": {}}
     notes = [*tasks.notes, *said, *getattr(tokenizer, "load_said", ()), *model.load_said]
+    told: dict[str, Any] = {"model": config.model.path, "digests": base_of(model, config, alone)}
+    results: list[TaskResult] = []
     if asked:
         engine, more = engine_of(config, model, alone, tokenizer)
         notes += more
+        told["engine"] = engine.name
         ends = {*stops_of(model), tokenizer.eos_token_id} - {None}
         under = Under(
             model, tokenizer, engine, world, tuple(sorted(ends)), rows_asked(config), config.batch.pack,
-            folder / one.name, identity, shared=True,
+            evaluate_rows.scorer_of(config, world), folder / one.name, told["digests"], shared=True,
         )  # fmt: skip
-        found["engine"] = engine.name
-        progress = Progress(world.is_main)
-        with Judge(note=notes.append) if world.is_main else nullcontext() as judge, progress:
-            for task in asked:
-                progress.begin(f"{one.name} {task.task.name}", len(task.requests((world.rank, world.size))))
-                result = result_of_task(
-                    under, task, judge, trusted=config.model.trust_remote_code, told=progress.told
-                )
-                found["tasks"][task.task.name] = result.as_json()
+        trusted = config.model.trust_remote_code
+        with Judge(note=notes.append) if world.is_main else nullcontext() as judge:
+            with Progress(world.is_main) as progress:
+                for task in asked:
+                    share = len(task.requests((world.rank, world.size)))
+                    progress.begin(f"{one.name}: {task.task.name}", share)
+                    results.append(result_of_task(under, task, judge, trusted=trusted, told=progress.told))
+        told["tasks"] = {result.task.name: result.as_json() for result in results}
     if rows is not None:
-        found["rows"] = evaluate_rows.score_rows(config, rows, model, tokenizer, world)
-    if world.is_main:
-        for text in dict.fromkeys(notes):
-            visible.show(console, visible.one_line(text), "yellow")
+        told["rows"] = evaluate_rows.score_rows(config, rows, model, tokenizer, world)
+    told["notes"] = list(dict.fromkeys(notes))
     del model
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return {**found, "notes": list(dict.fromkeys(notes))}
+    return _Of(told, results, told.get("rows"))
+
+
+def _results(of: str, base: str | None, found: Mapping[str, _Of], world: World) -> dict[str, Any]:
+    """results.json."""
+    results: dict[str, Any] = {
+        "evaluated": of,
+        "base": base,
+        "versions": versions(world.device),
+        "ranks": world.size,
+        **{name: one.said for name, one in found.items()},
+    }
+    if "base" in found:
+        pairs = zip(found["model"].results, found["base"].results, strict=True)
+        results["differences"] = {
+            mine.task.name: vars(difference(theirs.problems, mine.problems)) for mine, theirs in pairs
+        }
+    return results
+
+
+def _show(results: Mapping[str, Any], found: Mapping[str, _Of], folder: Path, *, as_json: bool) -> None:
+    console = visible.console()
+    if as_json:
+        visible.show(console, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    for one in found.values():
+        for text in one.said["notes"]:
+            visible.show(console, visible.one_line(text), "yellow")
+    lines = evaluate_table.lines_of(
+        {name: one.results for name, one in found.items()}, {name: one.rows for name, one in found.items()}
+    )
+    for line in [*lines, "", f"→ {folder}"]:
+        visible.show(console, line)

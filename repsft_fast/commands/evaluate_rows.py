@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from repsft_fast.config import Config
 from repsft_fast.config.loading import text_layer
+from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError
 from repsft_fast.evaluate.teacher_forced import TeacherForced
@@ -28,18 +30,26 @@ def score_rows(config: Config, rows: str, model: Any, tokenizer: Any, world: Wor
     said = [*data.warnings, *check_positions(config, model, (data.train,))]
     backend, more = attention.decide(config, world, model)
     attention.set_attention(model, backend)
-    scorer = TeacherForced(
-        data.train,
-        range(len(data.train.index)),
-        row_tokens=rows_asked(config),
-        bucket_tokens=row_bucket(config, world.device),
-        world=world,
-        apart=apart_of(config),
-    )
-    scores = scorer(model)
+    scores = scorer_of(config, world)(data.train)(model)
     found = line_of(scores, data.task_names)
     dropped = dict(data.dropped)
     return {"samples": len(scores.samples), "dropped": dropped, "notes": [*said, *more], **found}
+
+
+def scorer_of(config: Config, world: World) -> Callable[[TokenStore], TeacherForced]:
+    """Scores all samples of a store, dealt over the ranks in rows as the settings have them."""
+
+    def scorer(store: TokenStore) -> TeacherForced:
+        return TeacherForced(
+            store,
+            range(len(store.index)),
+            row_tokens=max(rows_asked(config), int(store.index.lengths.max())),
+            bucket_tokens=row_bucket(config, world.device),
+            world=world,
+            apart=apart_of(config),
+        )
+
+    return scorer
 
 
 def with_rows(config: Config, rows: str) -> Config:

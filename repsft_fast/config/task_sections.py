@@ -37,6 +37,8 @@ class EvalTask(Section):
     null: as the layout says."""
     prompt: Text | None = None
     """What is asked, with {question} and {choices} in it; null: as the layout says."""
+    chat: bool = True
+    """Asked as the user's turn of a chat, where the tokenizer has a template; false: as the text it is."""
     split: Text = "test"
     """Split of a hub dataset."""
     limit: Count | None = None

@@ -136,7 +136,9 @@ class Batching:
         """A manager whose cache is made, and whose thread is gone at the end."""
         settings = _generation_settings(sampling, end_ids)
         options = _options(self._model, sampling, len(prompts), logprobs)
-        pages = sorted((-(-(len(ids) + sampling.max_new_tokens) // PAGE_TOKENS) for ids in prompts), reverse=True)
+        pages = sorted(
+            (-(-(len(ids) + sampling.max_new_tokens) // PAGE_TOKENS) for ids in prompts), reverse=True
+        )
         manager = _with_cache(self._model, settings, options, sum(pages[:MOST_AT_ONCE]))
         try:
             held = manager.batch_processor.cache.num_blocks

@@ -65,14 +65,20 @@ def own_logprobs(
 def check_identity(engine: str, got: Sequence[Scored], own: Sequence[Sequence[float]], bound: float) -> float:
     """The mean difference per token, in nats. ModelError with both sums where it is above `bound`, where a
     number is not finite, or where nothing was compared."""
-    pairs = [pair for text, ours in zip(got, own, strict=True) for pair in zip(text.logprobs, ours, strict=True)]
+    pairs = [
+        pair for text, ours in zip(got, own, strict=True) for pair in zip(text.logprobs, ours, strict=True)
+    ]
     where = f"engine {engine}"
     if not pairs:
-        raise ModelError(describe(where, "gave no log-probabilities for the probe", todo="use another engine"))
+        raise ModelError(
+            describe(where, "gave no log-probabilities for the probe", todo="use another engine")
+        )
     difference = math.fsum(abs(theirs - ours) for theirs, ours in pairs) / len(pairs)
     if not difference <= bound:  # NaN is above
         theirs, ours = (math.fsum(side) for side in zip(*pairs, strict=True))
-        wrong = f"does not compute with this model's weights: {len(pairs)} fixed tokens have the log-probability"
+        wrong = (
+            f"does not compute with this model's weights: {len(pairs)} fixed tokens have the log-probability"
+        )
         wrong += f" {theirs:.4f} there and {ours:.4f} here, {difference:.4g} nats apart a token"
         todo = "save the model again and start the engine on that folder, or use another engine"
         raise ModelError(describe(where, wrong, expected=f"at most {bound:g} nats a token", todo=todo))

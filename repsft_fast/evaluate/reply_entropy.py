@@ -15,13 +15,19 @@ from repsft_fast.evaluate.teacher_forced import TeacherForced
 
 
 def reply_entropies(
-    model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], *, row_tokens: int, packed: bool = True
+    model: Any,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    row_tokens: int,
+    world: World,
+    packed: bool = True,
 ) -> list[float | None]:
     """Mean over each reply's tokens of the entropy of the model's own distribution (nats), given all before
     it; None for an empty reply, or numbers that are not finite.
 
     texts: (prompt, reply) as token ids. row_tokens: of the rows they are packed into; the longest text has a
-    row whatever it is. 2·N·H·V FLOPs in the head for N reply tokens. One rank.
+    row whatever it is. 2·N·H·V FLOPs in the head for N reply tokens. All ranks call it with the same texts,
+    and each passes its share.
     """
     told = [number for number, (_, reply) in enumerate(texts) if reply]
     found: list[float | None] = [None] * len(texts)
@@ -38,7 +44,7 @@ def reply_entropies(
         range(len(samples)),
         row_tokens=max(row_tokens, longest) if packed else longest,
         bucket_tokens=1,
-        world=World(0, 1, 0, device),
+        world=world,
         apart=TOGETHER if packed else Apart(alone_above=0),
     )
     # Compiled layers (static shapes) would be compiled anew for every length.

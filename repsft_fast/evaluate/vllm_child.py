@@ -117,7 +117,12 @@ class VllmChild:
         with open(self._folder / "log.txt", "wb") as log:
             try:
                 child = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
                 )
             except OSError as error:
                 wrong, todo = f"cannot be started ({error})", "name a Python that has vllm"
@@ -207,7 +212,9 @@ class _Replies:
         if reason not in ("stop", "length") or finished != (reason == "stop"):
             wrong = f"prompt {request.prompt}: its reply ended for {reason!r}, and not as asked"
             todo = f"remove {self.path} to ask again"
-            raise TrainingError(describe(WHERE, wrong, expected="an end token or the length limit", todo=todo))
+            raise TrainingError(
+                describe(WHERE, wrong, expected="an end token or the length limit", todo=todo)
+            )
         del self.waiting[name]
         self._on_reply(request, Generation(ids, finished))
 
@@ -231,7 +238,9 @@ def _line(request: Request, sampling: Sampling, end_ids: Sequence[int], model: s
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
-        "seed": int(seeded.words(seeded.key_of("vllm", sampling.seed + request.prompt, request.draw), 1)[0] >> 33),
+        "seed": int(
+            seeded.words(seeded.key_of("vllm", sampling.seed + request.prompt, request.draw), 1)[0] >> 33
+        ),
         "stop_token_ids": sorted(set(end_ids)),
         "ignore_eos": True,  # the folder's own ends are not the task's
         "detokenize": False,

@@ -73,7 +73,9 @@ def _answer(llm: Any, folder: Path) -> None:
     asked = [SamplingParams(**request["sampling"]) for request in requests]
     numbers = llm.enqueue(prompts, asked, use_tqdm=False)
     # What comes back is named by the number alone, without what vLLM adds to it.
-    named = {number.partition("-")[0]: request["id"] for number, request in zip(numbers, requests, strict=True)}
+    named = {
+        number.partition("-")[0]: request["id"] for number, request in zip(numbers, requests, strict=True)
+    }
     with open(folder / "replies.jsonl", "a", encoding="utf-8") as file:
         while llm.llm_engine.has_unfinished_requests():
             ended = [output for output in llm.llm_engine.step() if output.finished]

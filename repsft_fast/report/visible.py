@@ -8,6 +8,7 @@ same on a terminal and in a file.
 """
 
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TextIO
 
@@ -43,6 +44,15 @@ def columns(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(text)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side, each as wide as it must be, two spaces between them."""
+    widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
 
 
 def console(stream: TextIO | None = None, *, terminal: bool | None = None) -> Any:

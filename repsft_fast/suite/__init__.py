@@ -1,2 +1,2 @@
-"""The evaluation suite: from settings to tasks, an engine for a model, replies, judgement, and results; what a run
-and `repsft eval` share."""
+"""The evaluation suite: from settings to tasks, an engine for a model, replies, verdicts and results; what a
+run and `repsft eval` share."""

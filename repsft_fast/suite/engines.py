@@ -9,13 +9,13 @@ from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
 from repsft_fast.evaluate.asked import Engine
 from repsft_fast.evaluate.continuous import Batching, serves
+from repsft_fast.evaluate.decode import Loop
 from repsft_fast.evaluate.identity import bound_of, check_identity, own_logprobs, probe_prompts
-from repsft_fast.evaluate.loop import Loop
 
 
 def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple[Engine, list[str]]:
-    """The engine of `evaluate.engine` in this process, probed, and what is to be said of the choice. ModelError
-    for one that was asked for and cannot serve the model, or does not compute with its weights.
+    """The engine of `evaluate.engine` in this process, probed, and what is to be said of the choice.
+    ModelError for one that was asked for and cannot serve the model, or does not compute with its weights.
 
     Several ranks that hold parts of one model walk the same prompts in our own loop.
     """
@@ -39,7 +39,7 @@ def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple
     else:
         note = []
     loop = Loop(model, batch_size=config.evaluate.batch_replies, pad_id=pad_of(tokenizer))
-    return probed(loop, model, tokenizer), note
+    return loop, note
 
 
 def probed(engine: Any, model: Any, tokenizer: Any) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World, gather_everywhere
 from repsft_fast.evaluate.asked import Engine, Generation
 from repsft_fast.evaluate.record import Record, line_of
 from repsft_fast.evaluate.replies import Asked, Told, answer, text_of
 from repsft_fast.evaluate.reply_entropy import reply_entropies
+from repsft_fast.evaluate.teacher_forced import TeacherForced
 
 Found = dict[tuple[int, int], Generation]  # by (prompt, draw)
 
@@ -29,6 +31,7 @@ class Under:
     end_ids: tuple[int, ...]
     row_tokens: int
     packed: bool
+    scorer: Callable[[TokenStore], TeacherForced]  # of all samples of a store, over the ranks
     folder: Path | None  # of the files of replies; None: they are kept nowhere
     identity: Mapping[str, Any]  # what replies depend on besides the task
     # each rank holds the whole model and answers its share; False: all ranks answer all, together
@@ -54,13 +57,13 @@ def answer_task(under: Under, asked: Asked, told: Told = lambda request, reply: 
         if several:
             _share_known(world, record)
         replies = answer(under.engine, asked, record, end_ids=under.end_ids, part=part, told=told)
-    found = _with_entropies(under, asked, dict(replies.found))
-    generated = replies.generated
+    found, generated = dict(replies.found), replies.generated
     if several:
         lines = [[*key, line_of(reply)] for key, reply in found.items()]
         for line in (line for ranks in gather_everywhere(world, lines) for line in ranks):
             found[line[0], line[1]] = Generation(**line[2])
         generated = sum(gather_everywhere(world, generated))
+    found = _with_entropies(under, asked, found)
     text = text_of(under.tokenizer, under.end_ids)
     texts = {key: text(found[key]) for key in sorted(found)}
     return Answered(found, time.perf_counter() - began, generated, texts)
@@ -71,13 +74,15 @@ def _record(under: Under, asked: Asked, several: bool) -> Iterator[Record | None
     if under.folder is None or not (several or under.world.is_main):
         yield None
         return
-    with Record(path_of(under, asked, under.world.rank), _identity(under, asked), text_of=_text(under)) as record:
+    with Record(
+        path_of(under, asked, under.world.rank), _identity(under, asked), text_of=_text(under)
+    ) as record:
         yield record
 
 
 def finish_record(under: Under, asked: Asked, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The task's file with what each reply was worth, in place of what was written as they came. The main rank
-    writes; all ranks call it."""
+    """The task's file with what each reply was worth, in place of what was written as they came. The main
+    rank writes; all ranks call it."""
     if under.folder is None:
         return
     if under.world.is_main:
@@ -110,9 +115,9 @@ def _share_known(world: World, record: Record | None) -> None:
 
 def _with_entropies(under: Under, asked: Asked, found: Found) -> Found:
     """Replies whose engine does not say their entropy get it by one teacher-forced pass."""
-    missing = [key for key, reply in found.items() if reply.entropy is None and reply.ids]
-    if not missing or (under.world.size > 1 and not under.shared):
-        return found
+    missing = [key for key, reply in sorted(found.items()) if reply.entropy is None and reply.ids]
     texts = [(asked.prompts[prompt], found[prompt, draw].ids) for prompt, draw in missing]
-    means = reply_entropies(under.model, texts, row_tokens=under.row_tokens, packed=under.packed)
+    means = reply_entropies(
+        under.model, texts, row_tokens=under.row_tokens, world=under.world, packed=under.packed
+    )
     return found | {key: replace(found[key], entropy=mean) for key, mean in zip(missing, means, strict=True)}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from repsft_fast.config import Config
 from repsft_fast.config.task_sections import EvalTask
-from repsft_fast.errors import ConfigError, RepsftError, describe
+from repsft_fast.errors import ConfigError, DataError, RepsftError, describe
 from repsft_fast.evaluate.answers import find_extractor
-from repsft_fast.evaluate.asked import GREEDY, NUCLEUS, SAMPLED, Sampling, Task
+from repsft_fast.evaluate.asked import GREEDY, NUCLEUS, SAMPLED, Problem, Sampling, Task
 from repsft_fast.evaluate.prompts import prompt_ids
 from repsft_fast.evaluate.replies import Asked
 from repsft_fast.evaluate.task_files import read_task
@@ -71,8 +72,20 @@ def _task(name: str, settings: EvalTask, config: Config) -> tuple[Task, list[str
         task = replace(task, extractor=settings.extractor)
     if task.kind == "choice" and settings.n > 1:
         notes.append(f"{name}: compares choices by likelihood, one look each: n does nothing")
+    if not settings.chat:
+        task = replace(task, problems=tuple(_as_text(problem) for problem in task.problems))
     find_extractor(task.extractor, trusted=config.model.trust_remote_code)
     return task, notes
+
+
+def _as_text(problem: Problem) -> Problem:
+    """Asked without a chat template. DataError for a chat of several turns."""
+    if problem.text is not None:
+        return problem
+    if len(problem.messages) > 1:
+        wrong = "is a chat of several turns, which no text says"
+        raise DataError(describe(problem.where, wrong, todo="set chat: true"))
+    return replace(problem, text=str(problem.messages[0]["content"]))
 
 
 def sampling_of(settings: EvalTask, seed: int) -> Sampling:
@@ -100,6 +113,43 @@ def asked_of(tasks: Tasks, tokenizer: Any, config: Config) -> tuple[list[Asked],
         asked.append(Asked(task, tuple(map(tuple, prompts))))
         notes += [f"{task.name}: {text}" for text in said]
     return asked, notes
+
+
+FORM_TOKENS = 3  # of the end of a prompt: what a chat template writes before a reply
+
+
+def other_form(asked: Sequence[Asked], trained: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
+    """A sentence for every task whose prompts end in what no training sample has before its reply: another
+    chat template, or none. trained: what stands before the first trained token of some samples."""
+    said = []
+    known = _tail(trained)
+    for one in asked:
+        if one.task.kind == "choice" or not trained:
+            continue
+        tail = _tail(one.prompts) if len(one.prompts) > 1 else tuple(one.prompts[0][-FORM_TOKENS:])
+        if _ends_in(tail, trained) and _ends_in(known, one.prompts):
+            continue
+        asks, learns = (repr(tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in (tail, known))
+        said.append(
+            f"{one.task.name}: its prompts end in {asks}, and those that are trained on in {learns}: the"
+            f" model is asked in another form than it learns ({SETTING} [{one.task.name}.chat])"
+        )
+    return said
+
+
+def _tail(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What all of them end in, FORM_TOKENS at most."""
+    tail: list[int] = []
+    for tokens in itertools.islice(zip(*(text[::-1] for text in texts)), FORM_TOKENS):
+        if len(set(tokens)) > 1:
+            break
+        tail.append(tokens[0])
+    return tuple(tail[::-1])
+
+
+def _ends_in(tail: tuple[int, ...], texts: Sequence[Sequence[int]]) -> bool:
+    """Whether one of them does; a single token says nothing."""
+    return len(tail) < 2 or any(tuple(text[-len(tail) :]) == tail for text in texts)
 
 
 def digest(asked: list[Asked]) -> str:

@@ -33,7 +33,7 @@ from repsft_fast.optim import Optimizer, build_optimizer, masters
 from repsft_fast.policies import policy_class
 from repsft_fast.rundir.identity import base_of
 from repsft_fast.schedule import Schedule
-from repsft_fast.suite.tasks import asked_of, digest, read_tasks
+from repsft_fast.suite.tasks import asked_of, digest, other_form, read_tasks
 from repsft_fast.throughput import ModelShape, Work, peak_flops
 from repsft_fast.training import attention, chunks, compiled, gathered, row_tokens
 from repsft_fast.training.budget import Budget, budget_of
@@ -130,7 +130,7 @@ def _tell_sizes(parts: Parts) -> None:
 
 
 def _read(config: Config, world: World) -> tuple[Any, Data, list[Asked]]:
-    """(tokenizer, data, tasks to be answered), once everything that can be wrong and is cheap to see was looked at."""
+    """(tokenizer, data, tasks), once everything that can be wrong and is cheap to see was looked at."""
     with distributed.raise_together(world):
         distributed.check_groups(world.size, config.distributed.shard_ranks)
         seed_everything(config)
@@ -141,7 +141,7 @@ def _read(config: Config, world: World) -> tuple[Any, Data, list[Asked]]:
             model_on_meta(config, tokenizer)
         asked, said = _asked(config, tokenizer)
         data = load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
-        data.warnings += said
+        data.warnings += [*said, *other_form(asked, data.before_replies, tokenizer)]
         return tokenizer, data, asked
 
 
@@ -155,7 +155,9 @@ def _asked(config: Config, tokenizer: Any) -> tuple[list[Asked], list[str]]:
         raise ConfigError(describe("evaluate.tasks", wrong, todo="set tokenizer.path"))
     if config.evaluate.engine == "vllm":
         todo = "use it on the saved model: repsft eval FOLDER --engine vllm"
-        raise ConfigError(describe("evaluate.engine", "vllm reads a saved folder, and a run has none", todo=todo))
+        raise ConfigError(
+            describe("evaluate.engine", "vllm reads a saved folder, and a run has none", todo=todo)
+        )
     tasks = read_tasks(config)
     if tasks.harness:
         todo = "ask it of the saved model: repsft eval FOLDER"

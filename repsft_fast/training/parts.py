@@ -49,6 +49,8 @@ class Data:
     digest: str  # of tokens and targets: ranks and resumed runs must agree on it
     ends: Ends = field(default_factory=Ends)  # which tokens end the trained turns
     files: dict[str, int] = field(default_factory=dict)  # what was read → rows
+    # last tokens before the first trained one, of some training samples
+    before_replies: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from repsft_fast.models import Lengths, config_of
 from repsft_fast.models.loss import row_limit, too_long
 from repsft_fast.training.parts import Data
 
+FORMS_SEEN = 200  # training samples that tasks' prompts are compared with
 CPU_BUCKET, GPU_BUCKET = 1, 128
 
 
@@ -56,7 +57,8 @@ def load_data(config: Config, tokenizer: Any, device: torch.device, vocabulary: 
     held = {name: samples for name in ("validation", "test") if (samples := getattr(splits, name))}
     data = resident(config, splits.train, held, dict(loaded.dropped), loaded.warnings, device)
     ends = find_ends(splits.train, tokenizer, cut_at=cut_at(_data_settings(config)))
-    return replace(data, ends=ends, files=loaded.files)
+    before = [sample.ids[: sample.trained.index(True)][-16:] for sample in splits.train[:FORMS_SEEN]]
+    return replace(data, ends=ends, files=loaded.files, before_replies=before)
 
 
 def resident(

@@ -1,7 +1,7 @@
 """`evaluate.tasks` during a run: the model answers in its own words, and nothing of the run notices.
 
-Neither weights nor random streams are touched, seconds are no part of training's, and what goes wrong is told and
-ends nothing.
+Neither weights nor random streams are touched, seconds are no part of training's, and what goes wrong is told
+and ends nothing.
 """
 
 from __future__ import annotations
@@ -45,22 +45,27 @@ class TaskEvaluation:
             self.look()
 
     def look(self) -> dict[str, Any] | None:
-        """Every task answered and judged now: an event of metrics.jsonl, a note, and files below tasks/ in the
-        run's folder. What the event says, None where there are no tasks or it could not be done."""
+        """Every task answered and judged now: an event of metrics.jsonl, a note, and files below tasks/ in
+        the run's folder. What the event says, None where there are no tasks or it could not be done."""
         if not self.parts.asked:
             return None
         began = time.perf_counter()
         found: dict[str, Any] | None = None
         # On several ranks what fails on one must end all: the others would wait for it.
         alone = self.parts.world.size == 1
-        with self.spans("evaluation"), self.reporter.only_reports("evaluate.tasks") if alone else nullcontext():
+        with (
+            self.spans("evaluation"),
+            self.reporter.only_reports("evaluate.tasks") if alone else nullcontext(),
+        ):
             try:
                 found = self._look()
             except _Leaving:
                 self.reporter.note("evaluate.tasks: cut short by a signal")
             except torch.OutOfMemoryError as error:  # met by all ranks
                 todo = "lower evaluate.batch_replies"
-                self.reporter.trouble(f"evaluate.tasks: out of memory ({str(error).partition('.')[0]}); {todo}")
+                self.reporter.trouble(
+                    f"evaluate.tasks: out of memory ({str(error).partition('.')[0]}); {todo}"
+                )
         seconds = time.perf_counter() - began
         self.reporter.exclude_seconds(seconds)
         if found is None:
@@ -79,6 +84,7 @@ class TaskEvaluation:
                 results[asked.task.name] = result_of_task(
                     under, asked, judge, trusted=parts.config.model.trust_remote_code, told=self._told
                 )
+        tasks = {name: one.as_json() for name, one in results.items()}
         generated = sum(one.generated for one in results.values())
         seconds = sum(one.seconds for one in results.values())
         for text in notes:
@@ -86,7 +92,7 @@ class TaskEvaluation:
         words = " · ".join(words_of(one) for one in results.values())
         rate = f"{count(generated / seconds)} tok/s" if generated and seconds else "nothing generated"
         self.reporter.note(f"tasks: {words} ({duration(seconds)}, {rate}, {engine.name})")
-        return {"engine": engine.name, "tasks": {name: one.as_json() for name, one in results.items()}}
+        return {"engine": engine.name, "tasks": tasks}
 
     def _told(self, *_: Any) -> None:
         # Alone: ranks that walk in step would not all hear the signal at the same reply.
@@ -112,6 +118,7 @@ class TaskEvaluation:
             end_ids=tuple(sorted(ends)),
             row_tokens=parts.row_tokens,
             packed=parts.config.batch.pack,
+            scorer=parts.scorer,
             folder=folder,
             identity={"run": str(parts.config.run.folder), "update": done},
         )

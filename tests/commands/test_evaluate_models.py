@@ -10,7 +10,7 @@ from repsft_fast.errors import ConfigError
 
 RUN = {
     "run.folder": "somewhere", "data.train": "a.jsonl", "budget.epochs": 1, "model.path": "owner/base",
-    "model.gguf_file": "x.gguf", "model.resize_vocabulary": True, "model.compile": True, "tokenizer.path": "owner/other",
+    "model.gguf_file": "x.gguf", "model.compile": True, "tokenizer.path": "owner/other",
     "model.activation_checkpointing": "full",
 }  # fmt: skip
 
@@ -24,11 +24,18 @@ def folder(tmp_path, *files, **settings):
     return str(tmp_path), config
 
 
-def test_a_runs_folder_is_its_saved_model_as_it_was_saved(tmp_path):
-    path, config = folder(tmp_path, "run.yaml", "config.json", "tokenizer.json", **{"model.lora": {"merge": True}})
+@pytest.mark.parametrize("made", [{"model.lora": {"merge": True}}, {"model.resize_vocabulary": True}])
+def test_a_runs_folder_is_its_saved_model_as_it_was_saved(tmp_path, made):
+    path, config = folder(tmp_path, "run.yaml", "config.json", "tokenizer.json", **made)
     found = evaluated(path, config)
     model = found.config.model
-    assert (found.name, model.path, model.gguf_file, model.lora, model.resize_vocabulary) == ("model", path, None, None, False)
+    assert (found.name, model.path, model.gguf_file, model.lora, model.resize_vocabulary) == (
+        "model",
+        path,
+        None,
+        None,
+        False,
+    )
     assert (model.compile, model.activation_checkpointing) == (False, "none")
     assert found.config.tokenizer.path is None  # its own
     assert settings_file(path) == str(tmp_path / "run.yaml")
@@ -99,4 +106,8 @@ class TestBase:
     def test_another_model_may_be_named(self, tmp_path):
         path, config = folder(tmp_path, "config.json")
         found = base("owner/another", path, config)
-        assert (found.name, found.config.model.path, found.config.model.gguf_file) == ("base", "owner/another", None)
+        assert (found.name, found.config.model.path, found.config.model.gguf_file) == (
+            "base",
+            "owner/another",
+            None,
+        )

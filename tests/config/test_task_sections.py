@@ -9,7 +9,12 @@ from repsft_fast.config import Config, environment_layer, text_layer
 from repsft_fast.config.task_sections import EvalTask, name_of
 from repsft_fast.errors import ConfigError
 
-BASE = {"run.folder": "x", "data.train": "a.jsonl", "budget.epochs": 1, "model.config": {"model_type": "llama"}}
+BASE = {
+    "run.folder": "x",
+    "data.train": "a.jsonl",
+    "budget.epochs": 1,
+    "model.config": {"model_type": "llama"},
+}
 
 
 def tasks(value, **more):
