@@ -1,0 +1,313 @@
+"""Generation over transformers' forward call and cache, for a CPU and wherever nothing faster is there.
+
+Prompts of about one length are read together, padded on the left; replies to one prompt share the reading of
+it; a reply that ended leaves the batch. Of several ranks that share a model all make the same steps
+(`evaluate.lockstep`).
+
+Not every model can be served so: rotary frequencies may follow the length of a batch, layers may carry a
+state through padding, caches may be of a kind nobody here knows. A model is tried once, beside its own
+forward pass without a cache; where it computes something else, batches hold prompts of one length, and where
+that does not help transformers' own `generate` computes and only the drawing is ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from repsft_fast.errors import ModelError, describe
+from repsft_fast.evaluate.asked import Generation, Request, Sampling
+from repsft_fast.evaluate.drawing import choose, entropies, uniforms
+from repsft_fast.evaluate.kept import new_cache
+from repsft_fast.evaluate.lockstep import Lockstep, raising
+
+# How far padding and cache may move logits, in their own spread: rounding in fp32, and in half precision. Too
+# strict costs time alone.
+EXACT, ROUNDED = 1e-3, 0.05
+SHOWN, PADDED = 8, 5  # tokens of a prompt that a model is tried with, and of padding before it
+
+Way = Literal["padded", "alike", "transformers"]
+
+
+@dataclass
+class _Reply:
+    """A reply on its way."""
+
+    request: Request
+    uniform: np.ndarray  # [limit] float64: one number a token
+    ids: list[int] = field(default_factory=list)
+    entropy: float = 0.0  # sum over its tokens
+    ended: bool = False
+
+
+class Loop:
+    """An engine (`asked.Engine`). Under FSDP2 every rank calls it with the same requests, and all get the
+    same replies."""
+
+    name = "loop"
+
+    def __init__(self, model: nn.Module, *, batch_size: int = 16, pad_id: int = 0):
+        """batch_size: replies at a time. pad_id: any token of the vocabulary; it is masked."""
+        self.model: Any = model
+        self.batch_size = batch_size
+        self.pad_id = pad_id
+        self.way: Way | None = None  # how this model is served, once it has been tried
+        taken = inspect.signature(model.forward).parameters
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in taken}
+        self._cache_name = "past_key_values" if "past_key_values" in taken else "cache_params"
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        end_ids: Sequence[int],
+        on_reply: Callable[[Request, Generation], None],
+    ) -> None:
+        """Answers every request by on_reply, a batch's shortest reply first. Penalties and the like in the
+        model's generation settings are not applied: greedy is the most likely token.
+
+        A model that learned its positions one by one (`model.position_limit`) replies no further than they
+        go; a prompt that leaves no room gets Generation([], False). The model's mode and every random
+        generator are left as they were. Raises ValueError on an empty prompt, ModelError where logits are not
+        finite, torch.OutOfMemoryError on every rank where memory runs out on one.
+        """
+        if any(len(request.ids) == 0 for request in requests):
+            raise ValueError("prompts: expected at least one token in each, got an empty prompt")
+        limit = getattr(self.model, "position_limit", None)
+        replies = []
+        for request in sorted(requests, key=lambda r: (-len(r.ids), r.prompt, r.draw)):
+            room = sampling.max_new_tokens if limit is None else limit - len(request.ids)
+            if (tokens := min(room, sampling.max_new_tokens)) < 1:
+                on_reply(request, Generation([], False))
+            else:
+                numbers = uniforms(sampling.seed + request.prompt, request.draw, tokens)
+                replies.append(_Reply(request, numbers))
+        if not replies:
+            return
+        with _evaluating(self.model), Lockstep(self.model) as together:
+            if self.way is None:
+                self.way = self._try(together, replies[-1].request.ids, limit)
+            batch = _Batch(self, together, sampling, frozenset(end_ids), on_reply)
+            for some in _cut(replies, self.batch_size, alike=self.way != "padded"):
+                (batch.by_transformers if self.way == "transformers" else batch.decode)(some)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """[B, V] logits of the last column of ids [B, T], fp32 or fp64. mask: [B, columns so far] int64, None
+        where nothing is padded; positions [B, T]."""
+        given = {"input_ids": ids, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
+        more = {"position_ids": positions, "logits_to_keep": 1}
+        given.update({name: value for name, value in more.items() if name in self._takes})
+        return _wide(self.model(**given).logits[:, -1])
+
+    def _try(self, together: Lockstep, prompt: Sequence[int], limit: int | None) -> Way:
+        """How this model is to be served: what its own forward pass over whole sequences gives is right."""
+        text = self.model.config.get_text_config()
+        rope = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
+        # cached keys are turned by what a shorter sequence asked for, which few tokens do not show
+        if "longrope" in rope or "dynamic" in rope or (limit is not None and limit < SHOWN + PADDED + 3):
+            return "transformers"
+        ways: tuple[tuple[Way, int], ...] = (("padded", PADDED), ("alike", 0))
+        for way, padding in ways:
+            try:
+                if self._served(together, list(prompt[:SHOWN]), padding):
+                    return way
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # its code takes no such call
+                continue
+        return "transformers"
+
+    def _served(self, together: Lockstep, short: list[int], padding: int) -> bool:
+        """Whether two prompts in one batch, which change places and of which the shorter leaves, have the
+        logits of each alone."""
+        device = together.device
+        long = short[::-1] + (short * PADDED)[:padding]
+        tail = (short * 2 + long)[:2]
+        alone: list[Tensor] = []
+
+        def whole(ids: list[int]) -> Tensor:
+            found = self.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            alone.append(_wide(found.logits[0, -3:]))
+            return torch.zeros(1, dtype=torch.float64)
+
+        for prompt in (short, long):
+            together(1, lambda prompt=prompt: whole(prompt + tail))
+        ids, mask = (x.to(device) for x in padded([short, long], self.pad_id))
+        lengths = mask.sum(dim=1)
+        cache = new_cache(self.model)
+        moved = []
+        for step, (rows, order) in enumerate((([0, 1], None), ([1, 0], [1, 0]), ([1], [0]))):
+            if order is not None:
+                kept = torch.tensor(order, device=device)
+                cache.reorder_cache(kept)
+                lengths = lengths[kept] + 1
+                ids = torch.full((len(rows), 1), tail[step - 1], device=device)
+                mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            columns = mask.shape[1]
+            now = mask[rows] if step < 2 and padding else None
+            positions = (torch.arange(columns, device=device) - (columns - lengths)[:, None]).clamp(min=0)
+
+            def compared(
+                ids: Tensor = ids, now: Tensor | None = now, positions: Tensor = positions,
+                rows: list[int] = rows, step: int = step,
+            ) -> Tensor:  # fmt: skip
+                found = self.forward(ids, now, positions[:, -ids.shape[1] :], cache)
+                expected = torch.stack([alone[row][step] for row in rows])
+                worst = (found - expected).abs().amax() / expected.std()
+                return worst.double().reshape(1)
+
+            moved += together(1, compared)
+        exact = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        return all(value < (EXACT if exact else ROUNDED) for value in moved)
+
+
+class _Batch:
+    """Batches of replies, one after another."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        together: Lockstep,
+        sampling: Sampling,
+        end_ids: frozenset[int],
+        on_reply: Callable[[Request, Generation], None],
+    ):
+        self.loop = loop
+        self.together = together
+        self.sampling = sampling
+        self.end_ids = end_ids
+        self.on_reply = on_reply
+
+    def decode(self, replies: list[_Reply]) -> None:
+        device = self.together.device
+        prompts = {reply.request.ids: None for reply in replies}
+        of = {ids: row for row, ids in enumerate(prompts)}
+        chosen = torch.tensor([of[reply.request.ids] for reply in replies], device=device)
+        ids, mask = (x.to(device) for x in padded(list(prompts), self.loop.pad_id))
+        pads = [ids.shape[1] - len(reply.request.ids) for reply in replies]
+        columns = ids.shape[1]
+        cache: Any = None
+
+        def read() -> Tensor:
+            nonlocal cache
+            cache = new_cache(self.loop.model)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            logits = self.loop.forward(ids, mask if max(pads) else None, positions, cache)
+            if len(prompts) < len(replies):
+                cache.reorder_cache(chosen)
+            return logits[chosen]
+
+        def go_on() -> Tensor:
+            if len(rows) < len(pads):
+                cache.reorder_cache(torch.tensor(rows, device=device))
+            padding = torch.tensor([pads[row] for row in rows], device=device)[:, None]
+            seen = (torch.arange(columns, device=device) >= padding).long() if any(pads) else None
+            last = torch.tensor([[reply.ids[-1]] for reply in replies], device=device)
+            return self.loop.forward(last, seen, columns - 1 - padding, cache)
+
+        self._step(replies, read)
+        while rows := [row for row, reply in enumerate(replies) if not reply.ended]:
+            replies = [replies[row] for row in rows]
+            columns += 1
+            self._step(replies, go_on)
+            pads = [pads[row] for row in rows]
+
+    def by_transformers(self, replies: list[_Reply]) -> None:
+        """Replies to prompts of one length by `model.generate`, whose choice of the next token is ours."""
+        model, device = self.loop.model, self.together.device
+        ids = torch.tensor([reply.request.ids for reply in replies], device=device)
+
+        def only(_: Tensor, scores: Tensor) -> Tensor:
+            tokens = self._step(replies, lambda: _wide(scores))
+            tokens = torch.tensor(tokens, device=scores.device)[:, None]
+            return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
+
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, use_cache=True,
+                max_new_tokens=len(replies[0].uniform), eos_token_id=sorted(self.end_ids) or None,
+                pad_token_id=self.loop.pad_id, synced_gpus=False, logits_processor=[only],
+            )  # fmt: skip
+        except Exception as error:
+            if self.together.unmet(error):
+                self.together(2 * len(replies), raising(error))
+            raise
+        finally:
+            model.generation_config = own
+
+    def _step(self, replies: list[_Reply], logits: Callable[[], Tensor]) -> list[int]:
+        """The next token of each; of those that have ended, any."""
+
+        def drawn() -> Tensor:
+            found = logits()
+            numbers = [float(reply.uniform[-1 if reply.ended else len(reply.ids)]) for reply in replies]
+            uniform = torch.tensor(numbers, dtype=torch.float64, device=found.device)
+            tokens = choose(found, self.sampling.temperature, self.sampling.top_p, uniform)
+            return torch.cat([tokens.double(), entropies(found).double()])
+
+        values = self.together(2 * len(replies), drawn)
+        tokens = [int(value) for value in values[: len(replies)]]
+        if any(value != value for value in values):
+            wrong = "its logits are not finite: no token can be chosen"
+            raise ModelError(describe("model", wrong, todo="evaluate an earlier checkpoint"))
+        for reply, token, entropy in zip(replies, tokens, values[len(replies) :], strict=True):
+            if reply.ended:
+                continue
+            reply.ids.append(token)
+            reply.entropy += entropy
+            finished = token in self.end_ids
+            if finished or len(reply.ids) == len(reply.uniform):
+                reply.ended = True
+                self.on_reply(
+                    reply.request, Generation(reply.ids, finished, reply.entropy / len(reply.ids))
+                )
+        return tokens
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[B, longest] int64 ids and mask, padded on the left, since replies go on at the right."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for line, prompt in enumerate(prompts):
+        ids[line, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[line, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cut(replies: list[_Reply], size: int, *, alike: bool) -> Iterator[list[_Reply]]:
+    """Batches of neighbours, alike: to prompts of one length."""
+    start = 0
+    while start < len(replies):
+        length, stop = len(replies[start].request.ids), min(start + size, len(replies))
+        while alike and len(replies[stop - 1].request.ids) != length:
+            stop -= 1
+        yield replies[start:stop]
+        start = stop
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Training goes on after this, in the mode it was in, also where a batch fails. Every new token is
+    another length: compiled layers (static shapes) would be compiled anew for each."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
