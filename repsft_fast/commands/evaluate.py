@@ -36,6 +36,7 @@ from repsft_fast.training.samples import rows_asked
 from repsft_fast.training.trainer import quiet_libraries
 
 FILE = "results.json"
+_SETTINGS = {"replies": "n"}  # flags whose setting has another name
 
 
 def evaluate(
@@ -50,8 +51,8 @@ def evaluate(
 ) -> None:
     """Evaluate the model that `of` names, print its table and keep results.json and every reply in a folder.
 
-    base: a second model, or auto. to: the folder; None: below evals/. given: n, temperature, top_p,
-    max_tokens and limit of every task. Raises RepsftError.
+    base: a second model, or auto. to: the folder; None: below evals/. given: replies, temperature,
+    top_p, max_tokens and limit of every task. Raises RepsftError.
     """
     quiet_libraries()
     config = with_flags(config, given)
@@ -78,7 +79,7 @@ def evaluate(
 
 def with_flags(config: Config, given: Mapping[str, Any]) -> Config:
     """The settings, with these values of every task: flags win. ConfigError for what cannot be."""
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {_SETTINGS.get(name, name): value for name, value in given.items() if value is not None}
     if not changes or config.evaluate.tasks is None:
         return config
     tasks = {
@@ -129,12 +130,12 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
             evaluate_rows.scorer_of(config, world), folder / one.name, told["digests"], shared=True,
         )  # fmt: skip
         trusted = config.model.trust_remote_code
-        with Judge(note=notes.append) if world.is_main else nullcontext() as judge:
-            with Progress(world.is_main) as progress:
-                for task in asked:
-                    share = len(task.requests((world.rank, world.size)))
-                    progress.begin(f"{one.name}: {task.task.name}", share)
-                    results.append(result_of_task(under, task, judge, trusted=trusted, told=progress.told))
+        judging = Judge(note=notes.append) if world.is_main else nullcontext()
+        with judging as judge, Progress(world.is_main) as progress:
+            for task in asked:
+                share = len(task.requests((world.rank, world.size)))
+                progress.begin(f"{one.name}: {task.task.name}", share)
+                results.append(result_of_task(under, task, judge, trusted=trusted, told=progress.told))
         told["tasks"] = {result.task.name: result.as_json() for result in results}
     if rows is not None:
         told["rows"] = evaluate_rows.score_rows(config, rows, model, tokenizer, world)

@@ -99,7 +99,8 @@ class Eval(Settings, WithSettings):
         None, description="What it is asked: a source, {name: source}, or more of them [evaluate.tasks]"
     )
     engine: str | None = Field(None, description="auto, loop, batching or vllm [evaluate.engine]")
-    n: int | None = Field(None, description="Replies to each problem, of every task")
+    # not --n: torchrun would take it for one of its own
+    replies: int | None = Field(None, description="Replies to each problem, of every task [n]")
     temperature: float | None = Field(None, description="0: greedy")
     top_p: float | None = Field(None, description="Nucleus that is drawn from")
     max_tokens: int | None = Field(None, description="Longest reply in tokens")
@@ -124,7 +125,7 @@ class Eval(Settings, WithSettings):
     def call(config: Config, options: Options) -> Any:
         from repsft_fast.commands.evaluate import evaluate
 
-        named = ("n", "temperature", "top_p", "max_tokens", "limit", "rows", "base", "to", "as_json")
+        named = ("replies", "temperature", "top_p", "max_tokens", "limit", "rows", "base", "to", "as_json")
         return evaluate(config, options["of"], **{name: options[name] for name in named})
 
 

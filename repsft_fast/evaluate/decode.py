@@ -268,9 +268,7 @@ class _Batch:
             finished = token in self.end_ids
             if finished or len(reply.ids) == len(reply.uniform):
                 reply.ended = True
-                self.on_reply(
-                    reply.request, Generation(reply.ids, finished, reply.entropy / len(reply.ids))
-                )
+                self.on_reply(reply.request, Generation(reply.ids, finished, reply.entropy / len(reply.ids)))
         return tokens
 
 

@@ -65,7 +65,7 @@ def test_adapters_that_do_not_say_whose_are_refused(tmp_path, text):
 
 def test_a_run_without_a_model_says_how_to_get_it(tmp_path):
     path, config = folder(tmp_path, "run.yaml")
-    with pytest.raises(ConfigError, match="is a run's folder without a model.*repsft export"):
+    with pytest.raises(ConfigError, match=r"is a run's folder without a model.*repsft export"):
         evaluated(path, config)
 
 
@@ -78,9 +78,9 @@ def test_a_hub_id_or_a_file_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize("name", ["https://example.org/x", "$NOT_SET_AT_ALL/x"])
 def test_what_is_no_path_is_refused(tmp_path, name):
     _, config = folder(tmp_path)
-    with pytest.raises(ConfigError, match="^MODEL: "):
+    with pytest.raises(ConfigError, match=r"^MODEL: "):
         evaluated(name, config)
-    with pytest.raises(ConfigError, match="^--base: "):
+    with pytest.raises(ConfigError, match=r"^--base: "):
         base(name, str(tmp_path), config)
 
 
@@ -97,7 +97,7 @@ class TestBase:
 
     def test_it_is_not_known_without_a_run_or_of_random_weights(self, tmp_path):
         path, config = folder(tmp_path, "config.json")
-        with pytest.raises(ConfigError, match="nobody knows its base.*--base FOLDER"):
+        with pytest.raises(ConfigError, match=r"nobody knows its base.*--base FOLDER"):
             base("auto", path, config)
         path, config = folder(tmp_path, "run.yaml", "config.json", **{"model.init": "random"})
         with pytest.raises(ConfigError, match="began with random weights"):

@@ -7,46 +7,19 @@ import pytest
 import torch
 
 from repsft_fast import train
-from repsft_fast.commands.demo import build_tokenizer
 from repsft_fast.errors import ConfigError, DataError
 from repsft_fast.evaluate import decode
 from repsft_fast.state import state_hash
 from repsft_fast.training import trainer
 from repsft_fast.training.snapshots import closed_list
-from tests.helpers import runs
+from tests.helpers import runs, spelling
 
-WORDS = ["sun", "map", "top", "net", "rat", "pin", "dog", "tub"]
 TASKS = ("words", "choice")
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("spelling")
-    rows = [{"prompt": f"Reverse {word}", "completion": word[::-1]} for word in WORDS]
-    asked = [
-        {"prompt": row["prompt"], "answer": row["completion"], "group": row["prompt"][8]} for row in rows
-    ]
-    choices = [
-        {"question": f"What is {word} in reverse?", "choices": [word[::-1], word], "answer": 0}
-        for word in WORDS[:3]
-    ]
-    for name, part in (("train", rows[:6]), ("words", asked), ("choice", choices)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    build_tokenizer([" ".join(row.values()) for row in rows], 300, folder / "tokenizer")
-    return runs.settings(
-        folder,
-        model__config=runs.MODEL | {"vocab_size": 320, "eos_token_id": 3},
-        tokenizer__path=str(folder / "tokenizer"),
-        budget__epochs=60,
-        stop__token_accuracy=1.0,
-        evaluate__generate_samples=0,
-    )
-
-
-def tasks_of(settings, **changes):
-    folder = settings["data"]["train"].removesuffix("train.jsonl")
-    asked = {"source": f"{folder}words.jsonl", "max_tokens": 8, "extractor": "whole", "chat": False}
-    return {"words": asked | changes, "choice": {"source": f"{folder}choice.jsonl", "by": "likelihood"}}
+    return spelling.settings(tmp_path_factory.mktemp("spelling"))
 
 
 def events(folder, kind):
@@ -72,7 +45,11 @@ def run(settings, tmp_path, name="run", **changes):
 
 
 def test_a_run_is_judged_at_due_moments_and_at_its_end(settings, tmp_path):
-    changes = {"evaluate.tasks": tasks_of(settings), "evaluate.tasks_every_epochs": 20, "budget.epochs": 40}
+    changes = {
+        "evaluate.tasks": spelling.tasks(settings),
+        "evaluate.tasks_every_epochs": 20,
+        "budget.epochs": 40,
+    }
     result, _ = run(settings, tmp_path, **changes, **{"stop.token_accuracy": None})
     looks = events(tmp_path / "run", "tasks")
     assert [look["epoch"] for look in looks] == [20.0, 40.0, 40.0]  # the last: of the result
@@ -93,24 +70,24 @@ def test_a_run_is_judged_at_due_moments_and_at_its_end(settings, tmp_path):
 
 
 def test_prompts_in_another_form_than_is_trained_on_are_told(settings, tmp_path):
-    changes = {"evaluate.tasks": tasks_of(settings, chat=True), "budget.epochs": 1}
+    changes = {"evaluate.tasks": spelling.tasks(settings, chat=True), "budget.epochs": 1}
     run(settings, tmp_path, **changes)
     notes = [note["text"] for note in events(tmp_path / "run", "note")]
     words = "words: its prompts end in '<|end|><|assistant|>', and those that are trained on in ''"
     assert [note for note in notes if note.startswith(words)]
-    run(settings, tmp_path, "plain", **{"evaluate.tasks": tasks_of(settings), "budget.epochs": 1})
+    run(settings, tmp_path, "plain", **{"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 1})
     assert not [note["text"] for note in events(tmp_path / "plain", "note") if "another form" in note["text"]]
 
 
 def test_without_a_pace_of_its_own_it_is_judged_once(settings, tmp_path):
-    result, _ = run(settings, tmp_path, **{"evaluate.tasks": tasks_of(settings), "budget.epochs": 2})
+    result, _ = run(settings, tmp_path, **{"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 2})
     assert len(events(tmp_path / "run", "tasks")) == 1
     assert result.more["tasks"]["epoch"] == 2.0
 
 
 def test_a_run_that_is_looked_at_equals_one_that_is_not(settings, tmp_path):
     plain, before = run(settings, tmp_path, name="plain", **{"budget.epochs": 6})
-    tasks = tasks_of(settings, n=2)
+    tasks = spelling.tasks(settings, n=2)
     looked, after = run(
         settings, tmp_path, name="looked",
         **{"budget.epochs": 6, "evaluate.tasks": tasks, "evaluate.tasks_every_epochs": 0.5},
@@ -131,7 +108,7 @@ def test_what_goes_wrong_in_a_look_is_told_and_ends_nothing(settings, tmp_path, 
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(decode.Loop, "generate", fail)
-    result, _ = run(settings, tmp_path, **{"evaluate.tasks": tasks_of(settings), "budget.epochs": 2})
+    result, _ = run(settings, tmp_path, **{"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 2})
     assert result.success
     assert result.more["tasks"] is None
     assert any("evaluate.tasks: RuntimeError: no such kernel" in text for text in result.more["troubles"])
@@ -142,7 +119,7 @@ def test_want_of_memory_in_a_look_says_what_to_lower(settings, tmp_path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(decode.Loop, "generate", fail)
-    result, _ = run(settings, tmp_path, **{"evaluate.tasks": tasks_of(settings), "budget.epochs": 2})
+    result, _ = run(settings, tmp_path, **{"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 2})
     assert result.success
     assert any("lower evaluate.batch_replies" in text for text in result.more["troubles"])
 
@@ -157,7 +134,7 @@ def test_want_of_memory_in_a_look_says_what_to_lower(settings, tmp_path, monkeyp
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_told_before_work_is_spent(settings, tmp_path, changes, error, words):
-    given = {"evaluate.tasks": tasks_of(settings), "run.folder": str(tmp_path / "run"), **changes}
+    given = {"evaluate.tasks": spelling.tasks(settings), "run.folder": str(tmp_path / "run"), **changes}
     if changes.get("tokenizer.path", "") is None:
         runs.write_samples(tmp_path / "ids.jsonl", 8)
         given["data.train"] = str(tmp_path / "ids.jsonl")

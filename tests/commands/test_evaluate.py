@@ -1,0 +1,198 @@
+"""`repsft eval` on a tiny trained model: its table and files, going on after a kill, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repsft_fast import cli, train
+from repsft_fast.evaluate import decode
+from tests.helpers import spelling
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(the run's folder, its settings): a model that knows six of eight words."""
+    made = spelling.settings(tmp_path_factory.mktemp("spelling"))
+    torch.manual_seed(0)
+    result = train(made)
+    assert result.token_accuracy == 1.0
+    return Path(made["run"]["folder"]), made
+
+
+def evaluated(run, tmp_path, *flags, tasks=None):
+    """The exit code; the results, None where there are none."""
+    folder, made = run
+    tasks = json.dumps(spelling.tasks(made) if tasks is None else tasks)
+    code = cli.main(["eval", str(folder), "--tasks", tasks, "--to", str(tmp_path / "out"), *flags])
+    file = tmp_path / "out" / "results.json"
+    return code, json.loads(file.read_text()) if file.exists() else None
+
+
+def lines(tmp_path, model="model", task="words"):
+    text = (tmp_path / "out" / model / f"{task}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_table_and_the_files_say_the_same(run, tmp_path, capsys):
+    code, results = evaluated(run, tmp_path)
+    assert code == 0
+    words, choice = (results["model"]["tasks"][name] for name in ("words", "choice"))
+    assert words["acc"]["value"] == spelling.TRAINED / len(spelling.WORDS)
+    verdicts = [line["verdict"] for line in lines(tmp_path)[1:]]
+    assert verdicts.count("right") == spelling.TRAINED
+    assert words["lengths"]["replies"] == len(verdicts) == 8
+    assert choice["problems"] == 3
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("words"))
+    assert "75.0 %" in row
+    assert f"{100 * choice['accuracy']['value']:.1f} %" in printed
+    assert "in brackets: 95 % intervals over problems" in printed
+
+
+def test_several_replies_are_drawn_at_the_papers_temperature(run, tmp_path, capsys):
+    _, results = evaluated(run, tmp_path, "--replies", "4")
+    words = results["model"]["tasks"]["words"]
+    assert words["sampling"] == {"n": 4, "temperature": 0.6, "top_p": 0.95, "max_tokens": 8, "seed": 1}
+    assert set(words["pass_at"]) == set(words["first"]) == {"1", "2", "4"}
+    assert len(lines(tmp_path)) == 1 + 8 * 4
+    assert "choice: compares choices by likelihood" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_what_is_missing(run, tmp_path, monkeypatch):
+    _, whole = evaluated(run, tmp_path, "--replies", "3")
+    file = tmp_path / "out" / "model" / "words.jsonl"
+    data, results = file.read_bytes(), whole["model"]["tasks"]["words"]
+    file.write_bytes(data[: len(data) // 2])
+    kept = data[: len(data) // 2].count(b"\n") - 1
+    asked, generate = [], decode.Loop.generate
+
+    def counted(self, requests, *arguments, **more):
+        asked.extend(requests)
+        generate(self, requests, *arguments, **more)
+
+    monkeypatch.setattr(decode.Loop, "generate", counted)
+    _, again = evaluated(run, tmp_path, "--replies", "3")
+    assert len(asked) == 8 * 3 - kept
+    texts = [line["text"] for line in lines(tmp_path)[1:]]
+    assert texts == [json.loads(line)["text"] for line in data.splitlines()[1:]]
+    same = {
+        name: value
+        for name, value in results.items()
+        if name not in ("seconds", "generated_tokens", "entropy")
+    }
+    assert {name: again["model"]["tasks"]["words"][name] for name in same} == same
+    asked.clear()
+    evaluated(run, tmp_path, "--replies", "5")  # more of each go on from fewer
+    assert {request.draw for request in asked} == {3, 4}
+
+
+def test_kill_9_while_it_generates(run, tmp_path):
+    folder, made = run
+    command = [
+        sys.executable, "-c", "from tests.commands.test_evaluate import killed; killed()", str(folder),
+        json.dumps(spelling.tasks(made)), str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -9
+    assert len(lines(tmp_path)) == 1 + 3
+    code, results = evaluated(run, tmp_path)
+    assert code == 0
+    assert results["model"]["tasks"]["words"]["acc"]["value"] == 0.75
+    assert len(lines(tmp_path)) == 1 + 8
+
+
+def killed():
+    """`repsft eval` that is killed behind its third reply."""
+    import os
+    import signal
+
+    from repsft_fast.evaluate.record import Record
+
+    add, folder, tasks, out = Record.add, *sys.argv[1:]
+
+    def adding(self, *given):
+        add(self, *given)
+        if len(self.known) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Record.add = adding
+    cli.main(["eval", folder, "--tasks", tasks, "--to", out, "--evaluate.batch_replies", "2"])
+
+
+def test_replies_of_another_evaluation_are_not_taken_for_these(run, tmp_path, capsys):
+    evaluated(run, tmp_path)
+    before = lines(tmp_path)
+    code, _ = evaluated(run, tmp_path, "--temperature", "0.5")
+    assert code == 2
+    said = capsys.readouterr().err
+    assert "holds replies of another evaluation: temperature differs" in said
+    assert "give another folder" in said
+    assert lines(tmp_path) == before
+
+
+def test_a_base_stands_beside_it_with_differences(run, tmp_path, capsys):
+    _, made = run
+    torch.manual_seed(1)
+    other = train(made, {"run.folder": str(tmp_path / "other"), "budget.epochs": 1})
+    code, results = evaluated(run, tmp_path, "--base", str(other.folder))
+    assert code == 0
+    mine, theirs = (results[name]["tasks"]["words"]["acc"]["value"] for name in ("model", "base"))
+    assert results["differences"]["words"]["value"] == pytest.approx(mine - theirs)
+    assert f"words: model − base {100 * (mine - theirs):+.1f} points" in capsys.readouterr().out
+    assert len(lines(tmp_path, "base")) == 9
+
+
+def test_rows_are_scored_without_generating(run, tmp_path, capsys):
+    folder, made = run
+    code = cli.main(["eval", str(folder), "--rows", made["data"]["train"], "--to", str(tmp_path / "out")])
+    assert code == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["model"]["rows"]
+    assert (rows["samples"], rows["token_accuracy"], rows["exact_match"]) == (6, 1.0, 1.0)
+    assert {"loss", "entropy", "top1_probability", "margin"} <= rows.keys()
+    assert "token accuracy" in capsys.readouterr().out
+
+
+def test_as_json_nothing_else_is_on_standard_output(run, tmp_path, capsys):
+    _, results = evaluated(run, tmp_path, "--json")
+    assert json.loads(capsys.readouterr().out) == results
+
+
+def test_a_runs_own_tasks_are_asked_where_none_are_named(run, tmp_path):
+    _, made = run
+    folder = tmp_path / "run"
+    train(made, {"run.folder": str(folder), "budget.epochs": 1, "evaluate.tasks": spelling.tasks(made)})
+    assert cli.main(["eval", str(folder), "--to", str(tmp_path / "out")]) == 0
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["model"]["tasks"]) == {
+        "words",
+        "choice",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--tasks: nothing is asked; name a task"),
+        (["--tasks", "{x: {source: none.jsonl}}"], "none.jsonl"),
+        (["--tasks", "{x: {source: none.jsonl, n: 2, temperature: 0}}"], "one reply 2 times"),
+        (["--tasks", "none.jsonl", "--replies", "0"], "evaluate.tasks [none.n]: cannot be used"),
+        (["--tasks", "none.jsonl", "--replies", "two"], "--replies: cannot be used"),
+        (["--tasks", "none.jsonl", "--engine", "fast"], "evaluate.engine: cannot be used"),
+        (["--tasks", "none.jsonl", "--base", "auto"], "--base: the run began with random weights"),
+        (["--rows", "{}"], "--rows: names no source"),
+        (["--taks", "x"], "--taks is not an option; did you mean --tasks?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_refused(run, tmp_path, capsys, flags, words):
+    code = cli.main(["eval", str(run[0]), "--to", str(tmp_path / "out"), *flags])
+    assert code in (1, 2)
+    assert words in capsys.readouterr().err.replace("\n    ", " ")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
+    assert (
+        cli.main(["eval", str(tmp_path / "none"), "--tasks", "a.jsonl", "--to", str(tmp_path / "out")]) == 2
+    )
