@@ -10,7 +10,7 @@ import torch
 
 from repsft_fast import cli, train
 from repsft_fast.evaluate import decode
-from tests.helpers import spelling
+from tests.helpers import ranks, spelling
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,48 @@ def test_replies_of_another_evaluation_are_not_taken_for_these(run, tmp_path, ca
     assert "holds replies of another evaluation: temperature differs" in said
     assert "give another folder" in said
     assert lines(tmp_path) == before
+
+
+def on_ranks(world, folder, tasks, rows, out):
+    return cli.main(["eval", folder, "--tasks", tasks, "--rows", rows, "--replies", "2", "--to", out])
+
+
+def test_ranks_share_the_prompts_and_find_what_one_finds(run, tmp_path):
+    folder, made = run
+    tasks, rows = json.dumps(spelling.tasks(made)), made["data"]["train"]
+    found = []
+    for name, size in (("two", 2), ("alone", 1), ("three", 3)):
+        out = str(tmp_path / name)
+        assert ranks.run_ranks(on_ranks, str(folder), tasks, rows, out, size=size) == [0] * size
+        results = json.loads(Path(out, "results.json").read_text())
+        texts = (Path(out) / "model" / "words.jsonl").read_text().splitlines()
+        replies = [
+            [json.loads(line)[key] for key in ("prompt", "draw", "ids", "verdict")] for line in texts[1:]
+        ]
+        assert results["ranks"] == size
+        scores = results["model"]["tasks"]
+        found.append((replies, scores["words"]["acc"], scores["words"]["pass_at"], scores["choice"]["accuracy"],
+                      results["model"]["rows"]["loss"]))  # fmt: skip
+        assert sorted(p.name for p in (Path(out) / "model").iterdir()) == ["words.jsonl"]
+    assert found[0] == found[1] == found[2]
+
+
+def test_ranks_go_on_from_what_any_of_them_had(run, tmp_path):
+    folder, made = run
+    tasks, rows = json.dumps(spelling.tasks(made)), made["data"]["train"]
+    given = (str(folder), tasks, rows, str(tmp_path / "out"))
+    ranks.run_ranks(on_ranks, *given)
+    before = lines(tmp_path)
+    assert ranks.run_ranks(on_ranks_that_generate_nothing, *given) == [0, 0]
+    assert lines(tmp_path) == before
+
+
+def on_ranks_that_generate_nothing(world, *given):
+    def fail(self, requests, *_, **__):
+        raise AssertionError(f"{len(requests)} replies are asked again")
+
+    decode.Loop.generate = fail
+    return on_ranks(world, *given)
 
 
 def test_a_base_stands_beside_it_with_differences(run, tmp_path, capsys):

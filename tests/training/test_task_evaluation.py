@@ -12,7 +12,7 @@ from repsft_fast.evaluate import decode
 from repsft_fast.state import state_hash
 from repsft_fast.training import trainer
 from repsft_fast.training.snapshots import closed_list
-from tests.helpers import runs, spelling
+from tests.helpers import ranks, runs, spelling
 
 TASKS = ("words", "choice")
 
@@ -101,6 +101,52 @@ def test_a_run_that_is_looked_at_equals_one_that_is_not(settings, tmp_path):
     )
     assert lines == others
     assert (plain.updates, plain.token_accuracy) == (looked.updates, looked.token_accuracy)
+
+
+def on_ranks(world, settings, folder, changes):
+    torch.manual_seed(0)
+    train(settings, {"run.folder": folder, **changes})
+
+
+def test_ranks_that_share_a_model_walk_in_step_and_find_what_one_finds(settings, tmp_path):
+    """Several words end at different places: a rank that leaves a batch alone would leave the others waiting."""
+    changes = {
+        "evaluate.tasks": spelling.tasks(settings),
+        "evaluate.tasks_every_epochs": 20,
+        "budget.epochs": 40,
+    }
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        ranks.run_ranks(on_ranks, settings, str(folder), changes, size=size)
+        looks = events(folder, "tasks")
+        found.append([
+            (look["epoch"], look["tasks"]["words"]["acc"], look["tasks"]["words"]["lengths"], look["tasks"]["choice"]["accuracy"])
+            for look in looks
+        ])  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+
+
+def full_on_one(world, settings, folder, changes):
+    forward = decode.Loop.forward
+
+    def full(self, ids, *arguments):
+        if world.rank == 1 and ids.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, ids, *arguments)
+
+    decode.Loop.forward = full
+    result = train(settings, {"run.folder": folder, **changes})
+    return result.success, result.more["troubles"]
+
+
+def test_memory_that_runs_out_on_one_rank_ends_the_look_on_all(settings, tmp_path):
+    changes = {"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 2}
+    (success, troubles), other = ranks.run_ranks(full_on_one, settings, str(tmp_path / "run"), changes)
+    assert success
+    assert other[0]
+    assert any("evaluate.tasks: out of memory" in text for text in troubles)
 
 
 def test_what_goes_wrong_in_a_look_is_told_and_ends_nothing(settings, tmp_path, monkeypatch):
