@@ -30,6 +30,9 @@ THROUGH = {
         "shards": ["hostile/test_checkpoints", "checkpoint/test_hostsum"],
     },
     "commands": {
+        "evaluate_progress": ["commands/test_evaluate"],
+        "evaluate_rows": ["commands/test_evaluate"],
+        "evaluate_table": ["commands/test_evaluate"],
         "bench": ["test_cli"],
         "demo": ["commands/test_verbs"],
         "doctor": ["commands/test_verbs"],
@@ -87,9 +90,16 @@ THROUGH = {
         "watch": ["distributed/test_lost"],
         "world": ["distributed/test_collectives"],
     },
+    "suite": {
+        "engines": ["training/test_task_evaluation"],
+        "evaluation": ["commands/test_evaluate", "training/test_task_evaluation"],
+        "results": ["commands/test_evaluate"],
+        "tasks": ["commands/test_evaluate", "training/test_task_evaluation"],
+    },
     "evaluate": {
         "answered": ["evaluate/test_teacher_forced"],
-        "asked": ["evaluate/test_teacher_forced"],
+        "asked": ["evaluate/test_record"],
+        "replies": ["commands/test_evaluate"],
         "generate": ["evaluate/test_teacher_forced"],
     },
     "models": {
