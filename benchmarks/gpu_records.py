@@ -64,10 +64,11 @@ PARTS = (
     Part("H", "masked and memorised rows", "rows", 30, 45, 10, interpreted=True),
     Part("I", "optimizers, snapshots, a checkpoint", "state", 65, 95, 20),
     Part("J", "captured rows", "graphs", 20, 40, 10),
+    Part("V", "replies by every engine", "replies", 240, 420, 60),
     Part("P", "a pretrained model", "pretrained", 90, 240, 40),
     Part("M", "tasks that overfit at different times", "overfit", 360, 1800, 140),
 )
-ALONE = {"P", "M"}  # never with the others, nor together
+ALONE = {"V", "P", "M"}  # never with the others, nor together
 LETTERS = "".join(part.letter for part in PARTS)
 
 
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--commit", help="the commit that was copied here, where there is no git history")
     parser.add_argument(
-        "--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but P, M)"
+        "--parts", help=f"letters of {LETTERS}, as C,E; A comes first in any case (all but V, P, M)"
     )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rehearsal (1)")
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def chosen(letters: str | None) -> list[Part]:
     """The parts asked for, in their own order, A always among them. ValueError for an unknown letter, or
-    for P or M among others."""
+    for V, P or M among others."""
     if letters is None:
         return [part for part in PARTS if part.letter not in ALONE]
     asked = {letter.strip().upper() for letter in letters.split(",") if letter.strip()}
