@@ -91,6 +91,7 @@ THROUGH = {
         "answered": ["evaluate/test_teacher_forced"],
         "asked": ["evaluate/test_teacher_forced"],
         "generate": ["evaluate/test_teacher_forced"],
+        "judge_worker": ["evaluate/test_judging"],
     },
     "models": {
         "configuration": ["models/test_load"],

@@ -128,7 +128,7 @@ def _value(digits: str) -> Fraction | None:
     return None
 
 
-_COMMAND = re.compile(r"\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+")
 _FUNCTIONS = set(
     re.findall(
         r"\w+",
@@ -137,7 +137,7 @@ _FUNCTIONS = set(
 )
 # rows of numbers, dates and ranges, times and versions: none of them is a sum, a difference or a quotient
 _NO_MATHEMATICS = re.compile(
-    r".*\d\s+[-−]?[\d.].*|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
+    r".*(?<![_\d])\d+\s+[-−]?[\d.].*|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
 )
 
 
