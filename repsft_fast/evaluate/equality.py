@@ -22,7 +22,8 @@ _WRAPPED = re.compile(
 _UNIT = re.compile(
     r"(?:\\[,;:! ]|~|\s)*(?:(?P<degrees>\^\s*\{?\s*\\circ\s*\}?|°)"
     r"|\\(?:text|mathrm|mbox)\s*\{[\s~]*(?P<set>[A-Za-z][A-Za-z ]*?)[\s~.]*\}"
-    r"|\s(?P<plain>(?:square |cubic )?[A-Za-z]{2,}|[a-zA-Z](?<![x-z])))(?:\^\{?\d\}?)?$"
+    r"|\s(?P<plain>(?:square |cubic )?[A-Za-z]{2,}|[a-zA-Z](?<![x-z]))"
+    r"|(?<=\d)(?P<glued>kg|mg|km|cm|mm|ml|lbs?|ft|oz|mph|am|pm))(?:\^\{?\d\}?)?$"
 )
 _NO_UNIT = {"or", "and", "not", "to", "plus", "minus", "times", "is", "than", "if", "pi", "in"}
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -79,7 +80,7 @@ def _normal(text: str) -> str:
     text, before = " ".join(text.split()), None
     while text != before:
         before = text
-        text = text.strip().strip("$").rstrip(".").strip()
+        text = text.strip().strip("$").rstrip(".,;").strip()
         if wrapped := _WRAPPED.fullmatch(text):
             text = next(part for part in wrapped.groups() if part is not None)
     return text
@@ -90,7 +91,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     found = _UNIT.search(text)
     if found is None or not any(c.isdigit() for c in text[: found.start()]):
         return text, ""
-    unit = "°" if found["degrees"] else (found["set"] or found["plain"]).lower()
+    unit = "°" if found["degrees"] else (found["set"] or found["plain"] or found["glued"]).lower()
     return (text, "") if unit in _NO_UNIT else (text[: found.start()], "°" if unit == "degrees" else unit)
 
 

@@ -219,14 +219,14 @@ def _figures(above: np.ndarray, below: np.ndarray, bounds: Sequence[tuple[float,
     problems = len(above)
     table = np.concatenate([above, below], axis=1)
     sums = np.empty((RESAMPLES, table.shape[1]))
-    at_once = max(1, (1 << 20) // problems)
+    at_once = max(1, (1 << 15) // problems)
     for first in range(0, RESAMPLES, at_once):
         count = min(at_once, RESAMPLES - first)
         # a remainder of 2^64: its bias is far below what a double can show
         drawn = words(key_of("bootstrap", first), count * problems) % np.uint64(problems)
         cells = drawn.astype(np.int64) + np.repeat(np.arange(count) * problems, problems)
         times = np.bincount(cells, minlength=count * problems).reshape(count, problems)
-        sums[first : first + count] = times @ table
+        sums[first : first + count] = times.astype(float) @ table
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = sums[:, : above.shape[1]] / sums[:, above.shape[1] :]
         own = above / below
