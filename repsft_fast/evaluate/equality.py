@@ -67,6 +67,8 @@ def same_by_text(got: str | None, reference: str) -> bool | None:
 def as_expressions(got: str, reference: str) -> tuple[str, str] | None:
     """Both as math-verify shall read them; None where one of them is no mathematics, or their units differ:
     they are not the same."""
+    if max(len(got), len(reference)) > LONGEST:
+        return None
     (got, unit), (reference, other) = _split_unit(_normal(got)), _split_unit(_normal(reference))
     if unit != other and ((unit and other) or _SCALES.keys() & {unit, other}):
         return None
@@ -78,7 +80,7 @@ def as_expressions(got: str, reference: str) -> tuple[str, str] | None:
 def _normal(text: str) -> str:
     """On one line, without what only wraps it."""
     text, before = " ".join(text.split()), None
-    while text != before:
+    while text != before and len(text) <= LONGEST_NUMBER:
         before = text
         text = text.strip().strip("$").rstrip(".,;").strip()
         if wrapped := _WRAPPED.fullmatch(text):
@@ -138,13 +140,14 @@ _FUNCTIONS = set(
 )
 # rows of numbers, dates and ranges, times and versions: none of them is a sum, a difference or a quotient
 _NO_MATHEMATICS = re.compile(
-    r".*(?<![_\d])\d+\s+[-−]?[\d.].*|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
+    r".*(?<![_\d])\d+\s+[\d.].*|[-−]?[\d.]+(?:\s+[-−]?[\d.]+)+"
+    r"|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
 )
 
 
 def _is_expression(text: str) -> bool:
     """Whether it may be read as mathematics: signs of it, and no words but names of functions."""
-    if len(text) > LONGEST or _NO_MATHEMATICS.fullmatch(text):
+    if _NO_MATHEMATICS.fullmatch(text):
         return False
     bare = _COMMAND.sub(" ", text)
     words = {word.lower() for word in re.findall(r"[^\W\d_]{3,}", bare)}
