@@ -101,6 +101,7 @@ THROUGH = {
         "asked": ["evaluate/test_record"],
         "replies": ["commands/test_evaluate"],
         "generate": ["evaluate/test_teacher_forced"],
+        "judge_worker": ["evaluate/test_judging"],
     },
     "models": {
         "configuration": ["models/test_load"],

@@ -9,8 +9,8 @@ from repsft_fast.evaluate.extraction import boxed, spoken
 LETTERS = "ABCDEFGHIJ"
 
 _FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|mbox|boldsymbol)\s*(?=\{)")
-_OPEN, _CLOSE = r"[\s*_$(\[{\"'“‘`]*", r"[\s*_$)\]}\"'”’`]*"
-_IS = r"(?:\s*(?:is|was|would be|should be|must be|has to be|=|:|-|–|—|\*\*|__))+"
+_OPEN, _CLOSE = r"[\s*_$(\[{\"'“‘`]{0,6}", r"[\s*_$)\]}\"'”’`]{0,6}"
+_IS = r"(?:\s*(?:is|was|would be|should be|must be|has to be|=|:|-|–|—|\*\*|__)){1,3}"
 _NAMED = r"(?:(?:option|choice|letter|answer)\s+)?"
 # What `A` may go on with where it is no article.
 _GOES_ON = r"(?:because|since|as|is|was|and|or|for|with|due|which|based|would|can)\b"
@@ -28,7 +28,7 @@ _LINE = re.compile(
     rf"^{_OPEN}([A-Z])(?:{_CLOSE}[.,]?{_CLOSE}$|{_CLOSE}[.):]{_CLOSE}(?=\s)(?!\s+{_GOES_ON}))", re.MULTILINE
 )
 _MARKED = re.compile(r"(?<!not )(?:\(([A-Z])\)|\*\*\(?([A-Z])[).:]?\*\*)")
-_LONE = re.compile(rf"(?<![A-Za-z'’-])(?<!not )([A-HJ])(?![A-Za-z'’-]|{_ARTICLE})")
+_LONE = re.compile(rf"(?<![A-Za-z'’-])(?<!not )(?<!not \()([A-HJ])(?![A-Za-z'’-]|{_ARTICLE})")
 
 
 def choice(text: str, count: int = len(LETTERS)) -> str | None:
@@ -40,7 +40,7 @@ def choice(text: str, count: int = len(LETTERS)) -> str | None:
     is no choice is none either.
     """
     letter = _of_box(boxed(text))
-    text = _FONT.sub("", spoken(text))
+    text = re.sub(r"(\s)\s+", r"\1", _FONT.sub("", spoken(text)))
     stated = list(_STATED.finditer(text))
     if letter is None and stated:
         letter = "".join(part for part in stated[-1].groups() if part).upper()

@@ -22,7 +22,8 @@ _WRAPPED = re.compile(
 _UNIT = re.compile(
     r"(?:\\[,;:! ]|~|\s)*(?:(?P<degrees>\^\s*\{?\s*\\circ\s*\}?|°)"
     r"|\\(?:text|mathrm|mbox)\s*\{[\s~]*(?P<set>[A-Za-z][A-Za-z ]*?)[\s~.]*\}"
-    r"|\s(?P<plain>(?:square |cubic )?[A-Za-z]{2,}|[a-zA-Z](?<![x-z])))(?:\^\{?\d\}?)?$"
+    r"|\s(?P<plain>(?:square |cubic )?[A-Za-z]{2,}|[a-zA-Z](?<![x-z]))"
+    r"|(?<=\d)(?P<glued>kg|mg|km|cm|mm|ml|lbs?|ft|oz|mph|am|pm))(?:\^\{?\d\}?)?$"
 )
 _NO_UNIT = {"or", "and", "not", "to", "plus", "minus", "times", "is", "than", "if", "pi", "in"}
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -66,6 +67,8 @@ def same_by_text(got: str | None, reference: str) -> bool | None:
 def as_expressions(got: str, reference: str) -> tuple[str, str] | None:
     """Both as math-verify shall read them; None where one of them is no mathematics, or their units differ:
     they are not the same."""
+    if max(len(got), len(reference)) > LONGEST:
+        return None
     (got, unit), (reference, other) = _split_unit(_normal(got)), _split_unit(_normal(reference))
     if unit != other and ((unit and other) or _SCALES.keys() & {unit, other}):
         return None
@@ -77,9 +80,9 @@ def as_expressions(got: str, reference: str) -> tuple[str, str] | None:
 def _normal(text: str) -> str:
     """On one line, without what only wraps it."""
     text, before = " ".join(text.split()), None
-    while text != before:
+    while text != before and len(text) <= LONGEST_NUMBER:
         before = text
-        text = text.strip().strip("$").rstrip(".").strip()
+        text = text.strip().strip("$").rstrip(".,;").strip()
         if wrapped := _WRAPPED.fullmatch(text):
             text = next(part for part in wrapped.groups() if part is not None)
     return text
@@ -90,7 +93,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     found = _UNIT.search(text)
     if found is None or not any(c.isdigit() for c in text[: found.start()]):
         return text, ""
-    unit = "°" if found["degrees"] else (found["set"] or found["plain"]).lower()
+    unit = "°" if found["degrees"] else (found["set"] or found["plain"] or found["glued"]).lower()
     return (text, "") if unit in _NO_UNIT else (text[: found.start()], "°" if unit == "degrees" else unit)
 
 
@@ -128,7 +131,7 @@ def _value(digits: str) -> Fraction | None:
     return None
 
 
-_COMMAND = re.compile(r"\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+")
 _FUNCTIONS = set(
     re.findall(
         r"\w+",
@@ -137,13 +140,14 @@ _FUNCTIONS = set(
 )
 # rows of numbers, dates and ranges, times and versions: none of them is a sum, a difference or a quotient
 _NO_MATHEMATICS = re.compile(
-    r".*\d\s+[-−]?[\d.].*|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
+    r".*(?<![_\d])\d+\s+[\d.].*|[-−]?[\d.]+(?:\s+[-−]?[\d.]+)+"
+    r"|\d+(?:\s*[-−–]\s*\d+)+|\d+(?:[/:.]\d+){2,}|.*\d:\d\d\s*[AaPp]\.?[Mm].*"
 )
 
 
 def _is_expression(text: str) -> bool:
     """Whether it may be read as mathematics: signs of it, and no words but names of functions."""
-    if len(text) > LONGEST or _NO_MATHEMATICS.fullmatch(text):
+    if _NO_MATHEMATICS.fullmatch(text):
         return False
     bare = _COMMAND.sub(" ", text)
     words = {word.lower() for word in re.findall(r"[^\W\d_]{3,}", bare)}

@@ -26,7 +26,7 @@ from repsft_fast.evaluate.equality import as_expressions, same_by_text
 
 Verdict = Literal["right", "wrong", "undecided"]
 
-SECONDS, MEMORY_BYTES = 5.0, 4 << 30  # for one pair; of address space, of one process
+SECONDS, MEMORY_BYTES = 5.0, 1 << 30  # for one pair; of address space, of one process
 START_SECONDS = 120.0
 _WORKER = Path(__file__).with_name("judge_worker.py")
 
