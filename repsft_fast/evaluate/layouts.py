@@ -20,13 +20,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from repsft_fast.data.tool_calls import text_of
+from repsft_fast.data.columns import says_nothing
+from repsft_fast.data.tool_calls import shown, text_of
 from repsft_fast.data.turns import read_turns
 from repsft_fast.errors import DataError, describe, did_you_mean
 from repsft_fast.evaluate.answers import hashes, last_number
 from repsft_fast.seeded import key_of, permutation
 
 LETTERS = "ABCDEFGHIJ"  # a multiple choice has no more
+# Columns that hold a part of the question, which no layout has a place for: without it another is asked.
+HELD = ("system", "system prompt", "tools", "functions", "history", "context", "passage")
+HELD += ("image", "images", "audio", "video")
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def said(value: object, place: str) -> str:
             )
         return text
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        got = "null or nothing" if value is None else repr(value)
+        got = shown(value)
         raise DataError(
             describe(place, "is neither text nor a number", expected=expected, got=got, todo=todo)
         )
@@ -153,9 +157,14 @@ def detect(row: Fields) -> str:
 
 
 def check(row: Fields, layout: str) -> None:
-    """DataError naming the first column that a row of this layout lacks."""
-    needed = LAYOUTS[layout].needed
-    for names in needed:
+    """DataError naming the first column that a row of this layout lacks, or that holds more of the question
+    than it reads."""
+    for held in HELD:
+        if row.has(held) and not says_nothing(row._values[held]):
+            todo = "write it into the prompt (a system prompt as a turn of messages), or remove the column"
+            wrong = "holds a part of the question, and is not read"
+            raise DataError(describe(row.place(held), wrong, got=shown(row._values[held]), todo=todo))
+    for names in LAYOUTS[layout].needed:
         if not row.has(*names):
             expected = "|".join(names)
             got = ", ".join(row.columns) or "no column"
@@ -220,7 +229,7 @@ def _aime(row: Fields, seed: int) -> Item:
                 place,
                 "is no answer of AIME",
                 expected="a whole number of 0 to 999",
-                got=repr(value),
+                got=shown(value),
                 todo=todo,
             )
         )
@@ -244,7 +253,7 @@ def _gsm8k(row: Fields, seed: int) -> Item:
     if not number or last_number(number) != number:
         todo = "end it with a line of #### and the number"
         raise DataError(
-            describe(place, "ends in no number", expected="#### 42", got=repr(answer)[-80:], todo=todo)
+            describe(place, "ends in no number", expected="#### 42", got=shown(answer)[-80:], todo=todo)
         )
     return Item(row.text("question"), number, name=row.label("id"))
 
@@ -276,7 +285,7 @@ def _choices(row: Fields) -> tuple[str, ...]:
     value, place = row.get("choices", "options")
     if not isinstance(value, list | tuple):
         todo = "write them as a list of texts (in a .csv as columns A, B, C …)"
-        raise DataError(describe(place, "is not a list of choices", got=repr(value), todo=todo))
+        raise DataError(describe(place, "is not a list of choices", got=shown(value), todo=todo))
     return _checked([said(item, f"{place}[{n}]") for n, item in enumerate(value)], place)
 
 
@@ -308,9 +317,9 @@ def _choice(row: Fields, choices: tuple[str, ...], *, by_text: bool) -> str:
     if meant:
         named = " and ".join(f"{letters[n]} ({choices[n]!r})" for n in sorted(meant))
         wrong, todo = f"could mean {named}", "write it in the way that can mean one alone"
-        raise DataError(describe(place, wrong, got=repr(value), todo=todo))
+        raise DataError(describe(place, wrong, got=shown(value), todo=todo))
     raise DataError(
-        describe(place, "is none of the choices", expected=expected, got=repr(value), todo="mend it")
+        describe(place, "is none of the choices", expected=expected, got=shown(value), todo="mend it")
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from repsft_fast.data.filetypes import stem_of
 from repsft_fast.data.gym import SCHEME, gym_rows, is_gym_source
 from repsft_fast.data.source import Source
-from repsft_fast.data.sources import SourceSpec, list_sources, open_rows, without_copies
+from repsft_fast.data.sources import list_sources, open_rows, without_copies
 from repsft_fast.data.text_rows import BadRow
 from repsft_fast.errors import ConfigError, DataError, describe, did_you_mean
 from repsft_fast.evaluate.asked import Problem, Sampling, Task
@@ -28,7 +28,8 @@ BARE = ("question", "A", "B", "C", "D", "answer")
 
 def read_task(
     name: str,
-    source: SourceSpec,  # path(s), a folder, a hub id ("owner/name" or "owner/name:subset"), reasoning-gym:…
+    # path(s), a folder, a hub id ("owner/name" or "owner/name:subset"), reasoning-gym:TASK?size=…&seed=…
+    source: str | Path | Sequence[str | Path],
     *,
     layout: str = "auto",  # a key of layouts.LAYOUTS; auto: by the columns of the first row
     kind: str = "auto",  # generate | choice (by log-likelihood); auto: as the layout has it
@@ -120,7 +121,7 @@ def _gym_items(source: str, layout: str, where: str) -> tuple[str, list[tuple[It
 
 
 def _file_items(
-    source: SourceSpec, layout: str, split: str, seed: int, notes: list[str]
+    source: str | Path | Sequence[str | Path], layout: str, split: str, seed: int, notes: list[str]
 ) -> tuple[str, list[tuple[Item, str]]]:
     """(the layout, (item, its place) of every row)."""
     listed = list_sources(source, split, beside=())

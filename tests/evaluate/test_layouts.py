@@ -1,6 +1,8 @@
 """What of a row is the question, the answer, the choices and the group; and what is refused, with its place."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repsft_fast.errors import DataError
 from repsft_fast.evaluate.layouts import LAYOUTS, Fields, Item, check, detect
@@ -126,6 +128,9 @@ def test_the_order_of_gpqas_choices_follows_from_the_question_and_the_seed_alone
         ({**MMLU, "answer": None}, "columns of no layout"),
         ({"question": "q", "A": "x", "C": "y", "answer": "A"}, "lacks a choice, got a, c"),
         ({**GPQA, "Incorrect Answer 2": "right "}, "two choices of one text.*got 'right'"),
+        ({"prompt": "p", "answer": 1, "System": "Be terse."}, "field 'System': holds a part of the question, and is not read.*got 'Be terse.'"),
+        ({**MMLU, "image": {"bytes": "…"}}, "field 'image': holds a part of the question"),
+        ({"question": "q", "context": "c", "answer": "x #### 1"}, "field 'context': holds a part of the question"),
         ({"question": "q", "answer": "sum ####"}, "field 'answer': ends in no number, expected #### 42"),
         ({"question": "q", "answer": "#### 10:30"}, "ends in no number"),
     ],
@@ -151,6 +156,58 @@ def test_rows_that_cannot_be_asked_or_judged_are_refused_with_their_place(row, w
 def test_rows_that_are_not_of_the_layout_that_was_named(row, layout, words):
     with pytest.raises(DataError, match=rf"^f.jsonl:3.*{words}"):
         read(row, layout)
+
+
+def test_columns_of_a_part_of_the_question_that_say_nothing_are_let_pass():
+    assert read({"prompt": "p", "answer": 1, "tools": [], "system": ""}).question == "p"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from("AB01"),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+NAMES = [
+    "prompt",
+    "messages",
+    "answer",
+    "choices",
+    "group",
+    "id",
+    "question",
+    "problem",
+    "subject",
+    "A",
+    "B",
+    "C",
+]
+NAMES += ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "options", "level", "system"]
+
+
+GOOD = [
+    {"prompt": "p", "answer": "A"},
+    {"question": "q", "answer": "#### 1"},
+    {"problem": "p", "answer": 7},
+    MMLU,
+    GPQA,
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(GOOD), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+def test_whatever_stands_in_a_row_is_read_or_refused(good, changes):
+    try:
+        item = read({**good, **changes})
+    except DataError:
+        return
+    assert item.question.strip()
+    assert item.answer
+    assert isinstance(item.answer + item.group + item.name, str)
+    if item.choices:
+        assert item.answer in "ABCDEFGHIJ"[: len(item.choices)]
+        assert len(set(item.choices)) == len(item.choices) >= 2
 
 
 def test_columns_that_are_read_are_told_from_those_that_are_not():
