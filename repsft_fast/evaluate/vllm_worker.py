@@ -10,7 +10,7 @@ It knows the standard library and vllm, nothing of ours: it may run under a Pyth
     replies.jsonl   {"id", "ids", "reason"} as replies end; "reason" as vLLM has it: stop, length, …
     alive           touched while there is progress
 
-After the probe it waits for one line on stdin: until then nothing is generated. When stdin closes, the parent
+After the probe it waits for a word on stdin: until then nothing is generated. When stdin closes, the parent
 is gone, and so are this process and those that vLLM started.
 """
 
@@ -37,9 +37,9 @@ def main(folder: Path) -> None:
 
 
 def _watch(go: threading.Event) -> None:
-    if sys.stdin.buffer.readline():
+    # Not through sys.stdin: a thread that waits in it spoils the end of the interpreter.
+    while os.read(0, 1):
         go.set()
-        sys.stdin.buffer.read()
     if os.getpgrp() == os.getpid():  # else the group is somebody else's
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
@@ -73,7 +73,9 @@ def _answer(llm: Any, folder: Path) -> None:
     asked = [SamplingParams(**request["sampling"]) for request in requests]
     numbers = llm.enqueue(prompts, asked, use_tqdm=False)
     # What comes back is named by the number alone, without what vLLM adds to it.
-    named = {number.partition("-")[0]: request["id"] for number, request in zip(numbers, requests, strict=True)}
+    named = {
+        number.partition("-")[0]: request["id"] for number, request in zip(numbers, requests, strict=True)
+    }
     with open(folder / "replies.jsonl", "a", encoding="utf-8") as file:
         while llm.llm_engine.has_unfinished_requests():
             ended = [output for output in llm.llm_engine.step() if output.finished]
