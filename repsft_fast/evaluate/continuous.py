@@ -30,7 +30,7 @@ PAGE_TOKENS = 256  # of the cache: transformers' own default
 MOST_AT_ONCE = 1024  # requests in a batch: its default too
 RESERVE_BYTES = 2 << 30  # of a GPU's free memory, left alone
 HOST_SHARE = 0.5  # of the host memory that is available, at most
-PROBED_TOKENS = 4  # generated after each prompt of the probe, so that cached keys are read too
+PROBED_TOKENS = 8  # generated after each prompt of the probe, so that cached keys are read too
 
 
 def serves(model: Any) -> str | None:

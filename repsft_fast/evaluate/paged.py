@@ -1,9 +1,10 @@
 """The attention of continuous batching: the new tokens of many requests in one row, each request seeing its
 own cache.
 
-transformers takes for a flash kernel whatever attention has the word in its name: it then builds no mask, which
-would grow with (new tokens) · (all cached tokens), and hands over the borders. On CUDA in half precision the
-kernel is torch's own varlen attention, the one that training uses; on a CPU one SDPA a request.
+transformers takes for a flash kernel whatever attention has the word in its name: it then builds no mask,
+which would grow with (new tokens) · (all cached tokens), and hands over the borders. On CUDA in half
+precision the kernel is torch's own varlen attention, the one that training uses (unmeasured here: no GPU has
+run it); on a CPU one SDPA a request.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def paged_attention(
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: dict[str, Any], rule: Rule) -> Tensor:
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    groups, options = q.shape[1] // k.shape[1], {}
+    groups = q.shape[1] // k.shape[1]
+    options: dict[str, Any] = {}
     if groups > 1 and takes_grouped_heads(q.device):
         options["enable_gqa"] = True
     elif groups > 1:

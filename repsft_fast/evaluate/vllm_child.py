@@ -1,8 +1,8 @@
 """Replies by vLLM in a child process, on a saved model's folder. Untried on a real engine.
 
-In this process it could share memory with training, and was seen to answer with base weights there. Requests
-and replies are files (`evaluate.vllm_worker` says which), so a killed evaluation goes on where it was: what is
-answered is not asked again. No reply is taken before the child has passed the probe (`evaluate.identity`).
+Inside the training process it was seen to answer with base weights (TRL #5312). Requests and replies are
+files (`evaluate.vllm_worker` says which), so a killed evaluation goes on where it was: what is answered is
+not asked again. No reply is taken before the child has passed the probe (`evaluate.identity`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from repsft_fast import seeded
 from repsft_fast.errors import ConfigError, TrainingError, describe
 from repsft_fast.evaluate import vllm_worker
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
-from repsft_fast.evaluate.identity import Scored, check_identity
+from repsft_fast.evaluate.identity import Bound, Scored, check_identity
 from repsft_fast.files import replace_file
 
 WHERE = "engine vllm"
 LOG_TAIL = 2000  # characters of the child's log in an error
 LOOK_S, END_S = 0.1, 10.0  # between looks at its files; for it to end when asked
 # What a launcher says to its ranks: the child is none of them.
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
-_LAUNCHER += ("MASTER_PORT", "TORCHELASTIC_RUN_ID")
+_LAUNCHER = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+}  # fmt: skip
 # Temperatures between 0 and the first are raised to it, above the second refused (vllm.SamplingParams).
 COOLEST, HOTTEST = 0.01, 2.0
 
@@ -48,7 +50,7 @@ class VllmChild:
         *,
         probe: Sequence[Sequence[int]],
         own: Sequence[Sequence[float]],
-        bound: float,
+        bound: Bound,
         executable: str = sys.executable,
         arguments: Mapping[str, Any] | None = None,
         deadline_s: float = 900.0,
@@ -114,7 +116,7 @@ class VllmChild:
         """The child in a process group of its own, gone with all of its processes at the end."""
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
         command = [self._executable, vllm_worker.__file__, str(self._folder.resolve())]
-        with open(self._folder / "log.txt", "wb") as log:
+        with open(self._folder / "child.log", "wb") as log:
             try:
                 child = subprocess.Popen(
                     command,
@@ -161,7 +163,7 @@ class VllmChild:
         check_identity(self.name, got, self._own, self._bound)
 
     def _failed(self, wrong: str) -> TrainingError:
-        path = self._folder / "log.txt"
+        path = self._folder / "child.log"
         tail = path.read_bytes()[-LOG_TAIL:].decode(errors="replace").strip()
         todo = f"the end of its log, {path}:\n{tail}"
         return TrainingError(describe(WHERE, wrong, todo=todo))

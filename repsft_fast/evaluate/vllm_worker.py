@@ -10,7 +10,7 @@ It knows the standard library and vllm, nothing of ours: it may run under a Pyth
     replies.jsonl   {"id", "ids", "reason"} as replies end; "reason" as vLLM has it: stop, length, …
     alive           touched while there is progress
 
-After the probe it waits for one line on stdin: until then nothing is generated. When stdin closes, the parent
+After the probe it waits for a word on stdin: until then nothing is generated. When stdin closes, the parent
 is gone, and so are this process and those that vLLM started.
 """
 
@@ -37,9 +37,9 @@ def main(folder: Path) -> None:
 
 
 def _watch(go: threading.Event) -> None:
-    if sys.stdin.buffer.readline():
+    # Not through sys.stdin: a thread that waits in it spoils the end of the interpreter.
+    while os.read(0, 1):
         go.set()
-        sys.stdin.buffer.read()
     if os.getpgrp() == os.getpid():  # else the group is somebody else's
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
