@@ -30,9 +30,7 @@ THROUGH = {
         "shards": ["hostile/test_checkpoints", "checkpoint/test_hostsum"],
     },
     "commands": {
-        "evaluate_progress": ["commands/test_evaluate"],
         "evaluate_rows": ["commands/test_evaluate"],
-        "evaluate_table": ["commands/test_evaluate"],
         "bench": ["test_cli"],
         "demo": ["commands/test_verbs"],
         "doctor": ["commands/test_verbs"],
@@ -91,10 +89,7 @@ THROUGH = {
         "world": ["distributed/test_collectives"],
     },
     "suite": {
-        "engines": ["training/test_task_evaluation"],
         "evaluation": ["commands/test_evaluate", "training/test_task_evaluation"],
-        "results": ["commands/test_evaluate"],
-        "tasks": ["commands/test_evaluate", "training/test_task_evaluation"],
     },
     "evaluate": {
         "answered": ["evaluate/test_teacher_forced"],

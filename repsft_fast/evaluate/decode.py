@@ -26,12 +26,14 @@ from transformers import GenerationConfig
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
 from repsft_fast.evaluate.drawing import choose, entropies, uniforms
+from repsft_fast.evaluate.identity import Scored
 from repsft_fast.evaluate.kept import new_cache
 from repsft_fast.evaluate.lockstep import Lockstep, raising
 
 # How far padding and cache may move logits, in their own spread: rounding in fp32, and in half precision. Too
 # strict costs time alone.
 EXACT, ROUNDED = 1e-3, 0.05
+PROBED_TOKENS = 4  # generated after each prompt of the probe, so that cached keys are read too
 SHOWN, PADDED = 8, 5  # tokens of a prompt that a model is tried with, and of padding before it
 
 Way = Literal["padded", "alike", "transformers"]
@@ -99,6 +101,36 @@ class Loop:
             batch = _Batch(self, together, sampling, frozenset(end_ids), on_reply)
             for some in _cut(replies, self.batch_size, alike=self.way != "padded"):
                 (batch.by_transformers if self.way == "transformers" else batch.decode)(some)
+
+    def probe(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
+        """Every prompt with a few greedy tokens behind it, and their log-probabilities as this loop computes
+        them (`identity`). Under FSDP2 every rank calls it."""
+        with _evaluating(self.model), Lockstep(self.model) as together:
+            return [self._scored(together, list(ids)) for ids in prompts]
+
+    def _scored(self, together: Lockstep, ids: list[int]) -> Scored:
+        found, read = [], 0
+        try:
+            cache = new_cache(self.model)
+        except ModelError:  # served by transformers' own loop
+            cache = None
+
+        def likeliest() -> Tensor:
+            new = torch.tensor([ids[read:]], device=together.device)
+            if cache is None:
+                logits = _wide(self.model(input_ids=new, use_cache=False).logits[0, -1])
+            else:
+                positions = torch.arange(read, len(ids), device=together.device)[None]
+                logits = self.forward(new, None, positions, cache)[0]
+            logprob, token = logits.log_softmax(dim=-1).max(dim=-1)
+            return torch.stack([token.double(), logprob.double()])
+
+        for _ in range(PROBED_TOKENS):
+            token, logprob = together(2, likeliest)
+            read = 0 if cache is None else len(ids)
+            ids = [*ids, int(token)]
+            found.append(logprob)
+        return Scored(tuple(ids), tuple(found))
 
     def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """[B, V] logits of the last column of ids [B, T], fp32 or fp64. mask: [B, columns so far] int64, None

@@ -10,7 +10,7 @@ from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
 from repsft_fast.evaluate.asked import Engine
 from repsft_fast.evaluate.continuous import Batching, serves
 from repsft_fast.evaluate.decode import Loop
-from repsft_fast.evaluate.identity import bound_of, check_identity, own_logprobs, probe_prompts
+from repsft_fast.evaluate.identity import check_engine
 
 
 def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple[Engine, list[str]]:
@@ -39,18 +39,19 @@ def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple
     else:
         note = []
     loop = Loop(model, batch_size=config.evaluate.batch_replies, pad_id=pad_of(tokenizer))
-    return loop, note
+    return probed(loop, model, tokenizer), note
 
 
 def probed(engine: Any, model: Any, tokenizer: Any) -> Any:
     """The engine, once it has given fixed prompts the log-probabilities that training computes. ModelError
     with both numbers where it has not."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    vocabulary = min(vocabulary, len(tokenizer)) if tokenizer is not None else vocabulary
-    special = set(getattr(tokenizer, "all_special_ids", ()) or ())
-    found = engine.probe(probe_prompts(vocabulary, special))
-    check_identity(engine.name, found, own_logprobs(model, found), bound_of(model))
+    check_engine(engine, model, special_ids(tokenizer))
     return engine
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """What an engine may treat apart, so that no probe holds it."""
+    return set(getattr(tokenizer, "all_special_ids", ()) or ())
 
 
 def pad_of(tokenizer: Any) -> int:

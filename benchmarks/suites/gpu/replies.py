@@ -102,7 +102,8 @@ def probed(name: str, model: Any, count: int, folder: Path) -> tuple[Any, float]
         save_pretrained(model, None, folder / "model")
         return vllm_engine(model, folder / "model", folder / "vllm"), 0.0
     engine: Any = Batching(model) if name == "batching" else Loop(model, batch_size=count)
-    return engine, check_engine(engine, model)
+    _, scatter = check_engine(engine, model)
+    return engine, scatter
 
 
 # What is known and expected -------------------------------------------------------------------------------
