@@ -20,14 +20,16 @@ from repsft_fast.commands.evaluate_progress import Progress
 from repsft_fast.config import Config
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError, describe
+from repsft_fast.evaluate.asked import Engine
 from repsft_fast.evaluate.judging import Judge
+from repsft_fast.evaluate.lm_harness import run_lm_eval
 from repsft_fast.evaluate.scores import difference
 from repsft_fast.files import replace_file
 from repsft_fast.models import stops_of
 from repsft_fast.report import visible
 from repsft_fast.rundir.identity import base_of
 from repsft_fast.rundir.lock import RunLock
-from repsft_fast.suite.engines import engine_of
+from repsft_fast.suite.engines import engine_of, vllm_engine
 from repsft_fast.suite.evaluation import Under
 from repsft_fast.suite.results import TaskResult, result_of_task
 from repsft_fast.suite.tasks import Tasks, asked_of, digest, read_tasks
@@ -121,7 +123,7 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
     told: dict[str, Any] = {"model": config.model.path, "digests": base_of(model, config, alone)}
     results: list[TaskResult] = []
     if asked:
-        engine, more = engine_of(config, model, alone, tokenizer)
+        engine, more = _engine(one, model, tokenizer, folder, world)
         notes += more
         told["engine"] = engine.name
         ends = {*stops_of(model), tokenizer.eos_token_id} - {None}
@@ -137,6 +139,8 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
                 progress.begin(f"{one.name}: {task.task.name}", share)
                 results.append(result_of_task(under, task, judge, trusted=trusted, told=progress.told))
         told["tasks"] = {result.task.name: result.as_json() for result in results}
+    if tasks.harness:
+        told["lm_eval"] = _by_harness(tasks, config, model, tokenizer)
     if rows is not None:
         told["rows"] = evaluate_rows.score_rows(config, rows, model, tokenizer, world)
     told["notes"] = list(dict.fromkeys(notes))
@@ -145,6 +149,39 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return _Of(told, results, told.get("rows"))
+
+
+def _engine(
+    one: Evaluated, model: Any, tokenizer: Any, folder: Path, world: World
+) -> tuple[Engine, list[str]]:
+    config = one.config
+    alone = World(0, 1, world.local_rank, world.device)
+    if config.evaluate.engine != "vllm":
+        return engine_of(config, model, alone, tokenizer)
+    saved = Path(config.model.path or "")
+    where = "evaluate.engine"
+    if world.size > 1:
+        wrong, todo = "vllm is asked by one process", "start one process: the engine uses the GPUs itself"
+        raise ConfigError(describe(where, wrong, got=f"{world.size} ranks", todo=todo))
+    if not (saved / "config.json").exists() or config.model.lora is not None:
+        wrong, todo = (
+            "vllm reads a saved model's folder",
+            "save the model whole, or set evaluate.engine: auto",
+        )
+        raise ConfigError(describe(where, wrong, got=config.model.path, todo=todo))
+    said = "evaluate.engine: vllm was never tried on a real engine by this package; read some of its replies"
+    return vllm_engine(model, saved, folder / one.name / "vllm", tokenizer), [said]
+
+
+def _by_harness(tasks: Tasks, config: Config, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """lm-eval's own tasks, each by itself: their limits may differ."""
+    found = {}
+    for name, settings in tasks.harness.items():
+        where, size = f"evaluate.tasks [{name}]", config.evaluate.batch_replies
+        found[name] = run_lm_eval(
+            model, tokenizer, [settings.source], limit=settings.limit, batch_size=size, where=where
+        )
+    return found
 
 
 def _results(of: str, base: str | None, found: Mapping[str, _Of], world: World) -> dict[str, Any]:
@@ -175,5 +212,7 @@ def _show(results: Mapping[str, Any], found: Mapping[str, _Of], folder: Path, *,
     lines = evaluate_table.lines_of(
         {name: one.results for name, one in found.items()}, {name: one.rows for name, one in found.items()}
     )
+    for name, one in found.items():
+        lines += evaluate_table.harness_lines(one.said.get("lm_eval", {}), name if len(found) > 1 else "")
     for line in [*lines, "", f"→ {folder}"]:
         visible.show(console, line)

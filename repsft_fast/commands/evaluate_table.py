@@ -110,6 +110,19 @@ def _meaning(results: Found) -> list[str]:
     return said
 
 
+def harness_lines(found: Mapping[str, Any], model: str) -> list[str]:
+    """A line for every figure of lm-eval's own tasks. found: by our names what it said."""
+    lines = []
+    for name, said in found.items():
+        for task, line in said["tasks"].items():
+            for metric, figure in line["metrics"].items():
+                value, error = figure["value"], figure["stderr"]
+                spread = "" if error is None else f" ± {number(error)} (standard error)"
+                words = f"{name}{f' {model}' if model else ''}: lm-eval {said['lm_eval']} {task} {metric}"
+                lines.append(one_line(f"{words} {number(value)}{spread}"))
+    return ["", *lines] if lines else []
+
+
 def _table_of_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     several = len(rows) > 1
     table = [[head for head in ROW_HEADS if several or head != "model"]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from repsft_fast.config import Config
 from repsft_fast.distributed import World
@@ -10,7 +13,8 @@ from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe
 from repsft_fast.evaluate.asked import Engine
 from repsft_fast.evaluate.continuous import Batching, serves
 from repsft_fast.evaluate.decode import Loop
-from repsft_fast.evaluate.identity import check_engine
+from repsft_fast.evaluate.identity import bound_of, check_engine, own_logprobs, probe_prompts
+from repsft_fast.evaluate.vllm_child import VllmChild
 
 
 def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple[Engine, list[str]]:
@@ -42,11 +46,52 @@ def engine_of(config: Config, model: Any, world: World, tokenizer: Any) -> tuple
     return probed(loop, model, tokenizer), note
 
 
+def vllm_engine(model: Any, saved: Path, folder: Path, tokenizer: Any = None) -> Engine:
+    """vLLM in a child process on the saved folder of this model, which probes it before its first reply.
+    folder: of its requests, replies and log. Untried on a real engine."""
+    prompts = probe_prompts(_vocabulary(model, tokenizer), special_ids(tokenizer))
+    dtype = getattr(model, "compute_dtype", None) or next(model.parameters()).dtype
+    return _ModelAside(
+        VllmChild(
+            saved,
+            folder,
+            probe=prompts,
+            own=own_logprobs(model, prompts),
+            bound=bound_of(model),
+            arguments={"dtype": str(dtype).removeprefix("torch.")},
+        ),
+        model,
+    )
+
+
+class _ModelAside:
+    """An engine in another process, which needs the GPU for itself: our model waits in host memory."""
+
+    def __init__(self, engine: Engine, model: Any):
+        self.name, self._engine, self._model = engine.name, engine, model
+
+    def generate(self, *arguments: Any, **more: Any) -> None:
+        """As the engine's."""
+        device = next(self._model.parameters()).device
+        if device.type == "cuda":
+            self._model.to("cpu")
+            torch.cuda.empty_cache()
+        try:
+            self._engine.generate(*arguments, **more)
+        finally:
+            self._model.to(device)
+
+
 def probed(engine: Any, model: Any, tokenizer: Any) -> Any:
     """The engine, once it has given fixed prompts the log-probabilities that training computes. ModelError
     with both numbers where it has not."""
     check_engine(engine, model, special_ids(tokenizer))
     return engine
+
+
+def _vocabulary(model: Any, tokenizer: Any) -> int:
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    return rows if tokenizer is None else min(rows, len(tokenizer))
 
 
 def special_ids(tokenizer: Any) -> set[int]:

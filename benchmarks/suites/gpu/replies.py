@@ -65,7 +65,8 @@ def measure(session: Session, model: Any, name: str) -> None:
     draw = random.Random(SEED)
     vocabulary = model.config.vocab_size
     requests = [
-        Request(number, 0, tuple(draw.randrange(vocabulary) for _ in range(prompt))) for number in range(count)
+        Request(number, 0, tuple(draw.randrange(vocabulary) for _ in range(prompt)))
+        for number in range(count)
     ]
     with tempfile.TemporaryDirectory() as folder:
         engine, difference = probed(name, model, count, Path(folder))
@@ -122,7 +123,9 @@ def _either(value: float) -> Callable[[Card], float | None]:
 
 
 GOALS = (
-    Goal(f"{MODEL}: tokens/s by continuous batching", _rate("batching"), least=6000, predicted=_either(6094.0)),
+    Goal(
+        f"{MODEL}: tokens/s by continuous batching", _rate("batching"), least=6000, predicted=_either(6094.0)
+    ),
     Goal(f"{MODEL}: tokens/s by our loop, 64 replies", _rate("loop"), predicted=_either(2500.0)),
     Goal(f"{MODEL}: tokens/s by vLLM", _rate("vllm")),
     Goal("  probe of batching, nats a token", _nats("batching"), most=0.05),
