@@ -7,11 +7,12 @@ it; a reply that ended leaves the batch. Of several ranks that share a model all
 Not every model can be served so: rotary frequencies may follow the length of a batch, layers may carry a
 state through padding, caches may be of a kind nobody here knows. A model is tried once, beside its own
 forward pass without a cache; where it computes something else, batches hold prompts of one length, and where
-that does not help transformers' own `generate` computes and only the drawing is ours.
+that does not help transformers' own `generate` computes, a reply at a time, and only the drawing is ours.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ EXACT, ROUNDED = 1e-3, 0.05
 PROBED_TOKENS = 4  # generated after each prompt of the probe, so that cached keys are read too
 SHOWN, PADDED = 8, 5  # tokens of a prompt that a model is tried with, and of padding before it
 
-Way = Literal["padded", "alike", "transformers"]
+# Batches of any prompts, or of prompts of one length; transformers' `generate` in batches of one length, or a
+# reply at a time.
+Way = Literal["padded", "alike", "theirs", "one by one"]
 
 
 @dataclass
@@ -64,7 +67,8 @@ class Loop:
         self.way: Way | None = None  # how this model is served, once it has been tried
         taken = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in taken}
-        self._cache_name = "past_key_values" if "past_key_values" in taken else "cache_params"
+        caches = ("past_key_values", "cache_params")
+        self._cache_name = next((name for name in caches if name in taken), None)
 
     def generate(
         self,
@@ -97,10 +101,11 @@ class Loop:
             return
         with _evaluating(self.model), Lockstep(self.model) as together:
             if self.way is None:
-                self.way = self._try(together, replies[-1].request.ids, limit)
+                self.way = self._try(together, [reply.request.ids for reply in replies], limit)
             batch = _Batch(self, together, sampling, frozenset(end_ids), on_reply)
-            for some in _cut(replies, self.batch_size, alike=self.way != "padded"):
-                (batch.by_transformers if self.way == "transformers" else batch.decode)(some)
+            size = 1 if self.way == "one by one" else self.batch_size
+            for some in _cut(replies, size, alike=self.way != "padded"):
+                (batch.decode if self.way in ("padded", "alike") else batch.by_transformers)(some)
 
     def probe(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """Every prompt with a few greedy tokens behind it, and their log-probabilities as this loop computes
@@ -140,66 +145,60 @@ class Loop:
         given.update({name: value for name, value in more.items() if name in self._takes})
         return _wide(self.model(**given).logits[:, -1])
 
-    def _try(self, together: Lockstep, prompt: Sequence[int], limit: int | None) -> Way:
+    def _try(self, together: Lockstep, prompts: Sequence[Sequence[int]], limit: int | None) -> Way:
         """How this model is to be served: what its own forward pass over whole sequences gives is right."""
         text = self.model.config.get_text_config()
         rope = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
         # cached keys are turned by what a shorter sequence asked for, which few tokens do not show
-        if "longrope" in rope or "dynamic" in rope or (limit is not None and limit < SHOWN + PADDED + 3):
-            return "transformers"
-        ways: tuple[tuple[Way, int], ...] = (("padded", PADDED), ("alike", 0))
-        for way, padding in ways:
+        if "longrope" in rope or "dynamic" in rope:
+            return "theirs"
+        # Tokens that differ, the prompts' own first: of equal ones no order shows.
+        some = [token for prompt in prompts[-SHOWN:] for token in prompt[: 4 * SHOWN]]
+        tokens = list(dict.fromkeys([*some, *range(min(text.vocab_size, 4 * SHOWN))]))
+        short, long = tokens[:SHOWN], tokens[SHOWN : 2 * SHOWN + PADDED]
+        if self._cache_name is None or (limit is not None and limit < len(long) + 2):
+            return "one by one"
+        ways: tuple[tuple[Way, list[int]], ...] = (("padded", long), ("alike", long[:SHOWN]))
+        for way, other in ways:
             try:
-                if self._served(together, list(prompt[:SHOWN]), padding):
+                if self._served(together, short, other):
                     return way
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # its code takes no such call
                 continue
-        return "transformers"
+        return "one by one"
 
-    def _served(self, together: Lockstep, short: list[int], padding: int) -> bool:
+    def _served(self, together: Lockstep, short: list[int], long: list[int]) -> bool:
         """Whether two prompts in one batch, which change places and of which the shorter leaves, have the
         logits of each alone."""
-        device = together.device
-        long = short[::-1] + (short * PADDED)[:padding]
-        tail = (short * 2 + long)[:2]
-        alone: list[Tensor] = []
+        device, tail, alone = together.device, short[2::-2], []
 
         def whole(ids: list[int]) -> Tensor:
-            found = self.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            found = self.model(input_ids=torch.tensor([ids + tail], device=device), use_cache=False)
             alone.append(_wide(found.logits[0, -3:]))
             return torch.zeros(1, dtype=torch.float64)
 
         for prompt in (short, long):
-            together(1, lambda prompt=prompt: whole(prompt + tail))
+            together(1, functools.partial(whole, prompt))
         ids, mask = (x.to(device) for x in padded([short, long], self.pad_id))
-        lengths = mask.sum(dim=1)
         cache = new_cache(self.model)
-        moved = []
-        for step, (rows, order) in enumerate((([0, 1], None), ([1, 0], [1, 0]), ([1], [0]))):
-            if order is not None:
-                kept = torch.tensor(order, device=device)
-                cache.reorder_cache(kept)
-                lengths = lengths[kept] + 1
-                ids = torch.full((len(rows), 1), tail[step - 1], device=device)
-                mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
-            columns = mask.shape[1]
-            now = mask[rows] if step < 2 and padding else None
-            positions = (torch.arange(columns, device=device) - (columns - lengths)[:, None]).clamp(min=0)
 
-            def compared(
-                ids: Tensor = ids, now: Tensor | None = now, positions: Tensor = positions,
-                rows: list[int] = rows, step: int = step,
-            ) -> Tensor:  # fmt: skip
-                found = self.forward(ids, now, positions[:, -ids.shape[1] :], cache)
-                expected = torch.stack([alone[row][step] for row in rows])
-                worst = (found - expected).abs().amax() / expected.std()
-                return worst.double().reshape(1)
+        def compared(step: int, rows: list[int]) -> Tensor:
+            now = mask[rows] if len(rows) > 1 and len(short) < len(long) else None
+            positions = (mask[rows].cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            found = self.forward(ids, now, positions, cache)
+            expected = torch.stack([alone[row][step] for row in rows])
+            return ((found - expected).abs().amax() / expected.std()).double().reshape(1)
 
-            moved += together(1, compared)
+        worst = together(1, functools.partial(compared, 0, [0, 1]))
+        for step, rows, moved in ((1, [1, 0], [1, 0]), (2, [1], [0])):
+            cache.reorder_cache(torch.tensor(moved, device=device))
+            ids = torch.full((len(rows), 1), tail[step - 1], device=device)
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            worst += together(1, functools.partial(compared, step, rows))
         exact = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
-        return all(value < (EXACT if exact else ROUNDED) for value in moved)
+        return all(value < (EXACT if exact else ROUNDED) for value in worst)
 
 
 class _Batch:

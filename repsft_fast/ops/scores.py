@@ -110,7 +110,9 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, cap: floa
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.tanh((q @ k.transpose(-1, -2)) * (rule.scale / cap)) * cap
-    scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # not -inf: padding sees nothing, and NaN there would be what the next layer's values are multiplied by 0
+    lowest = torch.finfo(scores.dtype).min
+    scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else scores + mask
     if rule.sinks is not None:
         scores = torch.cat([scores, rule.sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))[
