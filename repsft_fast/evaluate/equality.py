@@ -80,7 +80,7 @@ def as_expressions(got: str, reference: str) -> tuple[str, str] | None:
 def _normal(text: str) -> str:
     """On one line, without what only wraps it."""
     text, before = " ".join(text.split()), None
-    while text != before and len(text) <= LONGEST_NUMBER:
+    while text != before:
         before = text
         text = text.strip().strip("$").rstrip(".,;").strip()
         if wrapped := _WRAPPED.fullmatch(text):

@@ -85,8 +85,8 @@ class Scores:
     groups: dict[str, Scores] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; k are texts."""
-        return _texts(dataclasses.asdict(self))
+        """Plain values, for json."""
+        return dataclasses.asdict(self)
 
 
 def score(problems: Sequence[Judged], ks: Sequence[int] | None = None) -> Scores:
@@ -252,9 +252,3 @@ def _figure(
         return Figure(value, *(value + moved * (bound - value) for bound in bounds))
     low, high = np.quantile(ratios[~np.isnan(ratios)], [TAIL, 1.0 - TAIL])
     return Figure(value, float(low), float(high))
-
-
-def _texts(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _texts(inner) for key, inner in value.items()}
-    return value

@@ -26,7 +26,7 @@ CASES = [
     ("I would go with B because A is wrong", None), ("Mr. B and Mrs. D", None), ("not B", None), ("The answer is not (B)", None), ("The answer is not B", None),
     # the article and the pronoun
     ("A dog is an animal. It is C", "C"), ("A dog", None), ("I think so", None), ("A", "A"), ("The answer is A", "A"), ("The answer is A because it is", "A"),
-    ("Answer: A dog has four legs", None), ("The answer is I think B", "B"), ("A cat and (B)", "B"),
+    ("Answer: A dog has four legs", None), ("The answer is I think B", "B"), ("A cat and (B)", "B"), ("C is cheap, yet I go with **B** here", "B"),
     # no one letter, or one that is no choice
     ("The answer is B or C", None), ("The answer is both A and B", None), ("Answer: A, B", None), ("The answer is (E)", None), ("Answer: X", None),
     ("B is possible. The answer is (E)", None), ("Answer: AB", None), ("Answer: Because", None), ("Answer: don't know", None), ("", None), ("42", None),
@@ -51,7 +51,15 @@ def test_only_letters_there_are():
 
 
 @pytest.mark.parametrize(
-    "text", ["A " * 40_000, "(" * 80_000, "answer is " * 10_000, "* " * 40_000, "answer: " + " " * 20_000]
+    "text",
+    [
+        "A " * 40_000,
+        "(" * 80_000,
+        "answer is " * 10_000,
+        "* " * 40_000,
+        "answer: " + " " * 20_000,
+        "answer:" + "*(" * 20_000,
+    ],
 )
 def test_long_replies_take_little_time(text):
     began = time.process_time()

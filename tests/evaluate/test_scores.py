@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repsft_fast.evaluate import scores as scores_module
 from repsft_fast.evaluate.scores import (
     Draw,
     Figure,
@@ -21,6 +22,7 @@ from repsft_fast.evaluate.scores import (
     pooled,
     score,
 )
+from repsft_fast.seeded import words
 
 
 def judged(name, marks, group=""):
@@ -72,6 +74,7 @@ def test_lengths_and_entropy():
     assert scores.lengths_ended == Lengths(6, pytest.approx(70 / 3), 20.0, 40.0, 40)
     assert scores.lengths_cut == Lengths(2, 90.0, 90.0, 90.0, 90)
     assert scores.entropy == Figure(0.75)  # no spread to tell an interval by, and no largest value
+    assert score([judged("a", "R" * 11)]).lengths == Lengths(11, 6.0, 6.0, 10.0, 11)
     none = score([judged("a", "r"), judged("b", "w")])
     assert none.lengths_ended == Lengths(0, None, None, None, None)
     assert none.acc_given_end == Figure(None)
@@ -142,6 +145,13 @@ def test_the_interval_is_of_the_bootstrap():
     assert acc.low == pytest.approx(0.3 - half, abs=0.011)
     assert acc.high == pytest.approx(0.3 + half, abs=0.011)
     assert acc == score([judged(str(i), row) for i, row in enumerate(rows)]).acc  # the same draws again
+
+
+def test_every_resample_is_another(monkeypatch):
+    keys = []
+    monkeypatch.setattr(scores_module, "words", lambda key, count: (keys.append(key), words(key, count))[1])
+    score([judged(str(i), "RW"[i % 2]) for i in range(400)])
+    assert len(set(keys)) == len(keys) > 1
 
 
 def test_it_holds_the_truth_as_often_as_it_says():
