@@ -4,6 +4,7 @@ With lm-eval itself where it is installed, and with a stand-in that changes what
 """
 
 import contextlib
+import copy
 import enum
 import functools
 import json
@@ -51,7 +52,7 @@ def model_of():
     return load_model(tiny.config("llama", vocab_size=300))
 
 
-def state(model):
+def state(model, tokenizer):
     """What a training run must find as it left it."""
     names = (None, "lm_eval")
     return {
@@ -63,7 +64,7 @@ def state(model):
         "environment": dict(os.environ),
         "logging": [(log.level, log.propagate, log.handlers[:]) for log in map(logging.getLogger, names)],
         "warnings": list(warnings.filters),
-        "padding": byte_level().pad_token,
+        "padding": tokenizer.pad_token,
     }
 
 
@@ -116,7 +117,8 @@ class Disorder:
 @pytest.fixture
 def disorder(monkeypatch):
     monkeypatch.setattr(lm_harness, "why_not_reached", lambda name, kind: None)
-    return Disorder(monkeypatch)
+    yield Disorder(monkeypatch)
+    torch.set_default_dtype(torch.float32)
 
 
 def test_figures_are_json_with_their_versions(disorder, tmp_path):
@@ -150,13 +152,21 @@ def test_figures_are_json_with_their_versions(disorder, tmp_path):
     "fails", [None, ValueError("no"), torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=repr
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_whatever_it_changes_is_put_back_on_every_way_out(disorder, fails, training):
-    model, disorder.fails = model_of().train(training), fails
-    before = state(model)
+def test_whatever_it_changes_is_put_back_on_every_way_out(disorder, monkeypatch, fails, training):
+    model, tokenizer, disorder.fails = model_of().train(training), copy.deepcopy(byte_level()), fails
+    # Another state than what is left of the runs before.
+    tokenizer.pad_token = "<|begin|>"
+    monkeypatch.setenv("HOME", "here")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    random.seed(7), np.random.seed(8), torch.manual_seed(9)
+    for log in map(logging.getLogger, (None, "lm_eval")):
+        monkeypatch.setattr(log, "level", 33)
+    assert torch.get_default_dtype() == torch.float32
+    before = state(model, tokenizer)
     told = {ValueError: TrainingError}.get(type(fails), type(fails))
     with pytest.raises(told) if fails is not None else contextlib.nullcontext():
-        run_lm_eval(model, byte_level(), ["mine"])
-    after = state(model)
+        run_lm_eval(model, tokenizer, ["mine"])
+    after = state(model, tokenizer)
     assert [name for name in before if before[name] != after[name]] == []
 
 
@@ -257,9 +267,9 @@ def test_lm_eval_itself_finds_what_the_probe_finds_and_leaves_the_process_as_it_
     for name, text in (("mine", CHOICE), ("written", WRITTEN)):
         (tmp_path / f"{name}.yaml").write_text(text.replace("ROWS", str(tmp_path / "rows.jsonl")))
     model = model_of()
-    before = state(model)
+    before = state(model, byte_level())
     found = run_lm_eval(model, byte_level(), ["mine", "written"], task_folder=tmp_path, trusted=True)
-    after = state(model)
+    after = state(model, byte_level())
     assert [name for name in before if before[name] != after[name]] == []
     assert found["tasks"]["written"]["metrics"]["exact_match"]["value"] == 0.0
 

@@ -78,9 +78,13 @@ def test_without_a_chat_template_the_text_stands_alone_behind_one_bos():
     ]
     written = problem([("user", "<|begin|>ab")])
     assert prompt_ids([written], tokenizer, parse_special=True)[0][0].count(begin) == 1
-    with_template = copy.deepcopy(byte_level(LLAMA3))
-    with_template.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
-    assert prompt_ids([problem(CHATS[0])], with_template)[0][0].count(begin) == 1
+    for template, count in (
+        (LLAMA3, 1),
+        (CHATML, 0),
+    ):  # the template says whether there is one, as in training
+        with_template = copy.deepcopy(byte_level(template))
+        with_template.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
+        assert prompt_ids([problem(CHATS[0])], with_template)[0][0].count(begin) == count
     with pytest.raises(DataError, match=r"^f.jsonl:1: is an empty prompt"):
         prompt_ids([problem([("user", "x")], text="")], tokenizer)
     with pytest.raises(

@@ -274,6 +274,11 @@ def test_what_cannot_be_read_is_refused_by_its_place(write, name, rows, words):
         read_task("t", "x" if name.startswith("x/") else name)
 
 
+def test_the_same_file_twice_is_refused(write):
+    with pytest.raises(DataError, match=r"^b.jsonl: is a copy of a.jsonl, byte for byte"):
+        read_task("t", [write("a.jsonl", AIME), write("b.jsonl", AIME)])
+
+
 def test_torn_lines_double_keys_and_other_encodings_are_refused(tmp_path):
     for content, words in (
         (b'{"prompt": "p", "answer": 1}\n{"prompt": "q", "ans', "rows.jsonl:2: is torn"),
