@@ -30,7 +30,6 @@ THROUGH = {
         "shards": ["hostile/test_checkpoints", "checkpoint/test_hostsum"],
     },
     "commands": {
-        "evaluate_rows": ["commands/test_evaluate"],
         "bench": ["test_cli"],
         "demo": ["commands/test_verbs"],
         "doctor": ["commands/test_verbs"],
@@ -88,13 +87,9 @@ THROUGH = {
         "watch": ["distributed/test_lost"],
         "world": ["distributed/test_collectives"],
     },
-    "suite": {
-        "evaluation": ["commands/test_evaluate", "training/test_task_evaluation"],
-    },
     "evaluate": {
         "answered": ["evaluate/test_teacher_forced"],
         "asked": ["evaluate/test_record"],
-        "replies": ["commands/test_evaluate"],
         "generate": ["evaluate/test_teacher_forced"],
         "judge_worker": ["evaluate/test_judging"],
     },

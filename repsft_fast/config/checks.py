@@ -12,14 +12,8 @@ from repsft_fast.config.values import Sources
 from repsft_fast.errors import describe, did_you_mean
 from repsft_fast.policies import policy_class
 
-EXTRACTORS = (
-    "final",
-    "boxed",
-    "hashes",
-    "choice",
-    "last_number",
-    "whole",
-)  # evaluate.answers has the functions
+# evaluate.answers has the functions
+EXTRACTORS = ("final", "boxed", "hashes", "choice", "last_number", "number", "whole")
 # a row of them takes 100 MB before a model has seen it; no row of samples is so long
 MOST_BUCKET_TOKENS = 1 << 22
 

@@ -33,8 +33,8 @@ class EvalTask(Section):
     max_tokens: Count = 4096
     """Longest reply in tokens."""
     extractor: Text | None = None
-    """How the answer is found: final, boxed, hashes, choice, last_number, whole, or package.module:function;
-    null: as the layout says."""
+    """How the answer is found: final, boxed, hashes, choice, last_number, number, whole, or
+    package.module:function; null: as the layout says, number where all answers are numbers."""
     prompt: Text | None = None
     """What is asked, with {question} and {choices} in it; null: as the layout says."""
     chat: bool = True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from repsft_fast.errors import ConfigError, describe, did_you_mean
 from repsft_fast.evaluate.choices import choice
 from repsft_fast.evaluate.equality import same_by_text, same_in_process
-from repsft_fast.evaluate.extraction import boxed, final_answer, hashes, last_number, whole
+from repsft_fast.evaluate.extraction import boxed, final_answer, hashes, last_number, number, whole
 from repsft_fast.evaluate.own_extractor import Own, own_function
 
 Extractor = Callable[[str], str | None]
@@ -17,6 +17,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "boxed": boxed,
     "hashes": hashes,
     "last_number": last_number,
+    "number": number,
     "choice": choice,
     "whole": whole,
 }

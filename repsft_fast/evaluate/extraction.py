@@ -59,6 +59,11 @@ def last_number(text: str) -> str | None:
     return last.group() if last else None
 
 
+def number(text: str) -> str | None:
+    r"""`\boxed{}`, else `####`, else the last number: for answers that are numbers."""
+    return boxed(spoken(text).strip() or text) or hashes(text) or last_number(text)
+
+
 def whole(text: str) -> str | None:
     """The whole reply, stripped."""
     return spoken(text).strip() or None

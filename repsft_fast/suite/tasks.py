@@ -13,6 +13,7 @@ from repsft_fast.config.task_sections import EvalTask
 from repsft_fast.errors import ConfigError, DataError, RepsftError, describe
 from repsft_fast.evaluate.answers import find_extractor
 from repsft_fast.evaluate.asked import GREEDY, NUCLEUS, SAMPLED, Problem, Sampling, Task
+from repsft_fast.evaluate.extraction import last_number
 from repsft_fast.evaluate.prompts import prompt_ids
 from repsft_fast.evaluate.replies import Asked
 from repsft_fast.evaluate.task_files import read_task
@@ -70,6 +71,9 @@ def _task(name: str, settings: EvalTask, config: Config) -> tuple[Task, list[str
             wrong = "compares choices by likelihood, so that no answer is extracted"
             raise ConfigError(describe(where, wrong, got=f"extractor: {settings.extractor}", todo=todo))
         task = replace(task, extractor=settings.extractor)
+    # In a sentence a number is found, and words are not: "the sum is 7" answers 7.
+    elif task.extractor == "final" and all(last_number(p.answer) == p.answer for p in task.problems):
+        task = replace(task, extractor="number")
     if task.kind == "choice" and settings.n > 1:
         notes.append(f"{name}: compares choices by likelihood, one look each: n does nothing")
     if not settings.chat:

@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from repsft_fast.config import Config, setting_names
-from repsft_fast.config.reference import sections, settings, settings_page
+from repsft_fast.config.reference import OF_A_TASK, sections, settings, settings_page
+from repsft_fast.config.task_sections import EvalTask
 from repsft_fast.errors import ConfigError
 
 # Machines that run tests are often busy: no verdict by the clock.
@@ -364,7 +365,10 @@ class TestPage:
 
     def test_every_setting_is_one_whole_row_of_its_table(self):
         rows = [line for line in settings_page().splitlines() if line.startswith("| `")]
-        assert [row.split("`")[1] for row in rows] == list(settings())
+        names = [row.split("`")[1] for row in rows]
+        of_a_task = [f"{OF_A_TASK}.{name}" for name in EvalTask.model_fields]
+        assert [name for name in names if not name.startswith(OF_A_TASK)] == list(settings())
+        assert [name for name in names if name.startswith(OF_A_TASK)] == of_a_task
         assert all(row.endswith(" |") for row in rows)
 
     def test_every_default_on_the_page_is_the_default(self):

@@ -10,6 +10,9 @@ NO, YES, NONE = False, True, None
 # extractor, reply, what is taken out, the reference, right?; of expressions only those that are compared without
 # math-verify too
 REPLIES = [
+    ("number", "3 and 4 are 7 in all.", "7", "7", YES),
+    ("number", r"\boxed{7}, which is 3 + 4", "7", "7", YES),
+    ("number", "none at all", NONE, "7", NO),
     ("boxed", r"So $x = \boxed{42}$.", "42", "42", YES),
     ("boxed", r"\boxed{41}? No: \boxed{42}", "42", "42", YES),
     ("boxed", r"\boxed{42}? No: \boxed{41}", "41", "42", NO),

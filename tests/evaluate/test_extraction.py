@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from repsft_fast.evaluate.extraction import boxed, final_answer, hashes, last_number, spoken, whole
+from repsft_fast.evaluate.extraction import boxed, final_answer, hashes, last_number, number, spoken, whole
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,14 @@ def test_long_replies_take_little_time(extract, text):
     began = time.process_time()
     extract(text)
     assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"It is \boxed{7}, from 3 + 4.", "7"), ("3 + 4 = 7\n#### 7\n(8)", "7"), ("The sum is 7.", "7"), ("none", None),
+        ("<think>9</think>so 7", "7"), ("<think>9", None), (r"\boxed{x} or 7", "x"), ("", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_boxed_or_behind_hashes_or_the_last(text, found):
+    assert number(text) == found

@@ -29,7 +29,9 @@ def test_auto_is_our_loop_on_a_cpu_and_what_is_asked_for_is_had():
 
 
 def test_batching_refuses_what_it_cannot_serve_and_auto_says_why_on_a_gpu():
-    with pytest.raises(ModelError, match=r"evaluate.engine: batching cannot serve.*set evaluate.engine: loop"):
+    with pytest.raises(
+        ModelError, match=r"evaluate.engine: batching cannot serve.*set evaluate.engine: loop"
+    ):
         chosen("batching", "olmo3")
     gpu = World(0, 1, 0, torch.device("cuda"))
     name, (note,) = chosen("auto", "olmo3", gpu)
@@ -39,7 +41,9 @@ def test_batching_refuses_what_it_cannot_serve_and_auto_says_why_on_a_gpu():
 
 
 def test_vllm_is_not_of_this_process():
-    with pytest.raises(ConfigError, match="vllm runs on a saved folder alone.*repsft eval FOLDER --engine vllm"):
+    with pytest.raises(
+        ConfigError, match=r"vllm runs on a saved folder alone.*repsft eval FOLDER --engine vllm"
+    ):
         chosen("vllm")
 
 

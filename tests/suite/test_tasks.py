@@ -50,6 +50,21 @@ def test_an_own_extractor_stands_in_place_of_the_layouts(read):
         read_tasks(read(choices, by="likelihood", extractor="boxed"))
 
 
+@pytest.mark.parametrize(
+    ("answers", "extractor"),
+    [
+        (["1", "2.5", "-3"], "number"),
+        (["1", "two"], "final"),
+        (["1", "2 apples"], "final"),
+        (["Monday"], "final"),
+    ],
+)
+def test_answers_that_are_all_numbers_are_looked_for_as_numbers(read, answers, extractor):
+    """A model that says "the sum is 7" has answered, though not in a box."""
+    rows = [{"prompt": f"{number}?", "answer": answer} for number, answer in enumerate(answers)]
+    assert read_tasks(read(rows)).tasks[0].extractor == extractor
+
+
 def test_all_problems_of_all_tasks_are_told_at_once(tmp_path, read):
     good = read([{"prompt": "1?", "answer": "1"}]).evaluate.tasks["t"]
     asked = {"one": str(tmp_path / "no1.jsonl"), "two": str(tmp_path / "no2.jsonl"), "three": good}

@@ -4,10 +4,10 @@ Random weights, prompts of 128 random tokens, 256 new tokens each, nothing ends 
 the figures are of the engines and not of what a model says. Each engine passes the weight probe first; its
 difference from the trainer's own log-probabilities is in its record. vLLM answers where its package is there.
 
-Tokens a second predicted on an H100, counted: a step of 512 requests reads 1.2 GB of weights and, at 256 tokens
-a request on average, 15 GB of keys and values (28 layers, 8 heads of 128, bf16: 115 kB a token): 5.3 ms at 3 TB/s.
-The scheduler's Python and launches are more: published are 6,094 tokens/s for a model of this size (transformers
-#48462). Our own loop copies nothing and keeps no pages, at 64 replies a step of about 25 ms of launches: 2,500.
+Tokens a second predicted on an H100, counted: a step of 512 requests reads 1.2 GB of weights and, at 256
+tokens a request on average, 15 GB of keys and values (28 layers, 8 heads of 128, bf16: 115 kB a token), 5.3
+ms at 3 TB/s. The scheduler's Python and launches are more: published are 6,094 tokens/s for a model of this
+size (transformers #48462). Our own loop, 64 replies a step of about 25 ms of launches: 2,500.
 """
 
 from __future__ import annotations
