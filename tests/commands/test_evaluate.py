@@ -1,6 +1,8 @@
 """`repsft eval` on a tiny trained model: its table and files, going on after a kill, refusals."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from repsft_fast import cli, train
-from repsft_fast.evaluate import decode
+from repsft_fast.evaluate import decode, vllm_child
 from tests.helpers import ranks, spelling
 
 
@@ -106,7 +108,6 @@ def test_kill_9_while_it_generates(run, tmp_path):
 
 def killed():
     """`repsft eval` that is killed behind its third reply."""
-    import os
     import signal
 
     from repsft_fast.evaluate.record import Record
@@ -238,3 +239,32 @@ def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert (
         cli.main(["eval", str(tmp_path / "none"), "--tasks", "a.jsonl", "--to", str(tmp_path / "out")]) == 2
     )
+
+
+STANDIN = Path(__file__).parents[1] / "helpers" / "vllm_standin"
+
+
+class TestVllm:
+    """Before the stand-in: its replies are made up, its log-probabilities too."""
+
+    @pytest.fixture(autouse=True)
+    def standin(self, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{Path(__file__).parents[2]}")
+
+    def test_one_that_holds_other_weights_is_refused_with_both_numbers(self, run, tmp_path, capsys):
+        code, results = evaluated(run, tmp_path, "--engine", "vllm")
+        assert code == 2
+        assert results is None
+        said = " ".join(capsys.readouterr().err.split())
+        assert "engine vllm: does not compute with this model's weights" in said
+        assert re.search(r"is -\d+\.\d+ there and -\d+\.\d+ here", said)
+
+    def test_one_that_passes_the_probe_answers_and_its_entropies_are_ours(
+        self, run, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(vllm_child, "check_identity", lambda *_: (0.0, 0.0))
+        code, results = evaluated(run, tmp_path, "--engine", "vllm")
+        assert code == 0
+        assert results["model"]["engine"] == "vllm"
+        assert all(line["entropy"] > 0 for line in lines(tmp_path)[1:] if line["ids"])
+        assert "never tried on a real engine" in capsys.readouterr().out
