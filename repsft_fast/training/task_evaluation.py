@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from repsft_fast import distributed
+from repsft_fast.data.store import TokenStore
 from repsft_fast.evaluate.asked import Engine
 from repsft_fast.evaluate.judging import Judge
+from repsft_fast.evaluate.teacher_forced import TeacherForced
 from repsft_fast.models import stops_of
 from repsft_fast.report.format import count, duration
 from repsft_fast.rundir.made import TASKS
@@ -99,6 +101,16 @@ class TaskEvaluation:
         if self.parts.world.size == 1 and self._leaving():
             raise _Leaving
 
+    def _scorer(self, store: TokenStore) -> TeacherForced:
+        """In rows like the training's, but for a store with texts that are longer."""
+        parts, longest = self.parts, int(store.index.lengths.max())
+        if longest <= parts.row_tokens:
+            return parts.scorer(store)
+        every = range(len(store.index))
+        return TeacherForced(
+            store, every, row_tokens=longest, bucket_tokens=1, world=parts.world, apart=parts.plan.apart
+        )
+
     def _under(self, engine: Engine) -> Under:
         parts = self.parts
         done = parts.lasting.all_work.updates
@@ -118,7 +130,7 @@ class TaskEvaluation:
             end_ids=tuple(sorted(ends)),
             row_tokens=parts.row_tokens,
             packed=parts.config.batch.pack,
-            scorer=parts.scorer,
+            scorer=self._scorer,
             folder=folder,
             identity={"run": str(parts.config.run.folder), "update": done},
         )
