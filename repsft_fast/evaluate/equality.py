@@ -16,7 +16,7 @@ LONGEST, LONGEST_NUMBER = 1_000, 4_000  # characters
 
 _WRAPPED = re.compile(
     r"\*\*(?P<b>[^*]*)\*\*|\\\((?P<p>.*)\\\)|\\\[(?P<d>.*)\\\]"
-    r"|\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{(?P<t>[^{}]*)\}",
+    r"|\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{(?P<t>[^{}]*)\}|\((?P<l>[A-J])\)",
     re.DOTALL,
 )
 _UNIT = re.compile(

@@ -89,8 +89,20 @@ def test_a_deadline_is_kept_and_others_are_judged_meanwhile(needs_math_verify):
         assert len(judge.undecided) == 2
         assert judge([("y+2", "2+y")]) == ["right"]
         left = pids(judge)
+        assert os.getsid(0) not in map(os.getsid, left)  # a keyboard's interrupt is not theirs
     assert all(map(is_gone, left))
     assert time.monotonic() - began < 30
+
+
+def test_an_interrupted_pair_is_no_verdict_on_the_next(needs_math_verify, monkeypatch):
+    with Judge(processes=1, seconds=20.0) as judge:
+        assert judge([("x+1", "1+x")]) == ["right"]
+        with monkeypatch.context() as patch:
+            patch.setattr(judging.connection, "wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                judge([("x+2", "2+x")])
+        assert judge._workers == []
+        assert judge([("x+2", "3+x")]) == ["wrong"]
 
 
 def test_what_nobody_can_read_is_never_right(needs_math_verify):
