@@ -29,8 +29,10 @@ from repsft_fast.seeded import key_of, permutation
 
 LETTERS = "ABCDEFGHIJ"  # a multiple choice has no more
 # Columns that hold a part of the question, which no layout has a place for: without it another is asked.
-HELD = ("system", "system prompt", "tools", "functions", "history", "context", "passage")
-HELD += ("image", "images", "audio", "video")
+HELD = (
+    *("system", "system prompt", "tools", "functions", "history", "context", "passage"),
+    *("image", "images", "audio", "video"),
+)
 
 
 @dataclass(frozen=True)
@@ -270,31 +272,33 @@ def _gpqa(row: Fields, seed: int) -> Item:
 
 
 def _mmlu(row: Fields, seed: int) -> Item:
-    choices = _choices(row)
+    choices = _choices(row, alike=True)  # a benchmark is asked whole, and letters are judged
     group, name = row.label("subject", "category"), row.label("id", "question id")
     return Item(row.text("question"), _choice(row, choices, by_text=False), choices, group, name)
 
 
-def _choices(row: Fields) -> tuple[str, ...]:
+def _choices(row: Fields, *, alike: bool = False) -> tuple[str, ...]:
+    """alike: whether two of them may have one text."""
     if not row.has("choices", "options"):
         names = [letter.lower() for letter in LETTERS if row.has(letter.lower())]
         if "".join(names) != LETTERS[: len(names)].lower():
             todo = "write A, B, C … without a gap"
             raise DataError(describe(row.where, "lacks a choice", got=", ".join(names), todo=todo))
-        return _checked([row.text(name) for name in names], row.where)
+        return _checked([row.text(name) for name in names], row.where, alike)
     value, place = row.get("choices", "options")
     if not isinstance(value, list | tuple):
         todo = "write them as a list of texts (in a .csv as columns A, B, C …)"
         raise DataError(describe(place, "is not a list of choices", got=shown(value), todo=todo))
-    return _checked([said(item, f"{place}[{n}]") for n, item in enumerate(value)], place)
+    return _checked([said(item, f"{place}[{n}]") for n, item in enumerate(value)], place, alike)
 
 
-def _checked(choices: list[str], place: str) -> tuple[str, ...]:
+def _checked(choices: list[str], place: str, alike: bool = False) -> tuple[str, ...]:
     if not 2 <= len(choices) <= len(LETTERS):
         wrong, expected = "is no multiple choice", f"2 to {len(LETTERS)} choices"
         todo = "mend the row" if len(choices) > 1 else "mend it, or ask the question without choices"
         raise DataError(describe(place, wrong, expected=expected, got=len(choices), todo=todo))
-    if twice := [text for n, text in enumerate(choices) if text in choices[:n]]:
+    twice = [text for n, text in enumerate(choices) if text in choices[:n]]
+    if twice and not alike:
         wrong = "has two choices of one text: which of them is right cannot be said"
         raise DataError(describe(place, wrong, got=repr(twice[0]), todo="mend or remove the row"))
     return tuple(choices)

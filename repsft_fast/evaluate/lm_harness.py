@@ -60,7 +60,7 @@ def run_lm_eval(
         try:
             with offline(unreached is not None), torch.compiler.set_stance("force_eager"):
                 # A copy: it is given a padding token where it has none.
-                asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # type: ignore[arg-type]
+                asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
                 results: Any = lm_eval.simple_evaluate(
                     asked, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
                 )

@@ -150,6 +150,8 @@ def _file_items(
         shown = [column for column, _ in unused.most_common(NAMED_AT_MOST)]
         more = f" and {len(unused) - len(shown)} more" if len(unused) > len(shown) else ""
         notes.append(f"{listed[0].name}: columns not used: {', '.join(shown)}{more}")
+    if alike := sum(len(set(item.choices)) < len(item.choices) for item, _ in items):
+        notes.append(f"{listed[0].name}: {alike} problems have two choices of one text: letters are judged")
     return layout, items
 
 

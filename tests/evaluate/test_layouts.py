@@ -207,7 +207,7 @@ def test_whatever_stands_in_a_row_is_read_or_refused(good, changes):
     assert isinstance(item.answer + item.group + item.name, str)
     if item.choices:
         assert item.answer in "ABCDEFGHIJ"[: len(item.choices)]
-        assert len(set(item.choices)) == len(item.choices) >= 2
+        assert len(item.choices) >= 2
 
 
 def test_columns_that_are_read_are_told_from_those_that_are_not():

@@ -274,6 +274,13 @@ def test_what_cannot_be_read_is_refused_by_its_place(write, name, rows, words):
         read_task("t", "x" if name.startswith("x/") else name)
 
 
+def test_questions_of_mmlu_with_two_choices_of_one_text_are_asked_and_counted(write):
+    row = {**MMLU, "choices": ["3", "4", "3", "6"]}
+    task, notes = read_task("t", write("m.jsonl", [MMLU, row]))
+    assert task.problems[1].choices == ("3", "4", "3", "6")
+    assert "m.jsonl: 1 problems have two choices of one text: letters are judged" in notes
+
+
 def test_the_same_file_twice_is_refused(write):
     with pytest.raises(DataError, match=r"^b.jsonl: is a copy of a.jsonl, byte for byte"):
         read_task("t", [write("a.jsonl", AIME), write("b.jsonl", AIME)])
