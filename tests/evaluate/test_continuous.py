@@ -17,6 +17,7 @@ from repsft_fast.evaluate import continuous
 from repsft_fast.evaluate.asked import Request, Sampling
 from repsft_fast.evaluate.continuous import Batching, serves
 from repsft_fast.evaluate.generate import generate
+from repsft_fast.evaluate.identity import check_engine
 from repsft_fast.models.load import load_model
 from tests.helpers import tiny
 
@@ -228,3 +229,17 @@ def test_several_ranks_are_refused(models, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert "one rank" in serves(models["llama"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_it_passes_the_probe_and_is_left_as_it_was(dtype):
+    model = load_model(
+        tiny.config("qwen3", head_dim=64), device="cuda", param_dtype=dtype, compute_dtype=dtype
+    )
+    before, stream = state(model), torch.cuda.get_rng_state().tolist()
+    check_engine(Batching(model), model, (0, 1, 2))
+    drawn = {"temperature": 0.8, "top_p": 0.9}
+    assert ask(model, **drawn) == ask(model, **drawn)
+    assert state(model) == before
+    assert torch.cuda.get_rng_state().tolist() == stream

@@ -70,3 +70,17 @@ def test_each_request_is_computed_as_it_would_be_alone(new, seen):
 def test_what_it_does_not_compute_is_refused(change):
     with pytest.raises(ModelError, match="engine batching: Module asks for what"):
         call(*inputs([3], [3]), [3], [3], **change)
+
+
+@pytest.mark.gpu
+def test_the_gpus_kernel_sees_what_the_loop_sees():
+    """With the empty requests that padding leaves at the end, and bounds above the longest."""
+    new, seen = [1, 4, 200, 1], [5, 4, 260, 700]
+    query, keys, values = (x.to("cuda", torch.bfloat16) for x in inputs(new, seen))
+    wanted = call(*(x.double().cpu() for x in (query, keys, values)), new, seen)
+    query, keys, values = (F.pad(x, (0, 56)) for x in (query, keys, values))  # a width that the kernel takes
+    borders = [torch.tensor([0, *n, 0, 0]).cumsum(0).to("cuda", torch.int32) for n in (new, seen)]
+    got = call(
+        query, keys, values, new, seen, cu_seq_lens_q=borders[0], cu_seq_lens_k=borders[1], scaling=8**-0.5
+    )
+    torch.testing.assert_close(got[..., :8].double().cpu(), wanted, rtol=0.02, atol=0.02)

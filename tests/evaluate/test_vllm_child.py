@@ -149,6 +149,12 @@ def test_a_child_that_hangs_is_ended(place, monkeypatch, after):
         ask(place, requests(), deadline_s=1.0)
 
 
+def test_a_child_that_is_slow_and_goes_on_is_waited_for(place, monkeypatch):
+    """Longer without a reply than the deadline."""
+    wrong(monkeypatch, slow=6)
+    assert len(ask(place, requests(), deadline_s=1.5)) == 10
+
+
 @pytest.mark.parametrize("reason", ["abort", "length", "stop"])
 def test_a_reply_that_ended_otherwise_than_asked_is_refused(place, monkeypatch, reason):
     wrong(monkeypatch, reason=reason)
@@ -194,7 +200,8 @@ def test_the_child_and_its_own_end_with_a_killed_parent(place, monkeypatch):
     root = str(Path(__file__).parents[2])
     with subprocess.Popen([sys.executable, "-c", script, root, str(place)]) as parent:
         until = time.monotonic() + 60
-        while not (place / "work" / "alive").exists() and time.monotonic() < until:
+        while not (place / "work" / "alive").exists():
+            assert time.monotonic() < until
             time.sleep(0.05)
         assert alive(int(path.read_text()))
         parent.send_signal(signal.SIGKILL)

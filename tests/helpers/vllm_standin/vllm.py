@@ -6,6 +6,7 @@ What it is to do wrong is said as JSON in the variable VLLM_STANDIN:
     weights    number of the weights whose log-probabilities it gives; 0: the model's own
     dies       after so many replies: killed
     hangs      after so many replies; -1: while it loads
+    slow       so many steps of 0.3 s that end no request
     starts     a process of its own that outlives it, its number in this file
     reason     why every reply ended
 """
@@ -85,6 +86,10 @@ class LLM:
     def _step(self):
         """Nothing at first, then what came last."""
         self._go_wrong(self._answered)
+        if WRONG.get("slow", 0) > 0:
+            WRONG["slow"] -= 1
+            time.sleep(0.3)
+            return []
         number, prompt, asked = self._queue.pop()
         tokens, reason = reply_of(prompt["prompt_token_ids"], asked.given)
         reply = SimpleNamespace(token_ids=tuple(tokens), finish_reason=WRONG.get("reason", reason))
