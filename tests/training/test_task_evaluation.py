@@ -186,3 +186,10 @@ def test_what_cannot_be_asked_is_told_before_work_is_spent(settings, tmp_path, c
         given["data.train"] = str(tmp_path / "ids.jsonl")
     with pytest.raises(error, match=words):
         train(settings, given)
+
+
+def test_choices_longer_than_a_training_row_have_rows_of_their_own(settings, tmp_path):
+    tasks = {"choice": spelling.tasks(settings)["choice"]}
+    result, _ = run(settings, tmp_path, **{"evaluate.tasks": tasks, "batch.row_tokens": 16, "budget.epochs": 1})
+    assert result.more["troubles"] == []
+    assert result.more["tasks"]["tasks"]["choice"]["problems"] == 3
