@@ -2,6 +2,8 @@
 nothing else in the run."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -190,6 +192,43 @@ def test_what_cannot_be_asked_is_told_before_work_is_spent(settings, tmp_path, c
 
 def test_choices_longer_than_a_training_row_have_rows_of_their_own(settings, tmp_path):
     tasks = {"choice": spelling.tasks(settings)["choice"]}
-    result, _ = run(settings, tmp_path, **{"evaluate.tasks": tasks, "batch.row_tokens": 16, "budget.epochs": 1})
+    result, _ = run(
+        settings, tmp_path, **{"evaluate.tasks": tasks, "batch.row_tokens": 16, "budget.epochs": 1}
+    )
     assert result.more["troubles"] == []
     assert result.more["tasks"]["tasks"]["choice"]["problems"] == 3
+
+
+def test_a_signal_cuts_a_look_short_and_the_run_is_saved(settings, tmp_path, monkeypatch):
+    generate, asked = decode.Loop.generate, []
+
+    def interrupted(self, requests, *arguments, **more):
+        asked.append(len(requests))
+        os.kill(os.getpid(), signal.SIGTERM)
+        generate(self, requests, *arguments, **more)
+
+    monkeypatch.setattr(decode.Loop, "generate", interrupted)
+    changes = {
+        "evaluate.tasks": spelling.tasks(settings),
+        "evaluate.tasks_every_epochs": 1,
+        "budget.epochs": 4,
+    }
+    torch.manual_seed(0)
+    result = train(settings, {"run.folder": str(tmp_path / "run"), **changes})
+    assert (result.code, result.updates, len(asked)) == ("terminated", 2, 1)
+    notes = [note["text"] for note in events(tmp_path / "run", "note")]
+    assert "evaluate.tasks: cut short by a signal" in notes
+    monkeypatch.setattr(decode.Loop, "generate", generate)
+    result = train(settings, {"run.folder": str(tmp_path / "run"), **changes}, resume=True)
+    assert (result.success, result.updates) == (True, 8)
+    assert [look["epoch"] for look in events(tmp_path / "run", "tasks")] == [2.0, 3.0, 4.0, 4.0]
+
+
+def test_somebodys_folder_of_the_name_is_refused(settings, tmp_path):
+    (tmp_path / "run" / "tasks").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="tasks"):
+        train(settings, {"run.folder": str(tmp_path / "run"), "evaluate.tasks": spelling.tasks(settings)})
+    result = train(
+        settings, {"run.folder": str(tmp_path / "run"), "budget.epochs": 1}
+    )  # without tasks it is no matter
+    assert result.success
