@@ -307,8 +307,8 @@ class Mixture(Section):
     """What decides, on the validation rows; answer generates the reply and compares its final answer (for
     rationales)."""
     extractor: Text = "final"
-    """metric answer: final, boxed, hashes, last_number, whole, or, with model.trust_remote_code, an own
-    function as package.module:function (text → answer or None)."""
+    """metric answer: final, boxed, hashes, last_number, number, choice, whole, or, with
+    model.trust_remote_code, an own function as package.module:function (text → answer or None)."""
     answer_tokens: Count = 512
     """metric answer: longest generated reply in tokens."""
     pool: Literal["items", "tasks"] = "items"

@@ -147,7 +147,7 @@ def test_what_goes_wrong_later_is_said_with_the_reply(mine):
 
 
 def test_the_names_in_the_settings_are_those_there_are():
-    assert set(checks.EXTRACTORS) | {"choice"} == set(EXTRACTORS)
+    assert set(checks.EXTRACTORS) == set(EXTRACTORS)
     with pytest.raises(ConfigError, match="did you mean hashes"):
         Config.of(LEAST, {"mixture.extractor": "hashs"})
 
