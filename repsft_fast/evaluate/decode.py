@@ -68,7 +68,7 @@ class Loop:
         taken = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in taken}
         caches = ("past_key_values", "cache_params")
-        self._cache_name = next((name for name in caches if name in taken), None)
+        self._cache_name = next((name for name in caches if name in taken), "")
 
     def generate(
         self,
@@ -156,7 +156,7 @@ class Loop:
         some = [token for prompt in prompts[-SHOWN:] for token in prompt[: 4 * SHOWN]]
         tokens = list(dict.fromkeys([*some, *range(min(text.vocab_size, 4 * SHOWN))]))
         short, long = tokens[:SHOWN], tokens[SHOWN : 2 * SHOWN + PADDED]
-        if self._cache_name is None or (limit is not None and limit < len(long) + 2):
+        if not self._cache_name or (limit is not None and limit < len(long) + 2):
             return "one by one"
         ways: tuple[tuple[Way, list[int]], ...] = (("padded", long), ("alike", long[:SHOWN]))
         for way, other in ways:
@@ -182,7 +182,7 @@ class Loop:
         for prompt in (short, long):
             together(1, functools.partial(whole, prompt))
         ids, mask = (x.to(device) for x in padded([short, long], self.pad_id))
-        cache = new_cache(self.model)
+        cache: Any = new_cache(self.model)
 
         def compared(step: int, rows: list[int]) -> Tensor:
             now = mask[rows] if len(rows) > 1 and len(short) < len(long) else None
@@ -259,14 +259,14 @@ class _Batch:
 
         def only(_: Tensor, scores: Tensor) -> Tensor:
             tokens = self._step(replies, lambda: _wide(scores))
-            tokens = torch.tensor(tokens, device=scores.device)[:, None]
-            return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
+            place = torch.tensor(tokens, device=scores.device)[:, None]
+            return torch.full_like(scores, float("-inf")).scatter(1, place, 0.0)
 
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, use_cache=True,
-                max_new_tokens=len(replies[0].uniform), eos_token_id=sorted(self.end_ids) or None,
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                use_cache=True, max_new_tokens=len(replies[0].uniform), eos_token_id=sorted(self.end_ids) or None,
                 pad_token_id=self.loop.pad_id, synced_gpus=False, logits_processor=[only],
             )  # fmt: skip
         except Exception as error:

@@ -42,8 +42,8 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     if top_p < 1:
         ids, mass = _nucleus(mass, top_p, min(CANDIDATES, mass.shape[-1]))
     cumulated = mass.double().cumsum(dim=-1)
-    # What has no mass is never the first whose cumulated mass is larger.
-    place = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(dim=-1)
+    # What has no mass is never the first whose cumulated mass is larger; there is none where logits are NaN.
+    place = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(dim=-1).clamp(max=mass.shape[-1] - 1)
     return place if ids is None else ids.gather(-1, place[:, None])[:, 0]
 
 

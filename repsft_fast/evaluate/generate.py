@@ -1,4 +1,4 @@
-"""Greedy replies at once: a few answers to look at, and exact match for tasks whose reply holds a rationale."""
+"""Greedy replies at once: a few answers to look at, and exact match of replies that hold a rationale."""
 
 from __future__ import annotations
 

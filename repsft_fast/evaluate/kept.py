@@ -38,7 +38,7 @@ class Kept(DynamicLayer):
         if self._room is None or self._room[0].shape[-2] < had + new:
             room = had + new + max(64, (had + new) // 4)
             wider = [x.new_empty(*x.shape[:-2], room, x.shape[-1]) for x in (key_states, value_states)]
-            if had:
+            if self.keys is not None and self.values is not None and had:
                 wider[0][..., :had, :], wider[1][..., :had, :] = self.keys, self.values
             self._room = (wider[0], wider[1])
         for kept, states in zip(self._room, (key_states, value_states), strict=True):

@@ -262,25 +262,13 @@ def test_floating_point_work_of_each_kind():
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20], [3, 4, 5, 6], [21], [9, 8, 7, 6, 5, 4, 3]]
 
 
-@pytest.mark.parametrize(
-    ("name", "calls"), [("llama", 1), ("mamba2", None), ("gpt_oss", 1), ("rwkv", 4), *[(n, 4) for n in ROPES]]
-)
-def test_replies_in_a_batch_are_those_of_prompts_alone(name, calls, monkeypatch):
-    """Padding is masked, but RWKV reads on, and some frequencies follow the length of the batch: then one
-    length a batch."""
+@pytest.mark.parametrize("name", ["llama", "mamba2", "gpt_oss", "rwkv", *ROPES])
+def test_replies_in_a_batch_are_those_of_prompts_alone(name):
+    """Padding is masked, but RWKV reads on, and some frequencies follow the length of the batch."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(name)).eval()
     model.config.use_cache = True
-    made = []
-    generate_of = model.generate
-
-    def counted(**options):
-        made.append(options["max_new_tokens"])
-        return generate_of(**options)
-
-    monkeypatch.setattr(model, "generate", counted)
     replies = generate(model, PROMPTS, end_ids=[], max_new_tokens=6)
-    assert calls in (None, made.count(6))  # transformers 5.0 reads padding of Mamba 2 as well
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         ids = list(prompt)
         for _ in range(6):
