@@ -14,6 +14,7 @@ from repsft_fast.report.format import count, duration
 
 EVERY_S = 30.0  # between lines where there is no terminal
 REDRAW_S = 0.2
+SURE = 10  # replies from which on the time left is guessed
 
 
 class Progress:
@@ -71,6 +72,7 @@ class Progress:
             f"{self._ended:,} ended",
             f"{count(self._tokens)} tokens",
             f"{count(self._tokens / seconds)} tok/s",
-            f"about {duration(left)} left",
         ]
+        if self._replies >= SURE:
+            facts.append(f"about {duration(left)} left")
         return "  ".join(facts)

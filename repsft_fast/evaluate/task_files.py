@@ -213,9 +213,9 @@ def _names(items: Sequence[Item], notes: list[str], task: str) -> list[str]:
         seen[unique] = item
         names.append(unique)
     if renamed := sum("#" in name and name.rpartition("#")[0] in seen for name in names):
-        notes.append(f"{task}: {renamed} problems have an id that others have: they are named ID#2 …")
+        notes.append(f"{task}: problems whose id others have, named ID#2 …: {renamed}")
     if copies := sum(count - 1 for count in questions.values()):
-        notes.append(f"{task}: {copies} questions are there before: they count twice")
+        notes.append(f"{task}: questions that are there before, and count twice: {copies}")
     return names
 
 

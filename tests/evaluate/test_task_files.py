@@ -158,14 +158,14 @@ def test_a_task_of_one_problem_and_problems_that_come_again(write):
     parts = [write("1.jsonl", AIME[:2]), write("2.jsonl", [{**AIME[5], "id": 1}, AIME[6]])]
     task, notes = read_task("t", parts)
     assert [problem.name for problem in task.problems] == ["1", "2", "1#2", "7"]
-    assert "t: 1 problems have an id that others have: they are named ID#2 …" in notes
+    assert "t: problems whose id others have, named ID#2 …: 1" in notes
     twice = write("twice.jsonl", [AIME[0], AIME[1], {**AIME[0], "answer": 7}])
     with pytest.raises(DataError, match=r"^t: holds the problem of the id 1 twice, got Find 1 in"):
         read_task("t", twice)
     copies = write("copies.jsonl", [{"prompt": "p", "answer": 1}] * 3)
     task, notes = read_task("t", copies)
     assert [problem.name for problem in task.problems] == ["1", "2", "3"]
-    assert "t: 2 questions are there before: they count twice" in notes
+    assert "t: questions that are there before, and count twice: 2" in notes
 
 
 def test_a_row_named_by_its_number_does_not_take_the_name_of_an_id(write):
