@@ -20,6 +20,7 @@ from repsft_fast.evaluate.identity import check_engine
 from repsft_fast.models.load import load_model
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.skipif(not continuous.is_known(), reason="another transformers than it knows")
 END = 2
 PROMPTS = [tuple(ids) for ids in tiny.documents([5, 9, 3, 12, 30, 7, 1, 2] * 4)]
 
@@ -222,6 +223,11 @@ def test_what_it_cannot_serve_is_said(change, word):
     assert serves(model) is None
     change(model)
     assert word in serves(model)
+
+
+def test_another_transformers_is_refused(models, monkeypatch):
+    monkeypatch.setattr(continuous, "is_known", lambda: False)
+    assert "another than the one known here" in serves(models["llama"])
 
 
 def test_several_ranks_are_refused(models, monkeypatch):
