@@ -23,6 +23,7 @@ from repsft_fast.evaluate import paged
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
 from repsft_fast.evaluate.identity import Scored
 from repsft_fast.evaluate.untouched import configs_of, left_as_it_was
+from repsft_fast.ops.attention import takes_grouped_heads
 
 WHERE = "engine batching"
 OWN_LOOP = "use our own loop"
@@ -98,6 +99,10 @@ class Batching:
         """
         if any(len(request.ids) == 0 for request in requests):
             raise ValueError("requests: expected at least one token in each, got an empty prompt")
+        if sampling.max_new_tokens < 1:  # transformers refuses it
+            for request in requests:
+                on_reply(request, Generation([], False))
+            return
         ends = set(end_ids)
 
         def handed(number: int, output: Any) -> None:
@@ -168,6 +173,7 @@ def _switch_attention(model: nn.Module) -> None:
     weight = next(model.parameters())
     half = weight.dtype in (torch.bfloat16, torch.float16)
     name = paged.register() if half or not weight.is_cuda else "sdpa"
+    takes_grouped_heads(weight.device)  # tried now: while a graph is captured nothing can be
     for config in configs_of(model):
         if config._attn_implementation_internal is not None:
             config._attn_implementation_internal = name

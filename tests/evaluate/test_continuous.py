@@ -195,6 +195,11 @@ def test_no_request_no_work(models):
     assert ask(models["llama"], []) == []
 
 
+def test_no_room_no_tokens(models):
+    found = ask(models["llama"], PROMPTS[:3], Sampling(max_new_tokens=0))
+    assert [(reply.ids, reply.finished) for reply in found] == [([], False)] * 3
+
+
 def test_an_empty_prompt_is_refused(models):
     with pytest.raises(ValueError, match="at least one token in each"):
         ask(models["llama"], [()])
