@@ -9,13 +9,13 @@ cannot be had again (our own loop can).
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
+from transformers import GenerationConfig, __version__
 
 from repsft_fast import seeded
 from repsft_fast.errors import ModelError, TrainingError, describe
@@ -23,6 +23,7 @@ from repsft_fast.evaluate import paged
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
 from repsft_fast.evaluate.identity import Scored
 from repsft_fast.evaluate.untouched import configs_of, left_as_it_was
+from repsft_fast.ops.attention import takes_grouped_heads
 
 WHERE = "engine batching"
 OWN_LOOP = "use our own loop"
@@ -38,8 +39,8 @@ def serves(model: Any) -> str | None:
     tells. What it does not tell the probe finds (`evaluate.identity`)."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return "it runs on one rank, and there are several"
-    if not hasattr(model, "init_continuous_batching"):
-        return "this transformers, or this model, has no continuous batching"
+    if not is_known() or not hasattr(model, "init_continuous_batching"):
+        return f"transformers {__version__} has no continuous batching, or another than the one known here"
     if getattr(model, "_cached_continuous_batching_manager", None) is not None:
         return "the model holds a manager of somebody else's"
     text = model.config.get_text_config()
@@ -56,6 +57,15 @@ def serves(model: Any) -> str | None:
     if "longrope" in rope or "dynamic" in rope:
         return "its rotary frequencies follow the longest request of a batch"
     return None
+
+
+def is_known() -> bool:
+    """Whether it hands the cache to the attention as `paged` takes it: releases differ."""
+    try:
+        from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    except ImportError:
+        return False
+    return "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
 
 
 def _packs(model: Any) -> bool:
@@ -89,6 +99,10 @@ class Batching:
         """
         if any(len(request.ids) == 0 for request in requests):
             raise ValueError("requests: expected at least one token in each, got an empty prompt")
+        if sampling.max_new_tokens < 1:  # transformers refuses it
+            for request in requests:
+                on_reply(request, Generation([], False))
+            return
         ends = set(end_ids)
 
         def handed(number: int, output: Any) -> None:
@@ -159,6 +173,7 @@ def _switch_attention(model: nn.Module) -> None:
     weight = next(model.parameters())
     half = weight.dtype in (torch.bfloat16, torch.float16)
     name = paged.register() if half or not weight.is_cuda else "sdpa"
+    takes_grouped_heads(weight.device)  # tried now: while a graph is captured nothing can be
     for config in configs_of(model):
         if config._attn_implementation_internal is not None:
             config._attn_implementation_internal = name
@@ -177,7 +192,9 @@ def _generation_settings(sampling: Sampling, end_ids: Sequence[int]) -> Generati
     )
 
 
-def _options(model: Any, sampling: Sampling, requests: int, logprobs: bool) -> ContinuousBatchingConfig:
+def _options(model: Any, sampling: Sampling, requests: int, logprobs: bool) -> Any:
+    from transformers.generation import ContinuousBatchingConfig
+
     device = next(model.parameters()).device
     return ContinuousBatchingConfig(
         page_size=PAGE_TOKENS,
@@ -211,7 +228,7 @@ def _share(device: torch.device) -> float:
     return min(1.0, usable / of)
 
 
-def _with_cache(model: Any, settings: GenerationConfig, options: ContinuousBatchingConfig, pages: int) -> Any:
+def _with_cache(model: Any, settings: GenerationConfig, options: Any, pages: int) -> Any:
     """A manager with a cache of so many pages, or of as many as there is memory for."""
     for blocks in (pages, None):
         options.num_blocks = blocks

@@ -21,6 +21,7 @@ from repsft_fast.evaluate.identity import check_engine
 from repsft_fast.models.load import load_model
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.skipif(not continuous.is_known(), reason="another transformers than it knows")
 END = 2
 PROMPTS = [tuple(ids) for ids in tiny.documents([5, 9, 3, 12, 30, 7, 1, 2] * 4)]
 
@@ -195,6 +196,11 @@ def test_no_request_no_work(models):
     assert ask(models["llama"], []) == []
 
 
+def test_no_room_no_tokens(models):
+    found = ask(models["llama"], PROMPTS[:3], Sampling(max_new_tokens=0))
+    assert [(reply.ids, reply.finished) for reply in found] == [([], False)] * 3
+
+
 def test_an_empty_prompt_is_refused(models):
     with pytest.raises(ValueError, match="at least one token in each"):
         ask(models["llama"], [()])
@@ -223,6 +229,11 @@ def test_what_it_cannot_serve_is_said(change, word):
     assert serves(model) is None
     change(model)
     assert word in serves(model)
+
+
+def test_another_transformers_is_refused(models, monkeypatch):
+    monkeypatch.setattr(continuous, "is_known", lambda: False)
+    assert "another than the one known here" in serves(models["llama"])
 
 
 def test_several_ranks_are_refused(models, monkeypatch):

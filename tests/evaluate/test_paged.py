@@ -6,9 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from repsft_fast.errors import ModelError
+from repsft_fast.evaluate.continuous import is_known
 from repsft_fast.evaluate.paged import paged_attention
+
+
+def test_the_releases_that_hand_the_cache_over_so_are_known():
+    """Read from their sources: 5.17 does it otherwise, 5.19 to 5.23 so."""
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    assert release == (5, 18) or is_known() == (release > (5, 18))
 
 
 class Cache:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from repsft_fast.errors import ConfigError, ModelError, TrainingError
+from repsft_fast.evaluate import vllm_child
 from repsft_fast.evaluate.asked import Request, Sampling
 from repsft_fast.evaluate.identity import EXACT
 from repsft_fast.evaluate.vllm_child import VllmChild
@@ -65,6 +67,20 @@ def ask(place, asked, sampling=SAMPLING, **changes):
 
 def wrong(monkeypatch, **what):
     monkeypatch.setenv("VLLM_STANDIN", json.dumps(what))
+
+
+@pytest.fixture
+def started(place, monkeypatch):
+    """The parent's clock stands still until the child has said its first word: how long a Python takes to
+    start is no matter here."""
+    log, since = place / "work" / "child.log", []
+
+    def now():
+        if not since and log.exists() and b"loading" in log.read_bytes():
+            since.append(time.monotonic())
+        return time.monotonic() - since[0] if since else 0.0
+
+    monkeypatch.setattr(vllm_child, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
 
 
 def sent(place):
@@ -143,13 +159,13 @@ def test_other_weights_are_refused_and_answer_nothing(place, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [-1, 3])
-def test_a_child_that_hangs_is_ended(place, monkeypatch, after):
+def test_a_child_that_hangs_is_ended(place, started, monkeypatch, after):
     wrong(monkeypatch, hangs=after)
     with pytest.raises(TrainingError, match=r"(?s)made no progress for 1 s; the end of its log.*loading"):
         ask(place, requests(), deadline_s=1.0)
 
 
-def test_a_child_that_is_slow_and_goes_on_is_waited_for(place, monkeypatch):
+def test_a_child_that_is_slow_and_goes_on_is_waited_for(place, started, monkeypatch):
     """Longer without a reply than the deadline."""
     wrong(monkeypatch, slow=6)
     assert len(ask(place, requests(), deadline_s=1.5)) == 10
@@ -179,12 +195,12 @@ def gone(number, seconds=10.0):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_process_is_left_behind(place, monkeypatch, fails):
+def test_no_process_is_left_behind(place, started, monkeypatch, fails):
     path = place / "number"
     wrong(monkeypatch, starts=str(path), **({"hangs": 2} if fails else {}))
     if fails:
         with pytest.raises(TrainingError, match="no progress"):
-            ask(place, requests(), deadline_s=1.0)
+            ask(place, requests(), deadline_s=2.0)
     else:
         ask(place, requests())
     assert gone(int(path.read_text()))
