@@ -30,8 +30,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn. In our own loop the stream of a reply follows from (seed, request) alone: neither
-    the batch nor the order moves it. What others promise is said there."""
+    """How replies are drawn. In our own loop the stream of a reply follows from (seed, request) alone:
+    neither the batch nor the order moves it. What others promise is said there."""
 
     n: int = 1  # replies to each problem
     temperature: float = GREEDY  # 0: greedy
