@@ -36,10 +36,11 @@ CASES = {"8 to 400": (8, 400, 32), "all 200": (200, 200, 32), "one of 200": (200
 def counting_down(model: Any) -> Any:
     """The model, which from token t goes on with t - 1, down to END."""
     last: list[torch.Tensor] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: last.append(given[0][:, -1]))
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: last.append(given[0]))
 
     def moved(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
-        logits[:, -1].scatter_(1, (last.pop()[:, None] - 1).clamp(min=0), 1e4)
+        ids = last.pop()[:, -logits.shape[1] :]  # every position: the loop tries the model with all
+        logits.scatter_(2, (ids[..., None] - 1).clamp(min=0), 1e4)
         last.clear()
         return logits
 
