@@ -89,23 +89,28 @@ class Loop:
         if any(len(request.ids) == 0 for request in requests):
             raise ValueError("prompts: expected at least one token in each, got an empty prompt")
         limit = getattr(self.model, "position_limit", None)
-        replies = []
+        known = []
         for request in sorted(requests, key=lambda r: (-len(r.ids), r.prompt, r.draw)):
-            room = sampling.max_new_tokens if limit is None else limit - len(request.ids)
-            if (tokens := min(room, sampling.max_new_tokens)) < 1:
+            if sampling.max_new_tokens < 1 or (limit is not None and len(request.ids) >= limit):
                 on_reply(request, Generation([], False))
             else:
-                numbers = uniforms(sampling.seed + request.prompt, request.draw, tokens)
-                replies.append(_Reply(request, numbers))
-        if not replies:
+                known.append(request)
+        if not known:
             return
         with _evaluating(self.model), Lockstep(self.model) as together:
             if self.way is None:
-                self.way = self._try(together, [reply.request.ids for reply in replies], limit)
+                self.way = self._try(together, [request.ids for request in known], limit)
             batch = _Batch(self, together, sampling, frozenset(end_ids), on_reply)
             size = 1 if self.way == "one by one" else self.batch_size
-            for some in _cut(replies, size, alike=self.way != "padded"):
-                (batch.decode if self.way in ("padded", "alike") else batch.by_transformers)(some)
+            for some in _cut(known, size, alike=self.way != "padded"):
+                replies = []
+                for request in some:
+                    room = sampling.max_new_tokens
+                    if limit is not None:
+                        room = min(room, limit - len(request.ids))
+                    numbers = uniforms(sampling.seed + request.prompt, request.draw, room)
+                    replies.append(_Reply(request, numbers))
+                (batch.decode if self.way in ("padded", "alike") else batch.by_transformers)(replies)
 
     def probe(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """Every prompt with a few greedy tokens behind it, and their log-probabilities as this loop computes
@@ -266,8 +271,8 @@ class _Batch:
         try:
             model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
-                use_cache=True, max_new_tokens=len(replies[0].uniform), eos_token_id=sorted(self.end_ids) or None,
-                pad_token_id=self.loop.pad_id, synced_gpus=False, logits_processor=[only],
+                max_new_tokens=len(replies[0].uniform), eos_token_id=sorted(self.end_ids) or None,
+                pad_token_id=self.loop.pad_id, use_cache=True, synced_gpus=False, logits_processor=[only],
             )  # fmt: skip
         except Exception as error:
             if self.together.unmet(error):
@@ -318,14 +323,14 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _cut(replies: list[_Reply], size: int, *, alike: bool) -> Iterator[list[_Reply]]:
-    """Batches of neighbours, alike: to prompts of one length."""
+def _cut(requests: list[Request], size: int, *, alike: bool) -> Iterator[list[Request]]:
+    """Batches of neighbours, alike: of prompts of one length."""
     start = 0
-    while start < len(replies):
-        length, stop = len(replies[start].request.ids), min(start + size, len(replies))
-        while alike and len(replies[stop - 1].request.ids) != length:
+    while start < len(requests):
+        length, stop = len(requests[start].ids), min(start + size, len(requests))
+        while alike and len(requests[stop - 1].ids) != length:
             stop -= 1
-        yield replies[start:stop]
+        yield requests[start:stop]
         start = stop
 
 

@@ -48,7 +48,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def _nucleus(probabilities: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, k], ascending, and their probabilities, 0 outside the nucleus."""
+    """Ids of so many tokens a row, or of all, ascending, and their probabilities, 0 outside the nucleus."""
     if count < probabilities.shape[-1]:
         mass, ids = probabilities.topk(count)
         # Which of equals are among the candidates is not known: the nucleus must end before the last of them.
