@@ -71,7 +71,8 @@ def answer_task(under: Under, asked: Asked, told: Told = lambda request, reply: 
 
 @contextmanager
 def _record(under: Under, asked: Asked, several: bool) -> Iterator[Record | None]:
-    if under.folder is None or not (several or under.world.is_main):
+    # Ranks that walk in step would wait for one whose disk is full: there the file is written at the end.
+    if under.folder is None or (under.world.size > 1 and not several):
         yield None
         return
     with Record(

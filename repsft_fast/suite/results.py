@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from repsft_fast.distributed import raise_together
 from repsft_fast.errors import DataError, describe
 from repsft_fast.evaluate.answers import answer_in, find_extractor
 from repsft_fast.evaluate.asked import Task
@@ -67,12 +68,15 @@ def result_of_task(
     if asked.task.kind == "choice":
         return _compared(under, asked)
     answered = answer_task(under, asked, told)
+    unjudged = 0 if judge is None else len(judge.undecided)
+    lines: list[dict[str, Any]] = []
+    # One rank judges and writes; what fails there, its disk or an own extractor, all hear.
+    with raise_together(under.world):
+        if judge is not None:
+            lines = judged_lines(asked, answered, judge, under.tokenizer, trusted=trusted)
+        finish_record(under, asked, lines)
     if judge is None:
-        finish_record(under, asked, ())
         return TaskResult(asked.task, (), None, answered.seconds, answered.generated)
-    unjudged = len(judge.undecided)
-    lines = judged_lines(asked, answered, judge, under.tokenizer, trusted=trusted)
-    finish_record(under, asked, lines)
     problems = problems_of(asked.task, lines)
     undecided = [
         {"got": one.got, "reference": one.reference, "why": one.why} for one in judge.undecided[unjudged:]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from repsft_fast import train
-from repsft_fast.errors import ConfigError, DataError
+from repsft_fast.errors import ConfigError, DataError, TrainingError
 from repsft_fast.evaluate import decode
 from repsft_fast.state import state_hash
+from repsft_fast.suite import results
 from repsft_fast.training import trainer
 from repsft_fast.training.snapshots import closed_list
 from tests.helpers import ranks, runs, spelling
@@ -149,6 +150,23 @@ def test_memory_that_runs_out_on_one_rank_ends_the_look_on_all(settings, tmp_pat
     assert success
     assert other[0]
     assert any("evaluate.tasks: out of memory" in text for text in troubles)
+
+
+def failing_on_main(world, settings, folder, changes):
+    def fail(*_, **__):
+        raise RuntimeError("no judge here")
+
+    if world.is_main:
+        results.judged_lines = fail
+    with pytest.raises((RuntimeError, TrainingError)) as caught:
+        train(settings, {"run.folder": folder, **changes})
+    return str(caught.value)
+
+
+def test_what_fails_where_it_is_judged_all_ranks_hear(settings, tmp_path):
+    changes = {"evaluate.tasks": spelling.tasks(settings), "budget.epochs": 1}
+    texts = ranks.run_ranks(failing_on_main, settings, str(tmp_path / "run"), changes)
+    assert all("no judge here" in text for text in texts)
 
 
 def test_what_goes_wrong_in_a_look_is_told_and_ends_nothing(settings, tmp_path, monkeypatch):
