@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ SHOWN, PADDED = 8, 5  # tokens of a prompt that a model is tried with, and of pa
 # Batches of any prompts, or of prompts of one length; transformers' `generate` in batches of one length, or a
 # reply at a time.
 Way = Literal["padded", "alike", "theirs", "one by one"]
+
+
+# How a model is served, once it has been tried: six short passes, which a look at a few prompts would feel.
+_WAYS: weakref.WeakKeyDictionary[nn.Module, Way] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -99,7 +104,10 @@ class Loop:
             return
         with _evaluating(self.model), Lockstep(self.model) as together:
             if self.way is None:
-                self.way = self._try(together, [request.ids for request in known], limit)
+                self.way = _WAYS.get(self.model) or self._try(
+                    together, [request.ids for request in known], limit
+                )
+                _WAYS[self.model] = self.way
             batch = _Batch(self, together, sampling, frozenset(end_ids), on_reply)
             size = 1 if self.way == "one by one" else self.batch_size
             for some in _cut(known, size, alike=self.way != "padded"):

@@ -6,9 +6,12 @@ import torch
 from repsft_fast.distributed import World
 from repsft_fast.evaluate.asked import Generation, Problem, Sampling, Task
 from repsft_fast.evaluate.decode import Loop
+from repsft_fast.evaluate.judging import Judge
 from repsft_fast.evaluate.replies import Asked
+from repsft_fast.evaluate.scores import score
 from repsft_fast.models import load_model
 from repsft_fast.suite.evaluation import Under, answer_task, finish_record, path_of
+from repsft_fast.suite.results import judged_lines, problems_of
 from tests.helpers import tiny
 from tests.helpers.chat_tokenizers import byte_level
 
@@ -64,3 +67,25 @@ def test_a_finished_file_holds_what_it_was_given(tmp_path):
 def test_each_rank_has_a_file_of_its_own(tmp_path):
     of = under(None, tmp_path, Silent)
     assert [path_of(of, ASKED, rank).name for rank in (0, 1)] == ["t.jsonl", "t.rank1.jsonl"]
+
+
+@pytest.mark.parametrize(("token", "ended"), [(2, 1.0), (3, 0.0)])
+def test_termination_of_a_model_that_always_stops_and_of_one_that_never_does(token, ended):
+    """A head that says one token whatever it reads."""
+    model = load_model(tiny.config("llama", vocab_size=400))
+
+    def said(_module, _given, logits):
+        return torch.full_like(logits, -19.0).index_fill_(-1, torch.tensor([token]), 19.0)
+
+    model.get_output_embeddings().register_forward_hook(said)
+    of = under(model, None, Loop(model))
+    answered = answer_task(of, ASKED)
+    with Judge() as judge:
+        lines = judged_lines(ASKED, answered, judge, byte_level(), trusted=False)
+    scores = score(problems_of(ASKED.task, lines))
+    assert scores.ended.value == ended
+    cut, whole = scores.lengths_cut, scores.lengths_ended
+    assert (cut.replies, whole.replies) == ((0, 3) if ended else (3, 0))
+    assert (whole if ended else cut).mean == (1.0 if ended else 6.0)
+    # What is said for sure leaves no entropy.
+    assert scores.entropy.value == pytest.approx(0.0, abs=1e-4)
