@@ -32,7 +32,7 @@ from repsft_fast.rundir.lock import RunLock
 from repsft_fast.suite.engines import engine_of, vllm_engine
 from repsft_fast.suite.evaluation import Under
 from repsft_fast.suite.results import TaskResult, result_of_task
-from repsft_fast.suite.tasks import Tasks, asked_of, digest, read_tasks
+from repsft_fast.suite.tasks import Tasks, asked_of, digest, other_form, read_tasks
 from repsft_fast.training.build import seed_everything, versions
 from repsft_fast.training.samples import rows_asked
 from repsft_fast.training.trainer import quiet_libraries
@@ -88,7 +88,10 @@ def with_flags(config: Config, given: Mapping[str, Any]) -> Config:
         name: {**settings.model_dump(mode="json"), **changes}
         for name, settings in config.evaluate.tasks.items()
     }
-    return Config.of(config, {"evaluate.tasks": tasks})
+    try:
+        return Config.of(config, {"evaluate.tasks": tasks})
+    except ConfigError as error:
+        raise ConfigError([problem.replace(" (overrides)", "") for problem in error.problems]) from None
 
 
 def name_of(of: str) -> str:
@@ -115,6 +118,8 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
     with distributed.raise_together(world):
         tokenizer = one.tokenizer()
         asked, said = asked_of(tasks, tokenizer, config)
+        if one.learned:
+            said += other_form(asked, one.learned, tokenizer)
         (folder / one.name).mkdir(parents=True, exist_ok=True)
     distributed.same_everywhere(world, "--tasks", digest(asked))
     alone = World(0, 1, world.local_rank, world.device)  # each rank holds the whole model

@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError
 from repsft_fast.config import Config
 from repsft_fast.config.model_sections import Lora
 from repsft_fast.config.paths import as_folder_or_hub_id
-from repsft_fast.errors import ConfigError, ModelError, describe, open_plain
+from repsft_fast.errors import ConfigError, ModelError, RepsftError, describe, open_plain
+from repsft_fast.report import result as results
 from repsft_fast.rundir.folder import SETTINGS
 from repsft_fast.training.build import build_model, build_tokenizer
 
@@ -29,6 +30,8 @@ class Evaluated:
 
     name: str
     config: Config
+    # last tokens before the replies that a run trained it on, where it says so
+    learned: tuple[tuple[int, ...], ...] = ()
 
     def tokenizer(self) -> Any:
         """ModelError where there is none: prompts are text."""
@@ -56,14 +59,15 @@ def evaluated(target: str, config: Config) -> Evaluated:
     """The model that MODEL names. ConfigError where there is none."""
     path = _path(target, "MODEL")
     folder = Path(path)
+    learned = _learned(folder)
     if folder.is_dir() and not (folder / WEIGHTS).exists():
         if (folder / ADAPTERS).exists():
-            return Evaluated("model", _of_adapters(config, folder))
+            return Evaluated("model", _of_adapters(config, folder), learned)
         if settings_file(path) is not None:
             wrong = "is a run's folder without a model"
             todo = f"write the model of its newest checkpoint first: repsft export {target}"
             raise ConfigError(describe("MODEL", wrong, got=target, todo=todo))
-    return Evaluated("model", _plain(config, path))
+    return Evaluated("model", _plain(config, path), learned)
 
 
 def base(asked: str, target: str, config: Config) -> Evaluated:
@@ -81,6 +85,15 @@ def base(asked: str, target: str, config: Config) -> Evaluated:
     source = getattr(model.lora, "from", None)
     lora = None if source is None else Lora.model_validate({"from": source})
     return Evaluated("base", _with(config, lora=lora))
+
+
+def _learned(folder: Path) -> tuple[tuple[int, ...], ...]:
+    """As the run's result.json has it; nothing where there is none, or of an older version."""
+    try:
+        found = results.read(folder).more.get("before_replies", [])
+        return tuple(tuple(map(int, ids)) for ids in found)
+    except (RepsftError, OSError, ValueError, TypeError, AttributeError):
+        return ()
 
 
 def _plain(config: Config, path: str) -> Config:

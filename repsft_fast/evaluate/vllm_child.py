@@ -165,6 +165,9 @@ class VllmChild:
     def _failed(self, wrong: str) -> TrainingError:
         path = self._folder / "child.log"
         tail = path.read_bytes()[-LOG_TAIL:].decode(errors="replace").strip()
+        if tail.endswith("No module named 'vllm'"):
+            todo = "pip install 'repsft-fast[vllm]', or use another engine"
+            return TrainingError(describe(WHERE, "is not installed", got=self._executable, todo=todo))
         todo = f"the end of its log, {path}:\n{tail}"
         return TrainingError(describe(WHERE, wrong, todo=todo))
 

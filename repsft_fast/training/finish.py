@@ -28,6 +28,7 @@ from repsft_fast.rundir import publish
 from repsft_fast.rundir.folder import ADAPTERS
 from repsft_fast.rundir.lock import FolderLost
 from repsft_fast.signals import CODES
+from repsft_fast.suite.tasks import FORM_TOKENS
 from repsft_fast.training import graph_choice
 from repsft_fast.training.account import account, in_words
 from repsft_fast.training.evaluation import TaskScorer, finite, line_of, saved_accuracy, show_answers
@@ -61,6 +62,8 @@ def finish(run: Run) -> RunResult:
         "moment": snapshot_id,
         "test": tested,
         "tasks": tasks,
+        # how what is asked ends, of the samples: `repsft eval` compares its prompts with it
+        "before_replies": sorted({tuple(ids[-FORM_TOKENS:]) for ids in parts.data.before_replies}),
         "snapshots": run.snapshots.spent(),
         "saved_token_accuracy": saved and asdict(saved),
     }

@@ -268,3 +268,20 @@ class TestVllm:
         assert results["model"]["engine"] == "vllm"
         assert all(line["entropy"] > 0 for line in lines(tmp_path)[1:] if line["ids"])
         assert "never tried on a real engine" in capsys.readouterr().out
+
+
+def test_a_runs_model_that_is_asked_in_another_form_than_it_learned_says_so(run, tmp_path, capsys):
+    """The run was trained on texts without a template; a task is a chat unless it says otherwise."""
+    _, made = run
+    evaluated(run, tmp_path, tasks={"words": spelling.tasks(made, chat=True)["words"]})
+    said = capsys.readouterr().out
+    assert "is asked in another form than it learns (evaluate.tasks [words.chat])" in said
+    evaluated(run, tmp_path / "text")
+    assert "another form" not in capsys.readouterr().out
+
+
+def test_what_flags_cannot_be_is_said_without_how_they_were_merged(run, tmp_path, capsys):
+    assert evaluated(run, tmp_path, "--max-tokens", "0")[0] == 2
+    said = capsys.readouterr().err
+    assert "evaluate.tasks: cannot be used, expected greater than or equal to 1, got 0" in said
+    assert "overrides" not in said
