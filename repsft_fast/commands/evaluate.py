@@ -33,6 +33,7 @@ from repsft_fast.suite.engines import engine_of, vllm_engine
 from repsft_fast.suite.evaluation import Under
 from repsft_fast.suite.results import TaskResult, result_of_task
 from repsft_fast.suite.tasks import Tasks, asked_of, digest, other_form, read_tasks
+from repsft_fast.training import attention
 from repsft_fast.training.build import seed_everything, versions
 from repsft_fast.training.samples import rows_asked
 from repsft_fast.training.trainer import quiet_libraries
@@ -125,6 +126,9 @@ def _one(one: Evaluated, tasks: Tasks, rows: str | None, folder: Path, world: Wo
     alone = World(0, 1, world.local_rank, world.device)  # each rank holds the whole model
     model = one.load(alone, tokenizer)
     notes = [*tasks.notes, *said, *getattr(tokenizer, "load_said", ()), *model.load_said]
+    backend, more = attention.decide(config, world, model)
+    attention.set_attention(model, backend)
+    notes += more
     told: dict[str, Any] = {"model": config.model.path, "digests": base_of(model, config, alone)}
     results: list[TaskResult] = []
     if asked:

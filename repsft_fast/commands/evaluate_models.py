@@ -45,8 +45,20 @@ class Evaluated:
 
     def load(self, world: Any, tokenizer: Any) -> Any:
         """The model on the world's device, in evaluation mode, without gradients."""
-        model = build_model(self.config, world, tokenizer)
+        model = build_model(held_as_computed(self.config, world.device.type), world, tokenizer)
         return model.requires_grad_(False).eval()
+
+
+def held_as_computed(config: Config, device: str) -> Config:
+    """The settings with weights in the type they are computed in: nothing is trained, so no copy in fp32 need
+    stand beside them. A setting of its own stays."""
+    model = config.model
+    computed = model.compute_dtype
+    if computed == "auto" and device == "cuda":
+        computed = "bfloat16"
+    if model.param_dtype != "auto" or computed == "auto":
+        return config
+    return config.model_copy(update={"model": model.model_copy(update={"param_dtype": computed})})
 
 
 def settings_file(target: str) -> str | None:

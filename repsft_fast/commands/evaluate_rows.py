@@ -11,7 +11,6 @@ from repsft_fast.data.store import TokenStore
 from repsft_fast.distributed import World
 from repsft_fast.errors import ConfigError
 from repsft_fast.evaluate.teacher_forced import TeacherForced
-from repsft_fast.training import attention
 from repsft_fast.training.build import check_vocabulary, vocabulary_of
 from repsft_fast.training.evaluation import line_of
 from repsft_fast.training.samples import apart_of, check_positions, load_data, row_bucket, rows_asked
@@ -28,12 +27,10 @@ def score_rows(config: Config, rows: str, model: Any, tokenizer: Any, world: Wor
     data = load_data(config, tokenizer, world.device, vocabulary_of(config, tokenizer))
     check_vocabulary(model, data)
     said = [*data.warnings, *check_positions(config, model, (data.train,))]
-    backend, more = attention.decide(config, world, model)
-    attention.set_attention(model, backend)
     scores = scorer_of(config, world)(data.train)(model)
     found = line_of(scores, data.task_names)
     dropped = dict(data.dropped)
-    return {"samples": len(scores.samples), "dropped": dropped, "notes": [*said, *more], **found}
+    return {"samples": len(scores.samples), "dropped": dropped, "notes": said, **found}
 
 
 def scorer_of(config: Config, world: World) -> Callable[[TokenStore], TeacherForced]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from repsft_fast.commands.evaluate_models import base, evaluated, settings_file
+from repsft_fast.commands.evaluate_models import base, evaluated, held_as_computed, settings_file
 from repsft_fast.config import Config
 from repsft_fast.errors import ConfigError
 
@@ -82,6 +82,21 @@ def test_what_is_no_path_is_refused(tmp_path, name):
         evaluated(name, config)
     with pytest.raises(ConfigError, match=r"^--base: "):
         base(name, str(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "held"),
+    [
+        ({}, "cpu", "auto"),
+        ({}, "cuda", "bfloat16"),  # as training computes there, and not in the fp32 that masters are held in
+        ({"model.compute_dtype": "float32"}, "cuda", "float32"),
+        ({"model.compute_dtype": "bfloat16"}, "cpu", "bfloat16"),
+        ({"model.param_dtype": "float32"}, "cuda", "float32"),
+    ],
+)
+def test_weights_are_held_in_what_they_are_computed_in(settings, device, held):
+    config = Config.of({**RUN, **settings})
+    assert held_as_computed(config, device).model.param_dtype == held
 
 
 class TestBase:
