@@ -31,6 +31,8 @@ _PACKAGES = (
     ("trackio", "trackio", "log.trackers: trackio (optional)"),
     ("tensorboard", "tensorboard", "log.trackers: tensorboard (optional)"),
     ("math-verify", "math_verify", "comparing answers as expressions (optional)"),
+    ("lm-eval", "lm_eval", "repsft eval: tasks of layout lm_eval (optional)"),
+    ("vllm", "vllm", "evaluate.engine: vllm (optional, untried)"),
 )
 
 
