@@ -46,6 +46,9 @@ def gym_rows(source: str) -> list[dict[str, Any]]:
         raise DataError(
             describe(source, f"reasoning-gym refuses these settings: {error}", got=settings)
         ) from error
+    if any(item["answer"] is None for item in items):
+        wrong = f"reasoning-gym gives no answers to {task}: it judges replies by a function of its own"
+        raise DataError(describe(source, wrong, todo="take another task"))
     return [_row(task, item) for item in items]
 
 

@@ -112,8 +112,8 @@ def _gym_items(source: str, layout: str, where: str) -> tuple[str, list[tuple[It
     items = []
     for number, row in enumerate(gym_rows(source), 1):
         place = f"{source}:{number}"
-        if row["answer"] == "None" or not row["answer"].strip():
-            wrong = "has no answer to compare with: the package judges this task by a function of its own"
+        if not row["answer"].strip():
+            wrong = "has no answer to compare with"
             raise DataError(describe(place, wrong, todo="take another task"))
         question = row["messages"][0]["content"]
         items.append((Item(question, row["answer"].strip()), place))

@@ -77,3 +77,9 @@ def test_the_file_is_written_once_and_sources_have_files_of_their_own(asked, tmp
     assert [size for _, size, _, _ in asked] == [2, 3]
     rows = [json.loads(line) for line in first.read_text(encoding="utf-8").splitlines()]
     assert rows == gym.gym_rows("reasoning-gym:sums?size=2")
+
+
+@pytest.mark.parametrize("task", ["rush_hour", "boxnet"])
+def test_a_task_without_answers_is_refused_and_not_trained_on_as_the_word_none(task):
+    with pytest.raises(DataError, match=f"gives no answers to {task}.*take another task"):
+        gym.gym_rows(f"reasoning-gym:{task}?size=2&seed=1")

@@ -216,7 +216,7 @@ def test_a_generated_task_asks_its_question_as_it_is(monkeypatch):
     assert (len(task.problems), task.extractor) == (2, "final")
     assert task.problems[1].messages == ({"role": "user", "content": "1 + 2?"},)
     assert (task.problems[1].answer, task.problems[1].where) == ("3", "reasoning-gym:sums?size=2&seed=3:2")
-    with pytest.raises(DataError, match=r"^reasoning-gym:blank:1: has no answer to compare with"):
+    with pytest.raises(DataError, match=r"^reasoning-gym:blank: reasoning-gym gives no answers to blank"):
         read_task("t", "reasoning-gym:blank")
     with pytest.raises(ConfigError, match="which is generated, got aime"):
         read_task("t", "reasoning-gym:sums", layout="aime")
