@@ -286,3 +286,13 @@ def test_logits_that_are_no_numbers_are_refused(way, temperature):
     loop.way = way
     with pytest.raises(ModelError, match="its logits are not finite: no token can be chosen"):
         replies_of(loop, asked(PROMPTS), Sampling(temperature=temperature, top_p=0.9, max_new_tokens=3))
+
+
+def test_a_model_is_tried_once_whatever_asks_it(monkeypatch):
+    model, tried = load_model(tiny.config("llama")), []
+    monkeypatch.setattr(Loop, "_try", lambda self, *_: tried.append(self) or "padded")
+    for _ in range(3):
+        Loop(model).generate(
+            [Request(0, 0, (5, 6))], Sampling(max_new_tokens=2), end_ids=[], on_reply=lambda *_: None
+        )
+    assert len(tried) == 1
