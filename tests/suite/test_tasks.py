@@ -106,6 +106,7 @@ class TestOtherForm:
         [
             ([[9, 1, 2, 3], [8, 1, 2, 3]], [[7, 1, 2, 3], [6, 5, 1, 2, 3]]),  # the same generation prompt
             ([[9, 1], [8, 2]], [[7, 3], [6, 4]]),  # text, both
+            ([[9, 1], [8, 1]], [[7, 3], [6, 3]]),  # ends of one token say nothing: a question mark, a colon
             ([[9, 1, 2, 3], [8, 1, 2, 3]], [[7, 1, 2, 3], [6, 4]]),  # some of what is trained on
             ([[5, 9, 1, 2, 3], [5, 8, 1, 2, 3]], [[7, 0, 1, 2, 3]] * 2),  # longer common ends are cut alike
             ([[4, 1, 2, 3]], [[7, 1, 2, 3], [6, 1, 2, 3]]),  # one problem
