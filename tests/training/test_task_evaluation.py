@@ -4,6 +4,7 @@ nothing else in the run."""
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from repsft_fast.evaluate import decode
 from repsft_fast.state import state_hash
 from repsft_fast.suite import results
 from repsft_fast.training import trainer
+from repsft_fast.training.reporter import Reporter
 from repsft_fast.training.snapshots import closed_list
 from tests.helpers import ranks, runs, spelling
 
@@ -250,3 +252,26 @@ def test_somebodys_folder_of_the_name_is_refused(settings, tmp_path):
         settings, {"run.folder": str(tmp_path / "run"), "budget.epochs": 1}
     )  # without tasks it is no matter
     assert result.success
+
+
+def test_the_result_is_asked_anew_though_its_update_was_looked_at_and_seconds_are_no_trainings(
+    settings, tmp_path, monkeypatch
+):
+    """The result may be other weights than the last update's: nothing of the look before is taken for it."""
+    generate, asked, apart = decode.Loop.generate, [], []
+
+    def slow(self, requests, *arguments, **more):
+        asked.append(len(requests))
+        time.sleep(0.3)
+        generate(self, requests, *arguments, **more)
+
+    monkeypatch.setattr(decode.Loop, "generate", slow)
+    monkeypatch.setattr(Reporter, "exclude_seconds", lambda self, seconds: apart.append(seconds))
+    changes = {
+        "evaluate.tasks": spelling.tasks(settings),
+        "evaluate.tasks_every_epochs": 2,
+        "budget.epochs": 2,
+    }
+    run(settings, tmp_path, **changes)
+    assert asked == [8, 8]
+    assert sum(seconds > 0.3 for seconds in apart) == 2
