@@ -21,7 +21,7 @@ from repsft_fast import seeded
 from repsft_fast.errors import ModelError, TrainingError, describe
 from repsft_fast.evaluate import paged
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
-from repsft_fast.evaluate.identity import Scored
+from repsft_fast.evaluate.identity import PROBED_TOKENS, Scored
 from repsft_fast.evaluate.untouched import configs_of, left_as_it_was
 from repsft_fast.ops.attention import takes_grouped_heads
 
@@ -31,7 +31,6 @@ PAGE_TOKENS = 256  # of the cache: transformers' own default
 MOST_AT_ONCE = 1024  # requests in a batch: its default too
 RESERVE_BYTES = 2 << 30  # of a GPU's free memory, left alone
 HOST_SHARE = 0.5  # of the host memory that is available, at most
-PROBED_TOKENS = 8  # generated after each prompt of the probe, so that cached keys are read too
 
 
 def serves(model: Any) -> str | None:
@@ -94,8 +93,8 @@ class Batching:
     ) -> None:
         """Entropy is not known here: Generation.entropy is None.
 
-        The stream of random numbers follows from sampling.seed and the list of requests. ValueError for an
-        empty prompt; TrainingError when the scheduler fails, or memory does not hold the longest request.
+        The stream of random numbers follows from sampling.seed and the list of (prompt, draw). ValueError for
+        an empty prompt; TrainingError when the scheduler fails, or memory does not hold the longest request.
         """
         if any(len(request.ids) == 0 for request in requests):
             raise ValueError("requests: expected at least one token in each, got an empty prompt")
@@ -109,7 +108,11 @@ class Batching:
             ids = list(output.generated_tokens)
             on_reply(requests[number], Generation(ids, bool(ids) and ids[-1] in ends))
 
-        self._run([request.ids for request in requests], sampling, end_ids, handed)
+        # Which replies are asked for is part of the key: further draws of the same prompts, or those that a
+        # killed evaluation lacks, would else be the ones that are there already.
+        asked = (number for request in requests for number in (request.prompt, request.draw))
+        key = seeded.key_of("continuous batching", sampling.seed, *asked)
+        self._run([request.ids for request in requests], sampling, end_ids, handed, key=key)
 
     def probe(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """Every prompt with a few greedy tokens behind it, and their log-probabilities (`identity`)."""
@@ -129,6 +132,7 @@ class Batching:
         end_ids: Sequence[int],
         handed: Callable[[int, Any], None],
         *,
+        key: int = 0,
         logprobs: bool = False,
     ) -> None:
         if not prompts:
@@ -136,7 +140,7 @@ class Batching:
         # Compiled layers (static shapes) would be compiled anew for every length.
         with left_as_it_was(self._model), torch.compiler.set_stance("force_eager"):
             _switch_attention(self._model)
-            with self._manager(prompts, sampling, end_ids, logprobs) as manager:
+            with self._manager(prompts, sampling, end_ids, key, logprobs) as manager:
                 for number, ids in enumerate(prompts):
                     manager.add_request(list(ids), request_id=str(number))
                 # All are there before the first batch is made: which share one follows from the list alone.
@@ -145,11 +149,16 @@ class Batching:
 
     @contextlib.contextmanager
     def _manager(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int], logprobs: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        end_ids: Sequence[int],
+        key: int,
+        logprobs: bool,
     ) -> Iterator[Any]:
         """A manager whose cache is made, and whose thread is gone at the end."""
         settings = _generation_settings(sampling, end_ids)
-        options = _options(self._model, sampling, len(prompts), logprobs)
+        options = _options(self._model, key, len(prompts), logprobs)
         pages = sorted(
             (-(-(len(ids) + sampling.max_new_tokens) // PAGE_TOKENS) for ids in prompts), reverse=True
         )
@@ -192,7 +201,7 @@ def _generation_settings(sampling: Sampling, end_ids: Sequence[int]) -> Generati
     )
 
 
-def _options(model: Any, sampling: Sampling, requests: int, logprobs: bool) -> Any:
+def _options(model: Any, key: int, requests: int, logprobs: bool) -> Any:
     from transformers.generation import ContinuousBatchingConfig
 
     device = next(model.parameters()).device
@@ -201,7 +210,7 @@ def _options(model: Any, sampling: Sampling, requests: int, logprobs: bool) -> A
         max_memory_percent=_share(device),
         max_requests_per_batch=min(requests, MOST_AT_ONCE),
         return_logprobs=logprobs,
-        seed=seeded.key_of("continuous batching", sampling.seed) % (1 << 63),
+        seed=key % (1 << 63),
         # It would be taken from the net where the package is not there.
         auto_switch_to_flash=False,
         # It writes to the environment.

@@ -28,14 +28,13 @@ from transformers import GenerationConfig
 from repsft_fast.errors import ModelError, describe
 from repsft_fast.evaluate.asked import Generation, Request, Sampling
 from repsft_fast.evaluate.drawing import choose, entropies, uniforms
-from repsft_fast.evaluate.identity import Scored
+from repsft_fast.evaluate.identity import PROBED_TOKENS, Scored
 from repsft_fast.evaluate.kept import new_cache
 from repsft_fast.evaluate.lockstep import Lockstep, raising
 
 # How far padding and cache may move logits, in their own spread: rounding in fp32, and in half precision. Too
 # strict costs time alone.
 EXACT, ROUNDED = 1e-3, 0.05
-PROBED_TOKENS = 4  # generated after each prompt of the probe, so that cached keys are read too
 SHOWN, PADDED = 8, 5  # tokens of a prompt that a model is tried with, and of padding before it
 
 # Batches of any prompts, or of prompts of one length; transformers' `generate` in batches of one length, or a

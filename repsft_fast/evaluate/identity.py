@@ -21,6 +21,7 @@ from repsft_fast.evaluate.untouched import left_as_it_was
 from repsft_fast.row import IGNORE_INDEX, Row
 
 PROMPTS, PROMPT_TOKENS = 8, 16
+PROBED_TOKENS = 8  # generated after each prompt in this process, so that cached keys are read too
 
 
 @dataclass(frozen=True)

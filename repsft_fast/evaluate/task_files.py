@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from repsft_fast.data.filetypes import stem_of
-from repsft_fast.data.gym import SCHEME, gym_rows, is_gym_source
+from repsft_fast.data.gym import gym_rows, is_gym_source
 from repsft_fast.data.source import Source
 from repsft_fast.data.sources import list_sources, open_rows, without_copies
 from repsft_fast.data.text_rows import BadRow
@@ -69,23 +69,6 @@ def read_task(
     extractor = "choice" if choices else LAYOUTS[layout].extractor
     kinds: dict[str, Any] = {"kind": kind}
     return Task(name, tuple(chosen), extractor=extractor, sampling=sampling, **kinds), notes
-
-
-def task_name(source: str) -> str:
-    """What a task is called where the user gives no name: the file's or folder's, the hub id's last part, the
-    generated task's."""
-    if is_gym_source(source):
-        return re.split(r"[?#]", source.removeprefix(SCHEME))[0]
-    return stem_of(Path(source.rstrip("/"))).replace(":", "-") or source
-
-
-def check_names(tasks: Iterable[Task], where: str = "--tasks") -> None:
-    """ConfigError for two tasks of one name, of which results would show one."""
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:
-            raise ConfigError(
-                describe(where, f"names {count} tasks {name!r}", todo="give each a name of its own")
-            )
 
 
 def _check_arguments(name: str, layout: str, kind: str, limit: int | None, where: str) -> None:

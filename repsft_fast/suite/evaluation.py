@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,22 @@ def _record(under: Under, asked: Asked, several: bool) -> Iterator[Record | None
     with Record(
         path_of(under, asked, under.world.rank), _identity(under, asked), text_of=_text(under)
     ) as record:
+        for path in _left_by_more_ranks(under, asked) if under.world.is_main else ():
+            with Record(path, _identity(under, asked), text_of=_text(under)) as left:
+                record.known |= left.known
         yield record
+
+
+def _left_by_more_ranks(under: Under, asked: Asked) -> list[Path]:
+    """Files of ranks that a launch before this one had, and this one has not."""
+    if under.folder is None:
+        return []
+    found = {
+        path: int(rank[1])
+        for path in sorted(under.folder.glob(f"{asked.task.name}.rank*.jsonl"))
+        if (rank := re.fullmatch(re.escape(asked.task.name) + r"\.rank(\d+)\.jsonl", path.name))
+    }
+    return [path for path, rank in found.items() if rank >= (under.world.size if under.shared else 1)]
 
 
 def finish_record(under: Under, asked: Asked, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -89,6 +105,8 @@ def finish_record(under: Under, asked: Asked, lines: Sequence[Mapping[str, Any]]
     if under.world.is_main:
         with Record(path_of(under, asked, 0), _identity(under, asked), text_of=_text(under)) as record:
             record.finish(lines)
+        for path in _left_by_more_ranks(under, asked):
+            path.unlink()
     elif under.shared:
         path_of(under, asked, under.world.rank).unlink(missing_ok=True)
 

@@ -168,6 +168,24 @@ def test_ranks_go_on_from_what_any_of_them_had(run, tmp_path):
     assert lines(tmp_path) == before
 
 
+def test_fewer_ranks_go_on_from_the_files_of_more(run, tmp_path, monkeypatch):
+    """Killed on three ranks, each of which had written its share."""
+    evaluated(run, tmp_path, "--replies", "2")
+    file = tmp_path / "out" / "model" / "words.jsonl"
+    header, *replies = file.read_text().splitlines(keepends=True)
+    for rank in range(3):
+        name = "words.jsonl" if rank == 0 else f"words.rank{rank}.jsonl"
+        file.with_name(name).write_text(header + "".join(replies[rank::3]))
+
+    def fail(self, requests, *_, **__):
+        raise AssertionError(f"{len(requests)} replies are asked again")
+
+    monkeypatch.setattr(decode.Loop, "generate", fail)
+    assert evaluated(run, tmp_path, "--replies", "2")[0] == 0
+    assert [path.name for path in file.parent.iterdir()] == ["words.jsonl"]
+    assert file.read_text() == "".join([header, *replies])
+
+
 def on_ranks_that_generate_nothing(world, *given):
     def fail(self, requests, *_, **__):
         raise AssertionError(f"{len(requests)} replies are asked again")

@@ -102,7 +102,8 @@ def test_what_is_about_tasks_says_nothing_without_them(name):
     ("source", "name"),
     [
         ("data/aime24.jsonl", "aime24"), ("reasoning-gym:chain_sum?size=20", "chain_sum"), ("openai/gsm8k", "gsm8k"),
-        ("a/b.c.jsonl.gz", "b"), ("x y.jsonl", "x_y"), ("ünï.jsonl", "n"), ("...", "task"),
+        ("a/b.c.jsonl.gz", "b"), ("x y.jsonl", "x_y"), ("ünï.jsonl", "n"), ("...", "task"), ("owner/gpqa:diamond", "gpqa_diamond"),
+        ("data/mmlu/", "mmlu"), ("d/aime_2024.jsonl.gz", "aime_2024"),
     ],
 )  # fmt: skip
 def test_a_source_without_a_name_is_called_by_its_file(source, name):

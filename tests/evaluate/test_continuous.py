@@ -254,3 +254,20 @@ def test_on_a_gpu_it_passes_the_probe_and_is_left_as_it_was(dtype):
     assert ask(model, **drawn) == ask(model, **drawn)
     assert state(model) == before
     assert torch.cuda.get_rng_state().tolist() == stream
+
+
+def test_further_draws_of_the_same_prompts_are_not_those_that_are_there(models):
+    """As an evaluation asks that goes on with more replies: with one stream they would be copies."""
+    model, sampling = models["llama"], Sampling(temperature=1.0, max_new_tokens=24, seed=3)
+
+    def draws(*numbers):
+        found = {}
+        asked = [Request(n, draw, ids) for n, ids in enumerate(PROMPTS[:3]) for draw in numbers]
+        Batching(model).generate(
+            asked, sampling, end_ids=[END], on_reply=lambda r, reply: found.setdefault(r, reply.ids)
+        )
+        return [found[request] for request in asked]
+
+    first = draws(0, 1)
+    assert draws(0, 1) == first
+    assert not {tuple(ids) for ids in first} & {tuple(ids) for ids in draws(2, 3)}

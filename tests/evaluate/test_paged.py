@@ -60,6 +60,7 @@ def test_each_request_is_computed_as_it_would_be_alone(new, seen):
         wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
         torch.testing.assert_close(got[:, q0 : q0 + n], wanted, rtol=1e-12, atol=1e-12)
         q0, k0 = q0 + n, k0 + m
+    assert (q0, k0) == (got.shape[1], keys.shape[2])  # all of it was looked at
 
 
 @pytest.mark.parametrize(

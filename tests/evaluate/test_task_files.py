@@ -11,7 +11,7 @@ import pytest
 from repsft_fast.data import arrow
 from repsft_fast.errors import ConfigError, DataError
 from repsft_fast.evaluate.asked import Sampling
-from repsft_fast.evaluate.task_files import check_names, read_task, task_name
+from repsft_fast.evaluate.task_files import read_task
 from tests.evaluate.test_layouts import GPQA, MMLU
 
 AIME = [{"id": n, "problem": f"Find {n} in {{x}}.", "answer": f"{n:03d}", "url": "u"} for n in range(1, 31)]
@@ -242,15 +242,9 @@ def test_arguments_that_cannot_be_meant(write, keywords, words):
         read_task("t", name, where="evaluate", **keywords)
 
 
-def test_names_of_tasks(write):
-    task = task_of(write("a.jsonl", AIME))
+def test_a_task_has_a_name():
     with pytest.raises(ConfigError, match=r"^--tasks: has a task without a name"):
         read_task(" ", "a.jsonl")
-    with pytest.raises(ConfigError, match=r"^--tasks: names 2 tasks 't'; give each"):
-        check_names([task, task])
-    check_names([task])
-    sources = ["d/aime_2024.jsonl.gz", "owner/gpqa:gpqa_diamond", "reasoning-gym:sums?size=2", "data/mmlu/"]
-    assert [task_name(source) for source in sources] == ["aime_2024", "gpqa-gpqa_diamond", "sums", "mmlu"]
 
 
 @pytest.mark.parametrize(

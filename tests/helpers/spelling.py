@@ -12,14 +12,16 @@ TRAINED = 6  # of them
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a run under `folder`, and beside its rows the tasks words.jsonl and choice.jsonl."""
+    """Settings of a run under `folder`, and beside its rows validation.jsonl and the tasks
+    words.jsonl and choice.jsonl."""
     rows = [{"prompt": f"Reverse {word}", "completion": word[::-1]} for word in WORDS]
     asked = [{"prompt": r["prompt"], "answer": r["completion"], "group": r["prompt"][8]} for r in rows]
     choices = [
         {"question": f"What is {word} in reverse?", "choices": [word[::-1], word], "answer": 0}
         for word in WORDS[:3]
     ]
-    for name, part in (("train", rows[:TRAINED]), ("words", asked), ("choice", choices)):
+    files = {"train": rows[:TRAINED], "validation": rows[TRAINED:], "words": asked, "choice": choices}
+    for name, part in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     build_tokenizer([" ".join(row.values()) for row in rows], 300, folder / "tokenizer")
     return runs.settings(

@@ -1,31 +1,18 @@
 """A few prompts answered at the end of a run: trained ones beside held-out ones, told apart."""
 
-import json
-
 import pytest
 import torch
 
 from repsft_fast import train
-from repsft_fast.commands.demo import build_tokenizer, show_answers
-from tests.helpers import runs
-
-WORDS = ["sun", "map", "top", "net", "rat", "pin", "dog", "tub"]
+from repsft_fast.commands.demo import show_answers
+from tests.helpers import spelling
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spelling")
-    rows = [{"prompt": f"Reverse {word}", "completion": word[::-1]} for word in WORDS]
-    for name, part in (("train", rows[:6]), ("validation", rows[6:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    build_tokenizer([" ".join(row.values()) for row in rows], 300, folder / "tokenizer")
-    return runs.settings(
-        folder,
-        model__config=runs.MODEL | {"vocab_size": 320, "eos_token_id": 3},
-        tokenizer__path=str(folder / "tokenizer"),
-        data__validation=str(folder / "validation.jsonl"),
-        budget__epochs=60,
-        evaluate__generate_samples=2,
+    return spelling.settings(
+        folder, data__validation=str(folder / "validation.jsonl"), evaluate__generate_samples=2
     )
 
 
