@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from repsft_fast import cli, train
+from repsft_fast.commands import evaluate
 from repsft_fast.evaluate import decode, vllm_child
 from tests.helpers import ranks, spelling
 
@@ -303,3 +304,20 @@ def test_what_flags_cannot_be_is_said_without_how_they_were_merged(run, tmp_path
     said = capsys.readouterr().err
     assert "evaluate.tasks: cannot be used, expected greater than or equal to 1, got 0" in said
     assert "overrides" not in said
+
+
+def test_lm_evals_own_tasks_stand_below_the_table_and_in_the_results(run, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def harness(model, tokenizer, tasks, **how):
+        asked.append((tasks, how))
+        metrics = {"acc": {"value": 0.25, "stderr": 0.125, "higher_is_better": True}}
+        return {"lm_eval": "0.4.13", "tasks": {tasks[0]: {"version": 1, "samples": 4, "metrics": metrics}}}
+
+    monkeypatch.setattr(evaluate, "run_lm_eval", harness)
+    tasks = {"facts": {"source": "arc_easy", "layout": "lm_eval", "limit": 4}}
+    code, results = evaluated(run, tmp_path, tasks=tasks)
+    assert code == 0
+    assert asked == [(["arc_easy"], {"limit": 4, "batch_size": 32, "where": "evaluate.tasks [facts]"})]
+    assert results["model"]["lm_eval"]["facts"]["tasks"]["arc_easy"]["metrics"]["acc"]["value"] == 0.25
+    assert "facts: lm-eval 0.4.13 arc_easy acc 0.250 ± 0.125 (standard error)" in capsys.readouterr().out

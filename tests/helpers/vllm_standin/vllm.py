@@ -33,6 +33,8 @@ def logprobs_of(ids, weights=0):
 def reply_of(ids, sampling):
     """(tokens, why it ended)"""
     length = 1 + _number("length", ids, sampling["seed"]) % 9
+    if not sampling["stop_token_ids"]:  # nothing ends it
+        length = sampling["max_tokens"]
     tokens = [100 + _number("token", ids, sampling["seed"], n) % 50 for n in range(length)]
     if length >= sampling["max_tokens"]:
         return tokens[: sampling["max_tokens"]], "length"

@@ -1,9 +1,12 @@
 """Part V: replies by every engine, at toy size."""
 
+import os
 import sys
+from pathlib import Path
 
 from benchmarks.suites.gpu import goals, replies
 from benchmarks.suites.gpu.session import LEFT_OUT, RECORDS, read_lines
+from repsft_fast.evaluate import vllm_child
 from tests.benchmarks.suites.gpu.toys import fail_check, fed, session_at
 
 H100 = goals.Card("NVIDIA H100 80GB HBM3", {})
@@ -21,6 +24,18 @@ def test_every_engine_that_is_here_answers_everything_and_has_passed_the_probe(t
     assert [name for name, value in fed(replies.GOALS, tmp_path).items() if value is None] == [
         f"{replies.MODEL}: tokens/s by vLLM"
     ]
+
+
+def test_vllm_is_asked_where_it_is_installed(tmp_path, monkeypatch):
+    """Its stand-in, which cannot know these weights: the probe is let through."""
+    folder = Path(__file__).parents[3] / "helpers" / "vllm_standin"
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{Path(__file__).parents[4]}")
+    monkeypatch.setattr(vllm_child, "check_identity", lambda *_: (0.0, 0.0))
+    at = session_at(tmp_path, "V")
+    replies.measure(at, replies.build(at), "vllm")
+    record = goals.Found(read_lines(tmp_path / RECORDS)).one(replies.OP, "vllm", model=replies.MODEL)
+    assert record["shape"]["requests"] == 4
+    assert record["tokens_per_s"] > 0
 
 
 def test_a_red_update_takes_it_out(tmp_path):
